@@ -1,0 +1,69 @@
+"""Every exception of ours. They know nothing of HTTP; `api/problems.py` maps them.
+
+NasError
+├─ InvalidSpec(ValueError)        the request cannot be run                          422
+│  └─ BudgetInfeasible            nothing in the space fits the budget               422
+├─ NotFound(LookupError)          unknown search, trial, teacher, corpus, task       404
+├─ Conflict                       not allowed in this state                          409
+├─ TeacherUnavailable             cannot be loaded, or its family is unknown         job fails, reason kept
+├─ CorpusUnavailable              cannot be read, or is too small for the spec       job fails, reason kept
+├─ TaskUnavailable                cannot be resolved offline, or scores nothing      job fails, reason kept
+└─ CorruptFile                    a file does not match its manifest                 recomputed where possible
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong with a request: where, what was expected, what came."""
+
+    field: str
+    """Dotted path of the field, as the user wrote it: `budget.max_parameters`."""
+    expected: str
+    got: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: expected {self.expected}, got {self.got}"
+
+
+class NasError(Exception):
+    """Base of all errors that a caller may want to catch together."""
+
+
+class InvalidSpec(NasError, ValueError):
+    """The request cannot be run; `problems` names each field, what it expects and what came."""
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__("; ".join(str(problem) for problem in problems))
+        self.problems = problems
+
+
+class BudgetInfeasible(InvalidSpec):
+    """No legal shape fits the budget; the message carries the smallest legal shape."""
+
+
+class NotFound(NasError, LookupError):
+    """There is no such search, trial, teacher, corpus or task."""
+
+
+class Conflict(NasError):
+    """The resource exists, but not in a state that allows this."""
+
+
+class TeacherUnavailable(NasError):
+    """The teacher's folder is unsafe, incomplete or of a family without a row in `families.py`."""
+
+
+class CorpusUnavailable(NasError):
+    """The corpus cannot be read, or holds fewer tokens than the spec asks for."""
+
+
+class TaskUnavailable(NasError):
+    """An lm-eval task cannot be resolved from its folder, or lacks the metric asked for."""
+
+
+class CorruptFile(NasError):
+    """A stored file's digest differs from its manifest."""

@@ -1,0 +1,67 @@
+"""Shape: the numbers of one architecture. It refuses impossible ones; what a *family* forbids lives in `families.py`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from nas.errors import InvalidSpec, Problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Shape:
+    """Width, depth and heads of a decoder; every layer has the same. Hugging Face spelling.
+
+    Raises:
+        InvalidSpec: a number is not a positive integer, or the query heads do not divide among the KV heads.
+    """
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    """Always written out: it is the teacher's, never `hidden_size / num_attention_heads`, once a model was pruned."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            Problem(field=field.name, expected="an integer of at least 1", got=repr(value))
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), bool) or not isinstance(value, int) or value < 1
+        ]
+        if not problems and self.num_attention_heads % self.num_key_value_heads:
+            problems.append(
+                Problem(
+                    field="num_attention_heads",
+                    expected=f"a multiple of num_key_value_heads={self.num_key_value_heads}",
+                    got=str(self.num_attention_heads),
+                )
+            )
+        if problems:
+            raise InvalidSpec(*problems)
+
+    @property
+    def query_heads_per_kv(self) -> int:
+        """Query heads that share one KV head (a KV group)."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def key(self) -> str:
+        """Canonical text of the shape; equal shapes, and only they, have equal keys."""
+        return (
+            f"L{self.num_hidden_layers}-D{self.hidden_size}-F{self.intermediate_size}-H{self.num_attention_heads}-K{self.num_key_value_heads}-E{self.head_dim}"
+        )
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Shape:
+        """A shape from plain numbers; unknown or missing names are an InvalidSpec."""
+        names = [field.name for field in fields(cls)]
+        problems = [Problem(field=name, expected="a field of Shape: " + ", ".join(names), got=name) for name in values if name not in names]
+        problems += [Problem(field=name, expected="an integer", got="nothing") for name in names if name not in values]
+        if problems:
+            raise InvalidSpec(*problems)
+        return cls(**values)

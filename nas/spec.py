@@ -1,0 +1,325 @@
+"""SearchSpec: all that one search needs, defined once; the API, the CLI and the store use this same definition.
+
+Strict: no unknown field, no coercion, no non-finite number. What can be checked without knowing the teacher is checked
+here; what needs it (ranges, budget) is checked in `space.py`, what needs the registry (names) in `submission.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from nas.errors import InvalidSpec, Problem
+from nas.shape import Shape
+
+_CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+_value = dataclass(frozen=True, slots=True, kw_only=True, config=_CONFIG)
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+Count = Annotated[int, Field(ge=1, le=2**53)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+@_value
+class CorpusPart:
+    """One registered corpus of the mixture."""
+
+    name: Name
+    """Name under which the operator registered the corpus."""
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Share of the training blocks drawn from this corpus, relative to the other parts."""
+
+
+@_value
+class CorpusSpec:
+    """The text to prune and distil on."""
+
+    parts: Annotated[tuple[CorpusPart, ...], Field(min_length=1, max_length=64)]
+    """The mixture; one part with weight 1 for a single corpus."""
+    sequence_length: Annotated[int, Field(ge=8, le=131072)] = 512
+    """Tokens per packed block; at most the teacher's context."""
+    calibration_tokens: Annotated[int, Field(ge=256, le=2**31)] = 131_072
+    """Tokens on which importance and depth are measured."""
+    validation_tokens: Annotated[int, Field(ge=256, le=2**31)] = 32_768
+    """Held-out tokens on which the rungs are compared (KL to the teacher)."""
+
+
+@_value
+class TaskSpec:
+    """One lm-eval task of the objective."""
+
+    name: Name
+    """Name under which the operator registered the task."""
+    metric: str | None = None
+    """lm-eval metric without its filter: acc, acc_norm, bits_per_byte, ... None: the task's own first one."""
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Weight in the objective, relative to the other tasks."""
+    num_fewshot: Annotated[int, Field(ge=0, le=64)] = 0
+    """Worked examples in front of each document."""
+
+
+@_value
+class BudgetSpec:
+    """The most parameters that the compressed model may have. Exactly one of the two maxima."""
+
+    max_parameters: Count | None = None
+    """Absolute ceiling, in parameters."""
+    max_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Ceiling as a share of the teacher's parameters."""
+    counting: Literal["total", "non_embedding"] = "total"
+    """Which parameters count: all, or all but the embedding tables."""
+    min_use: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Shapes that use less than this share of the budget are not legal (Minitron: 0.95)."""
+
+    @model_validator(mode="after")
+    def _one_ceiling(self) -> BudgetSpec:
+        if (self.max_parameters is None) == (self.max_fraction is None):
+            raise ValueError("exactly one of max_parameters and max_fraction")
+        return self
+
+
+@_value
+class AxisSpec:
+    """The values that one axis of the shape may take."""
+
+    min: Count | None = None
+    """Smallest value. None: half of the teacher's (a quarter for intermediate_size)."""
+    max: Count | None = None
+    """Largest value. None: the teacher's, which is legal whatever the multiple."""
+    multiple: Count | None = None
+    """Values are multiples of this. None: 1 for layers and heads, else the largest power of two, up to 256, that leaves 8 steps."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AxisSpec:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min at most max={self.max}")
+        return self
+
+
+@_value
+class SpaceSpec:
+    """The shapes among which the search chooses."""
+
+    num_hidden_layers: AxisSpec = field(default_factory=AxisSpec)
+    hidden_size: AxisSpec = field(default_factory=AxisSpec)
+    intermediate_size: AxisSpec = field(default_factory=AxisSpec)
+    num_key_value_heads: AxisSpec = field(default_factory=AxisSpec)
+    query_heads_per_kv: AxisSpec = field(default_factory=AxisSpec)
+    """Query heads that share one KV head."""
+    min_mlp_fill: Share = 0.5
+    """The MLP takes at least this share of what the other axes leave of the budget; unused parameters rarely help."""
+
+
+@_value
+class SamplerSpec:
+    """Who proposes shapes, and how many."""
+
+    name: Literal["auto", "gp", "tpe", "random", "enumerate"] = "auto"
+    """auto: enumerate when the space is no larger than max_trials, GP up to 150 trials, TPE above."""
+    max_trials: Annotated[int, Field(ge=1, le=100_000)] = 24
+    """Shapes proposed, anchors and named shapes among them; controls are on top."""
+    num_startup_trials: Annotated[int, Field(ge=1, le=10_000)] = 8
+    """Shapes drawn at random before the model of the sampler is asked."""
+
+
+@_value
+class ControlSpec:
+    """Shapes that are not proposed by the sampler, so that the board can show what the search was worth."""
+
+    anchors: bool = True
+    """Evaluate the width-only, depth-only and uniform shapes of the budget first; they always reach the last rung."""
+    num_random: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Legal shapes drawn at random after the search, taken to the last rung: the honest baseline."""
+
+
+@_value
+class RungSpec:
+    """Rung 0 scores the pruned model without training; rung r > 0 trains to first_tokens * factor ** (r - 1) tokens."""
+
+    first_tokens: Count = 2_000_000
+    """Tokens of the first trained rung."""
+    factor: Annotated[int, Field(ge=2, le=64)] = 4
+    """Tokens grow by this from rung to rung."""
+    num_trained: Annotated[int, Field(ge=1, le=10)] = 3
+    """Trained rungs."""
+    keep_untrained: Share = 0.75
+    """Share of each depth class that goes on from rung 0, whose order says little (arXiv 2407.14679, table 1)."""
+    keep: Share = 0.34
+    """Share of a trained rung that goes on to the next; shapes tied with its last one go on too."""
+    max_tie_growth: Annotated[float, Field(ge=1, le=10)] = 2.0
+    """Ties may enlarge the promoted share at most by this."""
+
+    def tokens(self, rung: int) -> int:
+        """Tokens that a shape has seen at a rung."""
+        return 0 if rung == 0 else self.first_tokens * self.factor ** (rung - 1)
+
+
+@_value
+class EvaluationSpec:
+    """How candidates are scored."""
+
+    documents_per_task: Annotated[int, Field(ge=2, le=10_000_000)] = 200
+    """Documents of each task on which the rungs are scored, the same for every trial; at most half of the task.
+    The others are held out: no rung sees them, and the finalists are scored on them."""
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 64
+    """Requests per forward pass."""
+    latency_prompt_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    """Prompt length of the latency measurement of the finalists."""
+    latency_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 32
+    """Tokens decoded in the latency measurement."""
+
+
+@_value
+class CompressionSpec:
+    """How the teacher is pruned."""
+
+    importance: Literal["energy", "l2_mean"] = "energy"
+    """energy: mean squared activation times the weights that read it. l2_mean: Minitron's (arXiv 2407.14679, 2.2)."""
+    depth: Literal["damage", "block_influence"] = "damage"
+    """damage: measured KL of contiguous and of greedy single layer removals. block_influence: 1 - cos(in, out), lowest dropped."""
+
+
+@_value
+class DistillationSpec:
+    """The short distillation of the rungs: forward KL on the logits, temperature 1, no cross-entropy (arXiv 2407.14679, A.3)."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    """Peak rate, constant along the trunk (Minitron: 1e-4 at 8B; small models want 1e-3 and more)."""
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 16
+    """Sequences per step."""
+    micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Sequences per forward pass; None: the batch size. Halved by itself when a device runs out of memory."""
+    warmup_tokens: Annotated[int, Field(ge=0, le=2**53)] = 0
+    """Linear warm-up at the start of the trunk."""
+    decay_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """The last share of a rung's tokens is a linear decay to zero, a branch off the constant trunk that the next rung resumes."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward and backward passes; parameters and optimiser are float32."""
+
+
+@_value
+class ResourceSpec:
+    """What one trial may use on a worker."""
+
+    cpus: Annotated[float, Field(gt=0, le=1024)] = 1.0
+    """CPU cores of a trial; its threads match them."""
+    gpus: Annotated[float, Field(ge=0, le=64)] = 0.0
+    """GPUs of a trial."""
+    max_parallel_trials: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Trials in flight at once. With 1, the same seed gives the same leaderboard."""
+
+
+@_value
+class LimitSpec:
+    """When to give up."""
+
+    max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
+    """Times that one step (a rung, the prepare step) is tried; a restart of the service does not count."""
+    max_failed_trials: Annotated[int, Field(ge=1, le=100_000)] = 8
+    """Failed trials after which the search fails, with the first reasons."""
+    max_rung_seconds: Annotated[float, Field(gt=0, le=10_000_000)] = 86_400.0
+    """Time limit of one step of one trial."""
+
+
+@_value
+class SearchSpec:
+    """One search: teacher, corpus, tasks and budget, and how to go about it."""
+
+    teacher: Name
+    """Name under which the operator registered the teacher."""
+    corpus: CorpusSpec
+    tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1, max_length=64)]
+    budget: BudgetSpec
+    label: Annotated[str, Field(max_length=200)] = ""
+    """Free text for lists."""
+    preset: Literal["minitron"] | None = None
+    """Published method whose choices fill what this spec leaves out."""
+    shapes: Annotated[tuple[Shape, ...], Field(max_length=1000)] = ()
+    """Shapes of the user's own, evaluated first; they always reach the last rung."""
+    num_finalists: Annotated[int, Field(ge=1, le=100)] = 3
+    """Best shapes that are confirmed on held-out documents; ties go with them, up to twice as many."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Seed of everything: proposals, data order, document split."""
+    space: SpaceSpec = field(default_factory=SpaceSpec)
+    sampler: SamplerSpec = field(default_factory=SamplerSpec)
+    controls: ControlSpec = field(default_factory=ControlSpec)
+    rungs: RungSpec = field(default_factory=RungSpec)
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    compression: CompressionSpec = field(default_factory=CompressionSpec)
+    distillation: DistillationSpec = field(default_factory=DistillationSpec)
+    resources: ResourceSpec = field(default_factory=ResourceSpec)
+    limits: LimitSpec = field(default_factory=LimitSpec)
+
+
+SPEC_ADAPTER: TypeAdapter[SearchSpec] = TypeAdapter(SearchSpec)
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # arXiv 2407.14679: (L2, mean) importance, every feasible shape within 5 % of the budget to the same tokens, plain slicing.
+    "minitron": {
+        "budget": {"min_use": 0.95},
+        "sampler": {"name": "enumerate"},
+        "controls": {"anchors": False},
+        "compression": {"importance": "l2_mean", "depth": "block_influence"},
+        "rungs": {"num_trained": 1, "keep_untrained": 1.0},
+    }
+}
+
+
+def parse_spec(text: str | bytes) -> SearchSpec:
+    """A spec from JSON, its preset filled in.
+
+    Raises:
+        InvalidSpec: not JSON, or any field that is unknown, missing, of another type or out of range.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidSpec(Problem(field="(body)", expected="a JSON object", got=str(error))) from error
+    if not isinstance(values, dict):
+        raise InvalidSpec(Problem(field="(body)", expected="a JSON object", got=type(values).__name__))
+    preset = values.get("preset")
+    if isinstance(preset, str) and preset in PRESETS:
+        values = _merge(PRESETS[preset], values)
+    try:
+        # JSON mode: strict about types, yet an array is a tuple.
+        return SPEC_ADAPTER.validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise InvalidSpec(*(_problem(dict(detail)) for detail in error.errors(include_url=False))) from error
+
+
+def dump_spec(spec: SearchSpec) -> dict[str, Any]:
+    """The spec as plain JSON values; `parse_spec(json.dumps(dump_spec(spec))) == spec`."""
+    values = SPEC_ADAPTER.dump_python(spec, mode="json")
+    assert isinstance(values, dict)
+    return values
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**base, **over}
+    for key, value in base.items():
+        if isinstance(value, Mapping) and isinstance(over.get(key), Mapping):
+            merged[key] = _merge(value, over[key])
+    return merged
+
+
+def _problem(detail: dict[str, Any]) -> Problem:
+    """pydantic's error as field, expected, got."""
+    where = ".".join(str(part) for part in detail["loc"]) or "(body)"
+    message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    kind = str(detail["type"])
+    if kind.startswith("missing"):
+        return Problem(field=where, expected="a value", got="nothing")
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return Problem(field=where, expected="no such field", got=_shorten(detail.get("input")))
+    return Problem(field=where, expected=message, got=_shorten(detail.get("input")))
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
