@@ -1,0 +1,74 @@
+"""Tensors on disk that survive a kill and show a flipped bit: one safetensors file and a JSON manifest with its sha256.
+
+The tensors' file is named after its content and the manifest is renamed into place last, so a reader sees the old pair or
+the new pair, never a mixture. Does not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nas.errors import CorruptFile, NotFound
+
+
+def save_tensors(folder: Path, *, name: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    """Write `folder/name.json` (the facts and the digest) and the tensors beside it; replaces an older pair of that name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.{os.getpid()}.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+    digest = _sha256(temporary)
+    weights = folder / f"{name}-{digest[:16]}.safetensors"
+    _move(temporary, weights)
+    temporary = folder / f".{name}.{os.getpid()}.json"
+    temporary.write_text(json.dumps({"file": weights.name, "sha256": digest, "facts": dict(facts)}, indent=1, sort_keys=True), encoding="utf-8")
+    _move(temporary, folder / f"{name}.json")
+    for stale in folder.glob(f"{name}-{'[0-9a-f]' * 16}.safetensors"):
+        if stale != weights:
+            stale.unlink()
+
+
+def load_tensors(folder: Path, *, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The memory-mapped tensors and the facts of `save_tensors`.
+
+    Raises:
+        NotFound: there is no manifest of that name.
+        CorruptFile: the manifest cannot be read, or the tensors' file is gone or differs from it.
+    """
+    manifest = folder / f"{name}.json"
+    if not manifest.exists():
+        raise NotFound(f"{manifest}: no such file")
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        weights, expected, facts = folder / content["file"], content["sha256"], content["facts"]
+        found = _sha256(weights)
+        if found != expected:
+            raise CorruptFile(f"{weights}: expected sha256 {expected}, got {found}")
+        return load_file(weights), facts
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        raise CorruptFile(f"{manifest}: expected a manifest and the file it names, got {error!r}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move(temporary: Path, final: Path) -> None:
+    """Rename after the content, and before the name, is on the disk: without it a power cut may leave an empty file."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(final)
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

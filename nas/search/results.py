@@ -1,0 +1,91 @@
+"""What one rung of one trial measured, and what the teacher and random weights measured: plain values, JSON both ways."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A mean over documents (or held-out blocks), always the same ones in the same order, so that trials are compared pairwise.
+
+    A ratio such as bits per byte is linearised: `documents` are its influence values, whose mean is the value.
+    """
+
+    value: float
+    standard_error: float
+    higher_is_better: bool
+    documents: tuple[float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "value": self.value,
+            "standard_error": self.standard_error,
+            "higher_is_better": self.higher_is_better,
+            "documents": list(self.documents),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Metric:
+        return cls(
+            value=values["value"],
+            standard_error=values["standard_error"],
+            higher_is_better=values["higher_is_better"],
+            documents=tuple(values["documents"]),
+        )
+
+    @classmethod
+    def from_documents(cls, documents: tuple[float, ...], *, higher_is_better: bool) -> Metric:
+        """The mean of the documents and its standard error (n - 1 in the variance; 0 for a single document)."""
+        count = len(documents)
+        mean = math.fsum(documents) / count
+        variance = math.fsum((value - mean) ** 2 for value in documents) / max(count - 1, 1)
+        return cls(value=mean, standard_error=math.sqrt(variance / count), higher_is_better=higher_is_better, documents=documents)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RungResult:
+    """One trial at one rung, or the teacher or random weights (rung 0) on the same documents."""
+
+    rung: int
+    tokens: int
+    kl: Metric
+    """KL(teacher || student) per token on the held-out blocks, nats. Zero for the teacher."""
+    loss: Metric
+    """Cross-entropy per token on the held-out blocks, nats."""
+    tasks: Mapping[str, Metric]
+    """Per task the metric that the spec asks for. Empty at rung 0, which is compared on KL alone."""
+    parameters: int
+    """Counted from the tensors, not from the shape."""
+    seconds: Mapping[str, float]
+    """Wall seconds by step: slice, distil, evaluate, save."""
+    details: Mapping[str, Any]
+    """All metrics that lm-eval returned, by task, for display."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "rung": self.rung,
+            "tokens": self.tokens,
+            "kl": self.kl.as_dict(),
+            "loss": self.loss.as_dict(),
+            "tasks": {name: metric.as_dict() for name, metric in self.tasks.items()},
+            "parameters": self.parameters,
+            "seconds": dict(self.seconds),
+            "details": dict(self.details),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RungResult:
+        return cls(
+            rung=values["rung"],
+            tokens=values["tokens"],
+            kl=Metric.from_dict(values["kl"]),
+            loss=Metric.from_dict(values["loss"]),
+            tasks={name: Metric.from_dict(metric) for name, metric in values["tasks"].items()},
+            parameters=values["parameters"],
+            seconds=dict(values["seconds"]),
+            details=dict(values["details"]),
+        )
