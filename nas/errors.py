@@ -5,6 +5,7 @@ NasError
 │  └─ BudgetInfeasible            nothing in the space fits the budget               422
 ├─ NotFound(LookupError)          unknown search, trial, teacher, corpus, task       404
 ├─ Conflict                       not allowed in this state                          409
+├─ Fenced                         another controller leads; this write is too late   the controller stops
 ├─ TeacherUnavailable             cannot be loaded, or its family is unknown         job fails, reason kept
 ├─ CorpusUnavailable              cannot be read, or is too small for the spec       job fails, reason kept
 ├─ TaskUnavailable                cannot be resolved offline, or scores nothing      job fails, reason kept
@@ -51,6 +52,10 @@ class NotFound(NasError, LookupError):
 
 class Conflict(NasError):
     """The resource exists, but not in a state that allows this."""
+
+
+class Fenced(NasError):
+    """The writer lost its leadership: another controller may lead by now, so nothing of it may be written."""
 
 
 class TeacherUnavailable(NasError):

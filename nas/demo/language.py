@@ -21,35 +21,40 @@ from random import Random
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-GIRLS = tuple("Anna Bella Clara Dora Emma Fiona Greta Hanna Ines Julia Karla Lena Mira Nora Olga Petra".split())
-BOYS = tuple("Adam Boris Carlo David Emil Felix Georg Hugo Ivan Jonas Karl Leo Max Noel Oskar Paul".split())
-TOWNS = tuple("Arden Brook Cale Dunmore Eston Fell Garth Holm Irby Kelso Lorn Marden Norby Oxley Penrith Rye".split())
-TRADES = tuple("baker potter farmer tailor miller weaver doctor painter singer sailor mason hunter teacher writer barber cook".split())
-HOBBIES = tuple("music chess poems stars maps clocks kites drums stones masks riddles letters ships dances bells songs".split())
-CROPS = tuple("beans leeks peas onions carrots pumpkins roses tulips wheat barley rice melons herbs grapes garlic corn".split())
-SEASONS = tuple("spring summer autumn winter".split())
-FOODS = tuple("plums nuts berries seeds roots leaves worms snails honey moss apples bread cheese eggs flies grass".split())
-HOMES = tuple("caves trees barns ponds fields hills swamps forests cellars gardens rivers deserts attics meadows cliffs islands".split())
-COLOURS = tuple("red blue green grey black white brown golden silver purple orange pink".split())
-MOODS = tuple("sunny rainy windy foggy cold warm snowy cloudy".split())
-DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
-PLACES = tuple("market mill harbour castle bridge church school station library bakery tower park".split())
-NUMBERS = tuple("one two three four five six seven eight nine ten eleven twelve".split())
-PREPOSITIONS = tuple("near behind beside below above before".split())
+
+def _list(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
+GIRLS = _list("Anna Bella Clara Dora Emma Fiona Greta Hanna Ines Julia Karla Lena Mira Nora Olga Petra")
+BOYS = _list("Adam Boris Carlo David Emil Felix Georg Hugo Ivan Jonas Karl Leo Max Noel Oskar Paul")
+TOWNS = _list("Arden Brook Cale Dunmore Eston Fell Garth Holm Irby Kelso Lorn Marden Norby Oxley Penrith Rye")
+TRADES = _list("baker potter farmer tailor miller weaver doctor painter singer sailor mason hunter teacher writer barber cook")
+HOBBIES = _list("music chess poems stars maps clocks kites drums stones masks riddles letters ships dances bells songs")
+CROPS = _list("beans leeks peas onions carrots pumpkins roses tulips wheat barley rice melons herbs grapes garlic corn")
+SEASONS = _list("spring summer autumn winter")
+FOODS = _list("plums nuts berries seeds roots leaves worms snails honey moss apples bread cheese eggs flies grass")
+HOMES = _list("caves trees barns ponds fields hills swamps forests cellars gardens rivers deserts attics meadows cliffs islands")
+COLOURS = _list("red blue green grey black white brown golden silver purple orange pink")
+MOODS = _list("sunny rainy windy foggy cold warm snowy cloudy")
+DAYS = _list("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+PLACES = _list("market mill harbour castle bridge church school station library bakery tower park")
+NUMBERS = _list("one two three four five six seven eight nine ten eleven twelve")
+PREPOSITIONS = _list("near behind beside below above before")
 ANIMALS = {
     singular: singular + "s"
-    for singular in (
+    for singular in _list(
         "bear bird camel cat cow crab crow dog donkey duck frog goat hare hen horse lamb lion mole monkey "
         "parrot pig pigeon rabbit rat raven seal snake spider swan tiger toad turtle whale badger beaver"
-    ).split()
+    )
 } | {"fox": "foxes", "goose": "geese", "mouse": "mice", "wolf": "wolves", "finch": "finches"}
 """Singular -> plural."""
 ITEMS = {
     singular: singular + "s"
-    for singular in "lamp rope cup key coin drum book ring shell spoon candle basket hammer mirror ball hat bottle flute stick button".split()
+    for singular in _list("lamp rope cup key coin drum book ring shell spoon candle basket hammer mirror ball hat bottle flute stick button")
 } | {"brush": "brushes", "box": "boxes", "knife": "knives", "scarf": "scarves"}
 """Singular -> plural."""
-VERBS = {plural + "s": plural for plural in "sing dance jump sleep run eat swim hide wait play dream walk climb rest".split()} | {
+VERBS = {plural + "s": plural for plural in _list("sing dance jump sleep run eat swim hide wait play dream walk climb rest")} | {
     "cries": "cry",
     "watches": "watch",
 }
@@ -267,10 +272,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 _SPACE = "▁"
-_FUNCTION_WORDS = (
-    "A All Every The In One It They Then Now She He a the that and went to with took gave is are eats eat lives live in fears fear "
+_FUNCTION_WORDS = _list(
+    "All Every The In One Then Now She He a the that and went to with took gave is are eats eat lives live in fears fear "
     "comes from works as likes grows it they she he had has found lost"
-).split()
+)
 
 
 def _words() -> set[str]:

@@ -1,0 +1,254 @@
+"""Permute a teacher so that every axis runs from most to least important, decide which layers each depth keeps, store both.
+
+The sorted teacher computes the same function; any width is then a prefix of every axis (slicing.py). Heads stay a
+rectangle of KV group x query per group. Layers are not permuted: depth is a list of kept indices per depth.
+
+Shapes: B batch, T tokens, D hidden, F intermediate, H query heads, K key/value heads, G query heads per KV head, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nas.compress.importance import Importance, layer_modules
+from nas.compress.manifest import load_tensors, save_tensors
+from nas.compress.teacher import CONFIG_FILE, WEIGHTS_FILE, checkpoint_weights, file_digest, write_checkpoint
+from nas.errors import CorruptFile
+from nas.families import Architecture, Axis, read_architecture
+from nas.shape import Shape
+
+SORTING = "sorting"
+"""Name of the manifest (and its tensors: the order, the norms' energy) beside the sorted teacher's checkpoint."""
+
+_NORM_ENERGY = "norm_energy."
+_CHUNK_ELEMENTS = 2**24
+"""Logits held at once while a damage is measured: 64 MiB in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Order:
+    """Original indices from most to least important, int64; ties keep the original order."""
+
+    hidden_D: Tensor
+    neurons_LF: Tensor
+    kv_groups_LK: Tensor
+    queries_LKG: Tensor
+    """Query heads inside each *sorted* group: row k belongs to group kv_groups_LK[:, k]; values in 0..G-1."""
+
+    def heads(self, layer: int) -> Tensor:
+        """heads_KG: original indices of the query heads, sorted groups down, sorted queries across."""
+        return self.kv_groups_LK[layer][:, None] * self.queries_LKG.shape[2] + self.queries_LKG[layer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sorting:
+    """A sorted teacher on disk. Small: the weights stay in the file."""
+
+    folder: Path
+    architecture: Architecture
+    config: dict[str, Any]
+    order: Order
+    norm_energy: dict[str, Tensor]
+    """Norm weight -> share_D in *sorted* hidden order."""
+    layers: dict[int, tuple[int, ...]]
+    """Depth -> original indices of the layers that it keeps, ascending."""
+
+
+def make_order(importance: Importance, shape: Shape) -> Order:
+    """Most important first on every axis; a KV group is as important as its query heads together."""
+    num_groups = shape.num_key_value_heads
+    heads_LKG = torch.unflatten(importance.heads_LH, 1, (num_groups, -1))
+    kv_groups_LK = _descending(heads_LKG.sum(-1))
+    by_group_LKG = heads_LKG.gather(1, kv_groups_LK[:, :, None].expand_as(heads_LKG))
+    return Order(
+        hidden_D=_descending(importance.hidden_D),
+        neurons_LF=_descending(importance.neurons_LF),
+        kv_groups_LK=kv_groups_LK,
+        queries_LKG=_descending(by_group_LKG),
+    )
+
+
+def sort_teacher(model: PreTrainedModel, *, order: Order, architecture: Architecture) -> dict[str, Tensor]:
+    """The model's checkpoint with every side of every weight in the new order: the same function up to float error."""
+    state = {}
+    for name, weight, layer in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers):
+        tensor = model.get_parameter(name).detach().cpu()
+        for dim, axis in enumerate(weight.axes):
+            if (index := _axis_order(axis, order=order, layer=layer, head_dim=architecture.shape.head_dim)) is not None:
+                tensor = tensor.index_select(dim, index)
+        state[name] = tensor.contiguous()
+    return state
+
+
+def select_layers(
+    *,
+    num_hidden_layers: int,
+    depths: Sequence[int],
+    damage: Callable[[tuple[int, ...]], float],
+    report: Callable[[int, int], None] | None = None,
+) -> dict[int, tuple[int, ...]]:
+    """For every depth the layers to keep: the smallest damage among all contiguous cuts and a greedy one.
+
+    Independent scores per layer pick scattered layers and do badly, contiguous blocks alone miss scattered redundancy
+    (arXiv 2408.11796 measures both); so both kinds are candidates and are measured as a whole. The greedy set removes the
+    least damaging layer from the previous greedy set. Ties go to the first: cuts from the lowest layer up, then greedy.
+
+    Args:
+        depths: 1..num_hidden_layers; the full depth keeps all and is not measured.
+        damage: of the model that keeps just these layers; smaller is better; asked once per set. NaN counts as the worst.
+        report: told (sets measured, most sets that can be) after each measurement.
+    """
+    measured: dict[tuple[int, ...], float] = {}
+    shallowest = min(depths, default=num_hidden_layers)
+    most = sum(depth + 1 for depth in set(depths) if depth < num_hidden_layers) + sum(depth + 1 for depth in range(shallowest, num_hidden_layers))
+
+    def measure(kept: tuple[int, ...]) -> float:
+        if kept not in measured:
+            value = damage(kept)
+            measured[kept] = math.inf if math.isnan(value) else value
+            if report is not None:
+                report(len(measured), most)
+        return measured[kept]
+
+    selected = {}
+    greedy = everything = tuple(range(num_hidden_layers))
+    for depth in range(num_hidden_layers, shallowest - 1, -1):
+        if depth < num_hidden_layers:
+            greedy = min((greedy[:index] + greedy[index + 1 :] for index in range(len(greedy))), key=measure)
+        if depth in depths:
+            removed = num_hidden_layers - depth
+            cuts = [everything[:start] + everything[start + removed :] for start in range(depth + 1)] if removed else []
+            selected[depth] = min([*cuts, greedy], key=measure) if removed else everything
+    return selected
+
+
+def layer_damage(model: PreTrainedModel, *, blocks_BT: Tensor, batch_size: int) -> Callable[[tuple[int, ...]], float]:
+    """A function kept layers -> mean KL(teacher || teacher with only those layers) per token, in nats.
+
+    The teacher's last hidden states are kept in memory (tokens x hidden); its log-probabilities are made from them chunk
+    by chunk, as tokens x vocabulary rarely fits. Not for concurrent use: it takes layers out of `model` for the moment.
+
+    Args:
+        model: in evaluation mode.
+        blocks_BT: token ids without padding.
+    """
+    architecture = read_architecture(model.config.to_dict())
+    batches = [batch_BT.to(model.device) for batch_BT in torch.split(blocks_BT, batch_size)]
+    head = model.get_output_embeddings()
+
+    def hidden_ND(batch_BT: Tensor) -> Tensor:
+        hidden_BTD: Tensor = model.base_model(input_ids=batch_BT, use_cache=False).last_hidden_state
+        return hidden_BTD.flatten(0, 1)
+
+    with torch.inference_mode():
+        teacher_ND = [hidden_ND(batch_BT) for batch_BT in batches]
+
+    @torch.inference_mode()
+    def damage(kept: tuple[int, ...]) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=model.device)
+        with _only_layers(model, kept=kept, architecture=architecture):
+            for batch_BT, expected_ND in zip(batches, teacher_ND, strict=True):
+                total += _divergence(expected_ND, hidden_ND(batch_BT), head=head)
+        return float(total) / blocks_BT.numel()
+
+    return damage
+
+
+def save_sorted(
+    folder: Path,
+    *,
+    state: Mapping[str, Tensor],
+    order: Order,
+    importance: Importance,
+    config: Mapping[str, Any],
+    layers: Mapping[int, tuple[int, ...]],
+    tokenizer_from: Path,
+) -> None:
+    """Write the sorted teacher: a checkpoint that loads by itself, and last `sorting.json` with the order, which makes it whole."""
+    (folder / f"{SORTING}.json").unlink(missing_ok=True)
+    write_checkpoint(state, config=config, tokenizer_from=tokenizer_from, folder=folder)
+    tensors = {name: getattr(order, name) for name in ("hidden_D", "neurons_LF", "kv_groups_LK", "queries_LKG")}
+    tensors |= {f"{_NORM_ENERGY}{name}": share_D[order.hidden_D] for name, share_D in importance.norm_energy.items()}
+    facts = {
+        "layers": {str(depth): list(kept) for depth, kept in sorted(layers.items())},
+        "sha256": {name: file_digest(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)},
+    }
+    save_tensors(folder, name=SORTING, tensors=tensors, facts=facts)
+
+
+def load_sorting(folder: Path) -> Sorting:
+    """The sorted teacher of a folder, its files compared with the digests they were written with (a flipped bit loads silently).
+
+    Raises:
+        NotFound: no manifest: the folder was never finished.
+        CorruptFile: a file is not the one that was written.
+    """
+    tensors, facts = load_tensors(folder, name=SORTING)
+    for name, expected in facts["sha256"].items():
+        found = file_digest(folder / name) if (folder / name).is_file() else "no file"
+        if found != expected:
+            raise CorruptFile(f"{folder / name}: expected sha256 {expected}, got {found}")
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    energy = {name.removeprefix(_NORM_ENERGY): tensors.pop(name) for name in list(tensors) if name.startswith(_NORM_ENERGY)}
+    return Sorting(
+        folder=folder,
+        architecture=read_architecture(config),
+        config=config,
+        order=Order(**tensors),
+        norm_energy=energy,
+        layers={int(depth): tuple(kept) for depth, kept in facts["layers"].items()},
+    )
+
+
+def _descending(scores: Tensor) -> Tensor:
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def _axis_order(axis: Axis, *, order: Order, layer: int | None, head_dim: int) -> Tensor | None:
+    """Original index of every position of one sorted side; None: the side stays as it is."""
+    if axis is Axis.VOCAB:
+        return None
+    if axis is Axis.HIDDEN:
+        return order.hidden_D
+    assert layer is not None, f"axis {axis} exists only inside a layer"
+    if axis is Axis.INTERMEDIATE:
+        return order.neurons_LF[layer]
+    heads = order.heads(layer).flatten() if axis is Axis.QUERY else order.kv_groups_LK[layer]
+    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+@contextmanager
+def _only_layers(model: PreTrainedModel, *, kept: tuple[int, ...], architecture: Architecture) -> Iterator[None]:
+    """The model with only these layers, for as long as the context lasts."""
+    assert all(before < after for before, after in pairwise(kept)), f"layers must be ascending, got {kept}"
+    names = layer_modules(architecture)
+    parent_name, _, attribute = names[0].rpartition(".")[0].rpartition(".")
+    parent = model.get_submodule(parent_name)
+    layers = getattr(parent, attribute)
+    setattr(parent, attribute, nn.ModuleList([model.get_submodule(names[layer]) for layer in kept]))
+    try:
+        yield
+    finally:
+        setattr(parent, attribute, layers)
+
+
+def _divergence(teacher_ND: Tensor, student_ND: Tensor, *, head: nn.Module) -> Tensor:
+    """Sum over the tokens of KL(teacher || student) of the next-token distributions, float64."""
+    total = torch.zeros((), dtype=torch.float64, device=teacher_ND.device)
+    chunk = max(1, _CHUNK_ELEMENTS // int(head.out_features))  # type: ignore[arg-type]
+    for expected_ND, got_ND in zip(torch.split(teacher_ND, chunk), torch.split(student_ND, chunk), strict=True):
+        teacher_NV = head(expected_ND).float().log_softmax(-1)
+        student_NV = head(got_ND).float().log_softmax(-1)
+        total += (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1).sum(dtype=torch.float64)
+    return total

@@ -1,0 +1,353 @@
+"""Checkpoints on disk: check a teacher's folder before it is trusted, fetch it, load it, write ours.
+
+Loads nothing but safetensors and never runs code that came with a model. Says nothing about which weights matter
+(importance.py) and cuts nothing (slicing.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from nas.cost import count_parameters
+from nas.errors import InvalidSpec, Problem, TeacherUnavailable
+from nas.families import Architecture, Weight, read_architecture
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+GENERATION_FILE = "generation_config.json"
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_STORED_DTYPES = ("F32", "F16", "BF16")
+_GATED_SILU = ("silu", "swish")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_BUFFERS = ("rotary_emb.inv_freq",)  # Llama-2 files of 2023 still carry this buffer; transformers recomputes it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teacher:
+    """A checked folder: it is safe to load, and its tensors are the ones that its config promises."""
+
+    path: Path
+    digest: str
+    """sha256 over name and content of config, safetensors and tokenizer files: equal folders, equal digests."""
+    config: dict[str, Any]
+    """Its config.json, with every number that pruning changes or reads written out."""
+    architecture: Architecture
+    parameters: int
+    """Counted from the safetensors headers; a tied head once."""
+
+
+def check_teacher(folder: Path) -> Teacher:
+    """Refuse whatever is unsafe, incomplete or of an unknown family; reads headers, but no weights except for the digest.
+
+    Raises:
+        TeacherUnavailable: what is wrong, with the file or field, the expected and what was found.
+    """
+    if not folder.is_dir():
+        raise TeacherUnavailable(f"{folder}: expected a folder with {CONFIG_FILE}, safetensors and tokenizer files, got no folder")
+    config = _read_json(folder, name=CONFIG_FILE)
+    architecture = _check_config(config)
+    config = _explicit_config(folder, config=config, architecture=architecture)
+    weight_files = _weight_files(folder)
+    parameters = _check_weights([_inside(folder, name=name) for name in weight_files], architecture=architecture)
+    tokenizer_files = [name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if not set(tokenizer_files) & set(_VOCABULARY_FILES):
+        raise TeacherUnavailable(f"{folder}: expected a tokenizer ({' or '.join(_VOCABULARY_FILES)}), got none")
+    if "tokenizer_config.json" in tokenizer_files:
+        _refuse_code(_read_json(folder, name="tokenizer_config.json"), name="tokenizer_config.json")
+    digest = _digest(folder, names=[CONFIG_FILE, *weight_files, *tokenizer_files])
+    return Teacher(path=folder, digest=digest, config=config, architecture=architecture, parameters=parameters)
+
+
+def fetch_teacher(name: str, *, cache: Path) -> Path:
+    """The folder of a teacher: `name` itself where it is one, else a Hugging Face id, downloaded into `cache` once.
+
+    Raises:
+        TeacherUnavailable: no such folder, not an id, or the hub cannot be reached or refuses; the message says what to do.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(name):
+        raise TeacherUnavailable(f"teacher: expected an existing folder or a Hugging Face id such as org/model, got {name!r}")
+    patterns = [CONFIG_FILE, GENERATION_FILE, INDEX_FILE, "model*.safetensors", *TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(name, cache_dir=cache, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError) as refused:
+        raise TeacherUnavailable(
+            f"{name}: the Hugging Face hub refused: {refused}; check the id and the rights of your token (`hf auth login`), or give a local folder"
+        ) from refused
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as unreachable:
+        raise TeacherUnavailable(
+            f"{name}: no such local folder, and the Hugging Face hub cannot be reached; download it where there is a network "
+            f"(`hf download {name} --local-dir DIR`), copy the folder here and give its path"
+        ) from unreachable
+
+
+def load_model(folder: Path, *, dtype: str, device: str) -> PreTrainedModel:
+    """The checkpoint in evaluation mode; every weight comes from its files, none is invented.
+
+    Raises:
+        InvalidSpec: unknown dtype.
+        TeacherUnavailable: not loadable, or its files lack weights of its config.
+    """
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=resolve_dtype(dtype),
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError, RuntimeError) as unreadable:
+        raise TeacherUnavailable(f"{folder}: cannot be loaded: {unreadable}") from unreadable
+    if wrong := sorted(loading["missing_keys"]) + [key[0] for key in loading["mismatched_keys"]]:
+        # transformers would go on with random numbers in their place
+        raise TeacherUnavailable(f"{folder}: expected every weight of its config, got none or another size for {', '.join(wrong[:4])}")
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder, from its own files."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as unreadable:
+        raise TeacherUnavailable(f"{folder}: its tokenizer cannot be loaded: {unreadable}") from unreadable
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name in `DTYPES`."""
+    if name not in DTYPES:
+        raise InvalidSpec(Problem(field="dtype", expected=" or ".join(DTYPES), got=repr(name)))
+    return DTYPES[name]
+
+
+def checkpoint_weights(architecture: Architecture, *, num_hidden_layers: int) -> Iterator[tuple[str, Weight, int | None]]:
+    """Every tensor of a checkpoint of that depth: its name, its row in the family's table, its layer."""
+    for weight in architecture.weights:
+        if weight.per_layer:
+            for layer in range(num_hidden_layers):
+                yield weight.name.format(layer=layer), weight, layer
+        else:
+            yield weight.name, weight, None
+
+
+def write_checkpoint(state_dict: Mapping[str, Tensor], *, config: Mapping[str, Any], tokenizer_from: Path, folder: Path) -> None:
+    """A folder that plain AutoModelForCausalLM and AutoTokenizer load. The config is written last: with it the folder is whole.
+
+    Args:
+        state_dict: a model's, or a sliced one; a tied head in it is not written.
+        config: Hugging Face config of that state; `dtype` is taken from the tensors.
+        tokenizer_from: the folder whose tokenizer (and generation config) the checkpoint gets.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    architecture = read_architecture(config)
+    names = [name for name, _, _ in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers)]
+    tensors = {name: state_dict[name].detach().cpu().contiguous() for name in names}
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    assert len(dtypes) == 1, f"a checkpoint has one dtype, got {dtypes}"
+    assert sum(tensor.numel() for tensor in tensors.values()) == count_parameters(architecture, architecture.shape).total
+
+    temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    publish(temporary, target=folder / WEIGHTS_FILE)
+    for name in (*TOKENIZER_FILES, GENERATION_FILE):
+        if (tokenizer_from / name).exists() and tokenizer_from.resolve() != folder.resolve():
+            temporary = folder / f".{name}.{os.getpid()}"
+            shutil.copyfile(tokenizer_from / name, temporary)
+            publish(temporary, target=folder / name)
+    write_json(
+        {**config, **_legacy_rope(config), **architecture.shape.as_dict(), "dtype": str(dtypes.pop()).removeprefix("torch.")}, target=folder / CONFIG_FILE
+    )
+
+
+def write_json(value: Any, *, target: Path) -> None:
+    """One JSON file, written under a temporary name and renamed: whole or absent."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    publish(temporary, target=target)
+
+
+def publish(temporary: Path, *, target: Path) -> None:
+    """Give a finished file its name; what a crash leaves behind is the old file or the new one."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(target)
+    directory = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of one file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(folder: Path, *, name: str) -> dict[str, Any]:
+    path = _inside(folder, name=name)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as broken:
+        raise TeacherUnavailable(f"{folder / name}: expected JSON, got {broken}") from broken
+    if not isinstance(value, dict):
+        raise TeacherUnavailable(f"{folder / name}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _inside(folder: Path, *, name: str) -> Path:
+    """The file behind `folder/name`; a link may stay in the folder, or in the hub cache's own folder of this model."""
+    real = folder.resolve()
+    roots = [real, *(parent for parent in real.parents if parent.name.startswith("models--"))]
+    path = (folder / name).resolve()
+    if not any(path.is_relative_to(root) for root in roots):
+        raise TeacherUnavailable(f"{folder / name}: expected a file inside the teacher's folder, got a link to {path}")
+    if not path.is_file():
+        raise TeacherUnavailable(f"{folder / name}: expected a file, got nothing")
+    return path
+
+
+def _refuse_code(config: Mapping[str, Any], *, name: str) -> None:
+    if config.get("auto_map"):
+        raise TeacherUnavailable(f"{name}: expected no auto_map (code that comes with a model is never run), got {config['auto_map']!r}")
+
+
+def _check_config(config: dict[str, Any]) -> Architecture:
+    _refuse_code(config, name=CONFIG_FILE)
+    if config.get("quantization_config"):
+        raise TeacherUnavailable(f"{CONFIG_FILE}: quantization_config: expected none (plain float weights), got {config['quantization_config']!r}")
+    architecture = read_architecture(config)
+    if (hidden_act := config.get("hidden_act", "silu")) not in _GATED_SILU:
+        raise TeacherUnavailable(f"{CONFIG_FILE}: hidden_act: expected {' or '.join(_GATED_SILU)}, got {hidden_act!r}")
+    return architecture
+
+
+def _explicit_config(folder: Path, *, config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The config with nothing that pruning touches left to a default, which differs between families and versions."""
+    try:
+        resolved = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as refused:  # transformers' validators raise their own types, ValueError, KeyError and TypeError
+        raise TeacherUnavailable(f"{folder / CONFIG_FILE}: transformers refuses it: {refused}") from refused
+    flags = {name: getattr(architecture, name) for name in ("vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias")}
+    explicit = {**config, **architecture.shape.as_dict(), **flags, "rms_norm_eps": resolved.rms_norm_eps}
+    for stale in ("_name_or_path", "torch_dtype"):  # a path of another machine; the old spelling of dtype
+        explicit.pop(stale, None)
+    return explicit
+
+
+def _legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 4 and older vLLM do not know `rope_parameters`: without these keys they run at theta 10000, silently."""
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" not in rope:
+        return {}
+    scaling = {} if rope.get("rope_type", "default") == "default" else {"rope_scaling": {key: rope[key] for key in rope if key != "rope_theta"}}
+    return {"rope_theta": rope["rope_theta"], **scaling}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that transformers would load, with the index where there is one."""
+    if (folder / WEIGHTS_FILE).exists():
+        return [WEIGHTS_FILE]
+    if not (folder / INDEX_FILE).exists():
+        other = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".safetensors"))
+        got = f"only {', '.join(other[:4])} (pickles are never loaded; convert them to safetensors first)" if other else "no weights"
+        raise TeacherUnavailable(f"{folder}: expected {WEIGHTS_FILE} or {INDEX_FILE}, got {got}")
+    weight_map = _read_json(folder, name=INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise TeacherUnavailable(f"{folder / INDEX_FILE}: weight_map: expected tensor names with their files, got {type(weight_map).__name__}")
+    shards = sorted(set(weight_map.values()))
+    if strange := [name for name in shards if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise TeacherUnavailable(f"{folder / INDEX_FILE}: weight_map: expected names of .safetensors files beside it, got {strange[0]!r}")
+    return [INDEX_FILE, *shards]
+
+
+def _check_weights(files: list[Path], *, architecture: Architecture) -> int:
+    """Parameters that the files hold, once their names, sizes and dtypes are those of the architecture."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        if path.name.endswith(".json"):
+            continue
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    tensor = file.get_slice(name)
+                    if (dtype := tensor.get_dtype()) not in _STORED_DTYPES and not name.endswith(_BUFFERS):
+                        raise TeacherUnavailable(f"{path.name}: {name}: expected dtype {' or '.join(_STORED_DTYPES)}, got {dtype}")
+                    shapes[name] = tuple(tensor.get_shape())
+        except SafetensorError as broken:
+            raise TeacherUnavailable(f"{path}: expected a safetensors file, got {broken}") from broken
+    _drop_redundant(shapes, files=files, architecture=architecture)
+
+    shape = architecture.shape
+    weights = checkpoint_weights(architecture, num_hidden_layers=shape.num_hidden_layers)
+    expected = {name: tuple(architecture.size(axis, shape) for axis in weight.axes) for name, weight, _ in weights}
+    counted, promised = sum(map(prod, shapes.values())), count_parameters(architecture, shape).total
+    wrong = [
+        f"{name} {shapes.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
+        for name in {**expected, **shapes}
+        if expected.get(name) != shapes.get(name)
+    ]
+    if wrong or counted != promised:
+        found = f"got {counted} in the safetensors files; {len(wrong)} tensors differ: {'; '.join(wrong[:3])}"
+        raise TeacherUnavailable(f"parameters: expected {promised} as {CONFIG_FILE} says, {found}")
+    return counted
+
+
+def _drop_redundant(shapes: dict[str, tuple[int, ...]], *, files: list[Path], architecture: Architecture) -> None:
+    """Take out what transformers ignores: old buffers, and a tied head that is stored a second time."""
+    for name in [name for name in shapes if name.endswith(_BUFFERS)]:
+        del shapes[name]
+    table = next(weight.name for weight in architecture.weights if weight.in_embedding)
+    absent = {weight.name for weight in architecture.family.weights if weight.in_embedding} - {weight.name for weight in architecture.weights}
+    for head in absent & shapes.keys():
+        if table in shapes and not torch.equal(_read_tensor(files, name=head), _read_tensor(files, name=table)):
+            raise TeacherUnavailable(f"{CONFIG_FILE}: tie_word_embeddings: expected false, as the files hold a {head} that differs from {table}, got true")
+        del shapes[head]
+
+
+def _read_tensor(files: list[Path], *, name: str) -> Tensor:
+    for path in files:
+        if not path.name.endswith(".json"):
+            with safe_open(path, framework="pt") as file:
+                if name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    tensor: Tensor = file.get_tensor(name)
+                    return tensor
+    raise AssertionError(f"{name} is in none of the files")
+
+
+def _digest(folder: Path, *, names: list[str]) -> str:
+    lines = [f"{name}\0{file_digest(_inside(folder, name=name))}\n" for name in sorted(names)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

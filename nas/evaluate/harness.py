@@ -1,0 +1,100 @@
+"""The one call into lm-eval: seeded, silent, and without a trace in the process.
+
+It runs one built task on chosen documents and hands back lm-eval's own result. It knows no catalogue (`tasks.py`) and
+gives the numbers no meaning (`scoring.py`). Not thread-safe: lm-eval keeps state on the task and uses global seeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy
+import torch
+from lm_eval import evaluator
+
+_FEWSHOT_SEED = 1234
+_PYTHON_SEED, _NUMPY_SEED, _TORCH_SEED = 0, 1234, 1234
+"""The defaults of `lm_eval.simple_evaluate`, so that a stock run draws the same few-shot examples."""
+
+_BOOTSTRAP_ITERATIONS = 100
+"""Only metrics without a closed form (f1, mcc, bleu) use them. 0 would drop every standard error, and 1 divides by zero."""
+
+
+def run(lm: Any, *, task: Any, documents: Sequence[int]) -> dict[str, Any]:
+    """lm-eval's result of `lm` on some documents of a task, with one logged sample per document and filter, by document id.
+
+    Args:
+        lm: an `lm_eval.api.model.LM`.
+        task: from `tasks.load_tasks`; may be used again, lm-eval rebuilds its requests on every call.
+        documents: ids within the task's evaluation split; order and repetitions do not matter.
+    Raises:
+        ValueError: no document, or one that the task does not have.
+    """
+    document_ids = sorted(set(documents))
+    num_documents = len(task.eval_docs)
+    if not document_ids or document_ids[0] < 0 or document_ids[-1] >= num_documents:
+        # lm-eval takes an empty list for "all documents".
+        got = f"{document_ids[0]}..{document_ids[-1]}" if document_ids else "none"
+        raise ValueError(f"documents of {task.task_name}: expected ids in 0..{num_documents - 1}, at least one, got {got}")
+    with _untouched_random_state(), quiet():
+        random.seed(_PYTHON_SEED)
+        numpy.random.seed(_NUMPY_SEED)
+        torch.manual_seed(_TORCH_SEED)
+        task.set_fewshot_seed(_FEWSHOT_SEED)  # the sampler keeps its state between calls
+        result: dict[str, Any] = evaluator.evaluate(
+            lm,
+            {"tasks": {task.task_name: task}},
+            samples={task.task_name: document_ids},
+            bootstrap_iters=_BOOTSTRAP_ITERATIONS,
+            log_samples=True,
+        )
+    return result
+
+
+def metric_name(metric: str, *, filter_name: str, task: Any) -> str:
+    """Our name of a metric: lm-eval's without the filter, except behind a second or later filter of the task (`exact_match,flexible-extract`)."""
+    filters = task.config.filter_list
+    first_filter = filters[0]["name"] if filters else "none"
+    return metric if filter_name == first_filter else f"{metric},{filter_name}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences lm-eval and datasets: progress bars, prints, lm-eval's warnings. Keeps lm-eval's bootstrap from forking a pool out of a process with a model.
+
+    Standard output and error are swapped, since not every bar can be turned off by argument; logging handlers keep the stream they have.
+    """
+    lm_eval_logger = logging.getLogger("lm_eval")
+    level = lm_eval_logger.level
+    multiprocessing_disabled = os.environ.get("DISABLE_MULTIPROC")
+    try:
+        lm_eval_logger.setLevel(logging.ERROR)
+        os.environ["DISABLE_MULTIPROC"] = "1"
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if multiprocessing_disabled is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = multiprocessing_disabled
+        lm_eval_logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _untouched_random_state() -> Iterator[None]:
+    python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)

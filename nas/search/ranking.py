@@ -1,0 +1,325 @@
+"""Results -> leaderboard: scores with their errors, tie groups, Pareto front, agreement between rungs. Pure.
+
+Only trials at the last rung have a rank. They are compared pairwise over the same documents; rows that this cannot tell
+apart share a rank, and inside such a tie group the held-out KL orders: what the user's metric cannot separate, the
+likelihood does. The errors are those over documents; the spread between seeds is not among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from scipy.stats import kendalltau
+
+from nas.errors import InvalidSpec, Problem
+from nas.search.results import Metric, RungResult
+from nas.search.rungs import TIE_Z, last_rung, paired_difference
+from nas.shape import Shape
+from nas.spec import RungSpec, TaskSpec
+
+CONTROL = "control"
+"""Origin of the random shapes that show what the search was worth; they are ranked but never win."""
+
+WEAK_Z = 2.0
+"""A task is weak when the teacher beats random weights by fewer than this many combined standard errors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScale:
+    """One task of the objective: 0 is what random weights score, 1 what the teacher scores."""
+
+    name: str
+    weight: float
+    """Share of the objective; the weights of all scales sum to 1."""
+    teacher: float
+    random: float
+    higher_is_better: bool
+
+    @property
+    def slope(self) -> float:
+        """Change of the objective per unit of this task's metric; negative where lower is better."""
+        return self.weight / (self.teacher - self.random)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A weighted mean over tasks. The error treats tasks as independent, and teacher and random weights as exact."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletedTrial:
+    """A trial with at least one finished rung."""
+
+    number: int
+    origin: str
+    """`anchor:NAME`, `user`, `sampler` or `control`."""
+    shape: Shape
+    parameters: int
+    state: str
+    """The store's word for it, shown as it is."""
+    results: Mapping[int, RungResult]
+    """By rung; not empty."""
+
+    @property
+    def rung(self) -> int:
+        """The deepest finished rung."""
+        return max(self.results)
+
+    @property
+    def deepest(self) -> RungResult:
+        return self.results[self.rung]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskCell:
+    """One task of one row."""
+
+    value: float
+    standard_error: float
+    higher_is_better: bool
+    share: float
+    """0: random weights, 1: the teacher."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One trial at its deepest rung."""
+
+    rank: int | None
+    """Place of the first row of its tie group (1, 1, 1, 4, ...); None below the last rung."""
+    tie_group: int | None
+    """1, 2, ... from the best; None below the last rung."""
+    number: int
+    origin: str
+    is_control: bool
+    shape: dict[str, int]
+    parameters: int
+    share_of_teacher: float
+    rung: int
+    tokens: int
+    score: float | None
+    """None at rung 0, which is scored on no task. Scores of different rungs are not comparable."""
+    standard_error: float | None
+    kl: float
+    kl_standard_error: float
+    loss: float
+    tasks: dict[str, TaskCell]
+    state: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How well one order of the trials predicts another, over those that have both. Only promoted trials do, which lowers it."""
+
+    first: str
+    second: str
+    tau: float | None
+    """Kendall's tau-b, 1 for the same order (best to worst); None with fewer than three trials or an order that is all ties."""
+    num_trials: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlSummary:
+    """Medians over the controls that reached the last rung."""
+
+    num_trials: int
+    score: float
+    kl: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Board:
+    """The leaderboard. `board_as_dict` is its JSON form."""
+
+    rows: tuple[Row, ...]
+    winner: int | None
+    """Number of the first ranked trial that is no control."""
+    pareto: tuple[int, ...]
+    """Ranked trials that no other beats on score without more parameters; fewest parameters first."""
+    agreement: tuple[Agreement, ...]
+    controls: ControlSummary | None
+
+
+def make_scales(tasks: Sequence[TaskSpec], *, teacher: RungResult, random: RungResult) -> tuple[TaskScale, ...]:
+    """The scale of each task of the spec, weights normalised.
+
+    Raises:
+        InvalidSpec: on some task the teacher does not beat random weights; the objective would divide by zero, or reward
+            shapes for being worse.
+    """
+    total = math.fsum(task.weight for task in tasks)
+    scales, problems = [], []
+    for index, task in enumerate(tasks):
+        high, low = teacher.tasks[task.name], random.tasks[task.name]
+        if not _gain(high, low) > 0:
+            expected = "a task on which the teacher beats random weights"
+            problems.append(Problem(field=f"tasks.{index}", expected=expected, got=f"{task.name}: teacher {high.value:.6g}, random weights {low.value:.6g}"))
+        scales.append(
+            TaskScale(name=task.name, weight=task.weight / total, teacher=high.value, random=low.value, higher_is_better=high.higher_is_better),
+        )
+    if problems:
+        raise InvalidSpec(*problems)
+    return tuple(scales)
+
+
+def weak_tasks(tasks: Sequence[TaskSpec], *, teacher: RungResult, random: RungResult) -> tuple[str, ...]:
+    """Names of the tasks on which the teacher is hardly better than random weights: their share of the score is noise."""
+    pairs = {task.name: (teacher.tasks[task.name], random.tasks[task.name]) for task in tasks}
+    return tuple(name for name, (high, low) in pairs.items() if _gain(high, low) < WEAK_Z * math.hypot(high.standard_error, low.standard_error))
+
+
+def objective(result: RungResult, *, scales: Sequence[TaskScale]) -> Score:
+    """Weighted mean over tasks of (metric - random) / (teacher - random): 0 for random weights, 1 for the teacher."""
+    value = math.fsum(scale.slope * (result.tasks[scale.name].value - scale.random) for scale in scales)
+    return Score(value=value, standard_error=math.hypot(*(scale.slope * result.tasks[scale.name].standard_error for scale in scales)))
+
+
+def difference(result: RungResult, other: RungResult, *, scales: Sequence[TaskScale]) -> Score:
+    """objective(result) - objective(other), paired over the documents of each task: a far smaller error than that of either."""
+    pairs = [(scale.slope, paired_difference(result.tasks[scale.name], other.tasks[scale.name])) for scale in scales]
+    return Score(
+        value=math.fsum(slope * paired.value for slope, paired in pairs),
+        standard_error=math.hypot(*(slope * paired.standard_error for slope, paired in pairs)),
+    )
+
+
+def rank(trials: Sequence[CompletedTrial], *, scales: Sequence[TaskScale], teacher_parameters: int, spec: RungSpec) -> Board:
+    """The leaderboard; the order of the trials does not matter.
+
+    Rows of the last rung come first, best first; then the others, deeper rungs first, lower KL first.
+    """
+    last = last_rung(spec)
+    groups = _tie_groups([trial for trial in trials if trial.rung == last], scales=scales)
+    rows: list[Row] = []
+    for tie_group, members in enumerate(groups, start=1):
+        place = len(rows) + 1
+        rows += [_row(trial, rank=place, tie_group=tie_group, scales=scales, teacher_parameters=teacher_parameters) for trial in members]
+    ranked = tuple(rows)
+    stopped = sorted((trial for trial in trials if trial.rung != last), key=lambda trial: (-trial.rung, trial.deepest.kl.value, trial.number))
+    rows += [_row(trial, rank=None, tie_group=None, scales=scales, teacher_parameters=teacher_parameters) for trial in stopped]
+    return Board(
+        rows=tuple(rows),
+        winner=next((row.number for row in ranked if not row.is_control), None),
+        pareto=_pareto(ranked),
+        agreement=_agreement(trials, scales=scales, last=last),
+        controls=_summarise_controls(ranked),
+    )
+
+
+def board_as_dict(board: Board) -> dict[str, Any]:
+    """Plain JSON values without NaN or infinity (they become null)."""
+    values = _finite(asdict(board))
+    assert isinstance(values, dict)
+    return values
+
+
+def _gain(teacher: Metric, random: Metric) -> float:
+    """By how much the teacher is better."""
+    gain = teacher.value - random.value
+    return gain if teacher.higher_is_better else -gain
+
+
+def _tie_groups(trials: Sequence[CompletedTrial], *, scales: Sequence[TaskScale]) -> list[list[CompletedTrial]]:
+    """Best first. A group holds whoever cannot be told apart from its *first* member; chains of ties do not grow it."""
+    ordered = sorted(trials, key=lambda trial: (-objective(trial.deepest, scales=scales).value, trial.number))
+    groups: list[list[CompletedTrial]] = []
+    for trial in ordered:
+        if groups and _is_tied(groups[-1][0], trial, scales=scales):
+            groups[-1].append(trial)
+        else:
+            groups.append([trial])
+    return [sorted(members, key=lambda trial: (trial.deepest.kl.value, trial.number)) for members in groups]
+
+
+def _is_tied(better: CompletedTrial, worse: CompletedTrial, *, scales: Sequence[TaskScale]) -> bool:
+    paired = difference(better.deepest, worse.deepest, scales=scales)
+    return paired.value <= TIE_Z * paired.standard_error
+
+
+def _row(trial: CompletedTrial, *, rank: int | None, tie_group: int | None, scales: Sequence[TaskScale], teacher_parameters: int) -> Row:
+    result = trial.deepest
+    score = objective(result, scales=scales) if trial.rung > 0 else None
+    return Row(
+        rank=rank,
+        tie_group=tie_group,
+        number=trial.number,
+        origin=trial.origin,
+        is_control=trial.origin == CONTROL,
+        shape=trial.shape.as_dict(),
+        parameters=trial.parameters,
+        share_of_teacher=trial.parameters / teacher_parameters,
+        rung=trial.rung,
+        tokens=result.tokens,
+        score=score.value if score else None,
+        standard_error=score.standard_error if score else None,
+        kl=result.kl.value,
+        kl_standard_error=result.kl.standard_error,
+        loss=result.loss.value,
+        tasks={scale.name: _cell(result.tasks[scale.name], scale=scale) for scale in scales} if trial.rung > 0 else {},
+        state=trial.state,
+    )
+
+
+def _cell(metric: Metric, *, scale: TaskScale) -> TaskCell:
+    return TaskCell(
+        value=metric.value,
+        standard_error=metric.standard_error,
+        higher_is_better=scale.higher_is_better,
+        share=(metric.value - scale.random) / (scale.teacher - scale.random),
+    )
+
+
+def _pareto(ranked: Sequence[Row]) -> tuple[int, ...]:
+    front: list[int] = []
+    best = -math.inf
+    for row in sorted(ranked, key=lambda row: (row.parameters, -_score(row), row.number)):
+        if _score(row) > best:
+            front.append(row.number)
+            best = _score(row)
+    return tuple(front)
+
+
+def _agreement(trials: Sequence[CompletedTrial], *, scales: Sequence[TaskScale], last: int) -> tuple[Agreement, ...]:
+    # Sorted, so that the float result does not depend on the order in which the trials came.
+    trials = sorted(trials, key=lambda trial: trial.number)
+    found = []
+    for rung in range(last):
+        pairs = [(trial.results[rung].kl.value, trial.results[rung + 1].kl.value) for trial in trials if {rung, rung + 1} <= trial.results.keys()]
+        found.append(_tau(f"KL at rung {rung}", f"KL at rung {rung + 1}", pairs=pairs))
+    # Higher scores are better, lower KLs are: the sign makes 1 mean agreement.
+    pairs = [(trial.results[last].kl.value, -objective(trial.results[last], scales=scales).value) for trial in trials if last in trial.results]
+    return (*found, _tau(f"KL at rung {last}", f"score at rung {last}", pairs=pairs))
+
+
+def _tau(first: str, second: str, *, pairs: Sequence[tuple[float, float]]) -> Agreement:
+    tau = float(kendalltau([left for left, _ in pairs], [right for _, right in pairs]).statistic) if len(pairs) >= 3 else math.nan
+    return Agreement(first=first, second=second, tau=tau if math.isfinite(tau) else None, num_trials=len(pairs))
+
+
+def _summarise_controls(ranked: Sequence[Row]) -> ControlSummary | None:
+    controls = [row for row in ranked if row.is_control]
+    if not controls:
+        return None
+    return ControlSummary(num_trials=len(controls), score=median(_score(row) for row in controls), kl=median(row.kl for row in controls))
+
+
+def _score(row: Row) -> float:
+    assert row.score is not None, "a ranked row has a score"
+    return row.score
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,197 @@
+"""Proposals: which shape to evaluate next. The only importer of optuna.
+
+Optuna is a projection: no study is kept. Each proposal rebuilds one in memory from our own records and seeds its sampler
+by (seed, number), so that the same records give the same proposal, after a restart too. Every proposal is legal and unseen.
+
+It does not decide whose values are comparable: all observations of one call must come from one rung.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from nas.shape import Shape
+from nas.space import FRAME_AXES, Choices, SearchSpace
+from nas.spec import SamplerSpec
+
+Sampler = Literal["gp", "tpe", "random", "enumerate"]
+
+MAX_TRIALS_FOR_GP = 150
+"""Above this "auto" takes TPE: an ask of the GP costs about the cube of the observations."""
+
+MAX_REPEATS = 20
+"""Asks that may end in a seen shape before an unseen one is drawn at random."""
+
+MAX_DRAWS = 1000
+"""Random draws before the unseen shapes are listed; when they all fail, few of the space are left to list."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What a finished trial taught: its choices and its value at one rung."""
+
+    choices: Choices
+    value: float
+    """Finite, to be maximised."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A legal shape that was not evaluated yet, with the choices that resolve to it."""
+
+    choices: Choices
+    shape: Shape
+
+
+def choose_sampler(spec: SamplerSpec, *, space_size: int) -> Sampler:
+    """The sampler that the spec names; "auto" decides by the number of legal shapes and of trials."""
+    if spec.name != "auto":
+        return spec.name
+    if space_size <= spec.max_trials:
+        return "enumerate"
+    return "gp" if spec.max_trials <= MAX_TRIALS_FOR_GP else "tpe"
+
+
+def observe(space: SearchSpace, *, shape: Shape, value: float) -> Observation | None:
+    """The observation of an evaluated shape; None when the space does not hold its depth, width and heads.
+
+    An anchor may lie outside the ranges. Its value would then be told of another shape, the nearest legal one. An MLP
+    width off the grid does no harm: its choice is continuous.
+    """
+    choices = space.choices_of(shape)
+    legal = space.resolve(choices)
+    frame = ("num_hidden_layers", "hidden_size", "num_key_value_heads", "num_attention_heads")
+    if any(getattr(legal, name) != getattr(shape, name) for name in frame):
+        return None
+    return Observation(choices=choices, value=value)
+
+
+def propose(
+    space: SearchSpace,
+    *,
+    sampler: Sampler,
+    observations: Sequence[Observation],
+    pending: Sequence[Choices],
+    seen: Collection[str],
+    number: int,
+    seed: int,
+    num_startup_trials: int,
+) -> Proposal | None:
+    """The next shape to evaluate; None when every legal shape is seen.
+
+    Args:
+        observations: values of one rung, in the order in which they came.
+        pending: choices of the trials without a value yet; the sampler keeps away from them.
+        seen: keys of every shape proposed so far, whatever became of it.
+        number: of the trial to come; with `seed` it decides every random draw.
+        num_startup_trials: with fewer observations the shape is drawn at random, one depth after the other.
+    """
+    seen = frozenset(seen)
+    shape: Shape | None = None
+    if sampler == "enumerate":
+        shape = _next_in_order(space, seen=seen, seed=seed)
+    elif sampler == "random":
+        shape = _draw_unseen(space, seen=seen, number=number, seed=seed, depth=None)
+    elif len(observations) < num_startup_trials:
+        shape = _draw_unseen(space, seen=seen, number=number, seed=seed, depth=_startup_depth(space, number=number, seed=seed))
+    else:
+        shape = _ask_unseen(space, sampler=_optuna_sampler(sampler, seed=_digest(seed, number)), observations=observations, pending=pending, seen=seen)
+        shape = shape or _draw_unseen(space, seen=seen, number=number, seed=seed, depth=None)
+    return Proposal(choices=space.choices_of(shape), shape=shape) if shape else None
+
+
+def _next_in_order(space: SearchSpace, *, seen: frozenset[str], seed: int) -> Shape | None:
+    shapes = list(space.shapes())
+    order = np.random.default_rng(seed).permutation(len(shapes))
+    return next((shapes[index] for index in order if shapes[index].key not in seen), None)
+
+
+def _startup_depth(space: SearchSpace, *, number: int, seed: int) -> int:
+    """The depths in turn, in an order of the seed's: a model of the space needs each of them."""
+    depths = np.random.default_rng(seed).permutation(space.axes["num_hidden_layers"])
+    return int(depths[number % len(depths)])
+
+
+def _draw_unseen(space: SearchSpace, *, seen: frozenset[str], number: int, seed: int, depth: int | None) -> Shape | None:
+    """An unseen legal shape, of the depth asked for if draws find one there."""
+    generator = np.random.default_rng([seed, number])
+    other: Shape | None = None
+    for _ in range(MAX_DRAWS):
+        shape = space.draw(generator)
+        if shape.key in seen:
+            continue
+        if depth is None or shape.num_hidden_layers == depth:
+            return shape
+        other = other or shape
+    if other is not None:
+        return other
+    unseen = [shape for shape in space.shapes() if shape.key not in seen]
+    return unseen[int(generator.integers(len(unseen)))] if unseen else None
+
+
+def _ask_unseen(
+    space: SearchSpace, *, sampler: optuna.samplers.BaseSampler, observations: Sequence[Observation], pending: Sequence[Choices], seen: frozenset[str]
+) -> Shape | None:
+    """The first unseen shape that the sampler asks for; None after MAX_REPEATS seen ones.
+
+    A repeat whose value is known is told it, which flattens the model there; one without stays running, which the
+    samplers keep away from. Rejecting by PRUNED or FAIL instead teaches the GP nothing: it asks for the same again.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    distributions = _distributions(space)
+    values: dict[str, float] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        for observation in observations:
+            shape = space.resolve(observation.choices)
+            values[shape.key] = observation.value
+            params = _params_of(space, space.choices_of(shape))
+            study.add_trial(create_trial(state=TrialState.COMPLETE, value=observation.value, params=params, distributions=distributions))
+        for choices in pending:
+            params = _params_of(space, space.choices_of(space.resolve(choices)))
+            study.add_trial(create_trial(state=TrialState.RUNNING, params=params, distributions=distributions))
+        for _ in range(MAX_REPEATS):
+            trial = study.ask(fixed_distributions=distributions)
+            shape = space.resolve(_choices_of(space, trial.params))
+            if shape.key not in seen:
+                return shape
+            if shape.key in values:
+                study.tell(trial, values[shape.key])
+    return None
+
+
+def _optuna_sampler(name: Literal["gp", "tpe"], *, seed: int) -> optuna.samplers.BaseSampler:
+    # The start-up draws are ours (`_draw_unseen`), so the samplers get none.
+    if name == "gp":
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=1)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=1)
+
+
+def _distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
+    """Each axis as an index into its values: regular, ordered and small even where the teacher's own value is off the grid."""
+    distributions: dict[str, BaseDistribution] = {name: IntDistribution(0, len(space.axes[name]) - 1) for name in FRAME_AXES}
+    return {**distributions, "mlp_fill": FloatDistribution(space.min_mlp_fill, 1.0)}
+
+
+def _params_of(space: SearchSpace, choices: Choices) -> dict[str, Any]:
+    params = {name: space.axes[name].index(getattr(choices, name)) for name in FRAME_AXES}
+    return {**params, "mlp_fill": min(max(choices.mlp_fill, space.min_mlp_fill), 1.0)}
+
+
+def _choices_of(space: SearchSpace, params: Mapping[str, Any]) -> Choices:
+    return Choices(**{name: space.axes[name][params[name]] for name in FRAME_AXES}, mlp_fill=params["mlp_fill"])
+
+
+def _digest(seed: int, number: int) -> int:
+    """A seed for numpy's legacy generator, which takes 32 bits; neighbours in (seed, number) are unrelated."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")

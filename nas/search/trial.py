@@ -1,0 +1,256 @@
+"""One rung of one trial as a plain function: slice or resume, distil, score, save. Knows no store and no Ray.
+
+It reads the folder that prepare.py left and keeps its own state in the trial's folder, so any process may run it, be
+killed, and another may go on: `rung<r>/` holds the training checkpoint of a rung, `student/` the model of the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nas.compress.corpus import Blocks, load_blocks
+from nas.compress.distillation import Diverged, Progress, TrainPlan, TrainState, distil, evaluate_kl, load_trunk
+from nas.compress.manifest import save_tensors
+from nas.compress.slicing import build_student
+from nas.compress.sorting import Sorting, load_sorting
+from nas.compress.teacher import load_model, load_tokenizer, write_checkpoint
+from nas.errors import CorruptFile, NotFound, TaskUnavailable
+from nas.evaluate.scoring import TaskScore, score
+from nas.evaluate.tasks import load_tasks
+from nas.search.results import Metric, RungResult
+from nas.shape import Shape
+from nas.spec import SearchSpec
+from nas.submission import task_metric
+
+BLOCKS, SORTED, SPLITS = "blocks", "sorted", "splits.json"
+"""Names inside a prepared folder."""
+STUDENT, PROBE = "student", "probe"
+"""Names inside a trial's folder: the model of the last rung, and its logits, which a fresh process must reproduce."""
+PROBE_TOKENS = 64
+
+logger = logging.getLogger(__name__)
+
+
+def teacher_dtype(spec: SearchSpec, *, device: str) -> str:
+    """The teacher only infers: bfloat16 on an accelerator that trains in it, float32 elsewhere."""
+    return spec.distillation.dtype if device != "cpu" else "float32"
+
+
+def train_plan(spec: SearchSpec, *, tokens: int) -> TrainPlan:
+    """The plan of a rung: a constant trunk and a decay branch over the last share of its tokens."""
+    settings = spec.distillation
+    return TrainPlan(
+        tokens=tokens,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        warmup_tokens=settings.warmup_tokens,
+        decay_tokens=int(tokens * settings.decay_share),
+        weight_decay=settings.weight_decay,
+        seed=spec.seed,
+        dtype=settings.dtype,
+        micro_batch_size=settings.micro_batch_size,
+    )
+
+
+def run_rung(
+    spec: SearchSpec,
+    *,
+    inputs: Mapping[str, Any],
+    prepared: Path,
+    shape: Shape,
+    rung: int,
+    folder: Path,
+    device: str,
+    report: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+) -> RungResult:
+    """Bring a shape to a rung and measure it there.
+
+    Args:
+        prepared: folder of the prepare step.
+        folder: the trial's own, the same for all its rungs and attempts.
+    Raises:
+        Diverged: the loss or a score is not finite. Stopped: asked to; the state is saved.
+    """
+    shared = load_shared(spec, inputs=inputs, prepared=prepared, device=device)
+    seconds: dict[str, float] = {}
+    clock = _Clock(seconds)
+    student = build_student(shared.sorting, shape, dtype="float32", device=device)
+    clock.lap("slice")
+    tokens = 0
+    if rung > 0:
+        checkpoint = folder / f"rung{rung}"
+        distilled = distil(
+            student,
+            teacher=shared.teacher,
+            blocks_NT=shared.blocks.train_NT,
+            plan=train_plan(spec, tokens=spec.rungs.tokens(rung)),
+            state=_trunk_below(folder, rung=rung),
+            checkpoint=checkpoint,
+            report=report,
+            should_stop=should_stop,
+        )
+        tokens = distilled.tokens
+    clock.lap("distil")
+    result = measure(spec, inputs=inputs, prepared=prepared, model=student, device=device, rung=rung, tokens=tokens, held_out=False, with_tasks=rung > 0)
+    clock.lap("evaluate")
+    if rung == spec.rungs.num_trained:
+        _save_student(student, shared=shared, folder=folder)
+    clock.lap("save")
+    return RungResult(**{**_fields(result), "seconds": seconds})
+
+
+def _trunk_below(folder: Path, *, rung: int) -> TrainState | None:
+    """The trunk that the rung below left. Without it the rung trains from the start: more tokens, the same student."""
+    if rung == 1:
+        return None
+    try:
+        return load_trunk(folder / f"rung{rung - 1}")
+    except (NotFound, CorruptFile) as damaged:
+        logger.warning("trunk of rung %d is lost, training from the start", rung - 1, extra={"action": "trunk_lost", "reason": str(damaged)})
+        return None
+
+
+def clear_below(folder: Path, *, rung: int) -> None:
+    """Drop the checkpoints that no later step of the trial needs, once the rung's result is safe."""
+    for lower in range(1, rung):
+        shutil.rmtree(folder / f"rung{lower}", ignore_errors=True)
+
+
+def measure(
+    spec: SearchSpec,
+    *,
+    inputs: Mapping[str, Any],
+    prepared: Path,
+    model: PreTrainedModel,
+    device: str,
+    rung: int,
+    tokens: int,
+    held_out: bool,
+    with_tasks: bool,
+) -> RungResult:
+    """KL and loss on the validation blocks, and lm-eval on the tasks: on the rungs' documents, or on those that no rung sees."""
+    shared = load_shared(spec, inputs=inputs, prepared=prepared, device=device)
+    batch_size = spec.distillation.micro_batch_size or spec.distillation.batch_size
+    likelihood = evaluate_kl(model, teacher=shared.teacher, blocks_NT=shared.validation(held_out=held_out), batch_size=batch_size)
+    assert likelihood.kl_N is not None
+    kl = Metric.from_documents(tuple(likelihood.kl_N.tolist()), higher_is_better=False)
+    loss = Metric.from_documents(tuple(likelihood.loss_N.tolist()), higher_is_better=False)
+    if not torch.isfinite(torch.tensor([kl.value, loss.value])).all():
+        raise Diverged(step=0, tokens=tokens)
+    tasks: dict[str, Metric] = {}
+    details: dict[str, Any] = {}
+    if with_tasks:
+        documents = {name: split["held_out" if held_out else "search"] for name, split in shared.splits.items()}
+        scores = score(
+            model, tokenizer=shared.tokenizer, tasks=shared.tasks, documents=documents, batch_size=spec.evaluation.batch_size, max_length=shared.max_length
+        )
+        for name, metric in task_metric(spec, inputs=inputs).items():
+            tasks[name] = paired_metric(scores.tasks[name], name=metric)
+        details = {name: {key: asdict(value) for key, value in task.metrics.items()} for name, task in scores.tasks.items()}
+    return RungResult(rung=rung, tokens=tokens, kl=kl, loss=loss, tasks=tasks, parameters=_count(model), seconds={}, details=details)
+
+
+def paired_metric(score: TaskScore, *, name: str) -> Metric:
+    """A task's metric as a mean over documents, so that two trials are compared document by document.
+
+    A ratio of sums is linearised (influence values): their mean is the metric and their standard error the delta method's.
+
+    Raises:
+        TaskUnavailable: the metric is no mean, ratio or perplexity over documents, so it cannot rank by paired differences.
+    """
+    value = score.metric(name)
+    if name not in score.documents:
+        raise TaskUnavailable(f"metric of task {score.name}: expected a mean over documents ({', '.join(score.documents)}), got {name!r}")
+    parts = score.documents[name]
+    total, count = math.fsum(parts.denominators), len(parts.numerators)
+    ratio = math.fsum(parts.numerators) / total
+    scale = math.exp(ratio) if parts.exponential else 1.0
+    pairs = zip(parts.numerators, parts.denominators, strict=True)
+    documents = tuple(parts.value + scale * (numerator - ratio * denominator) * count / total for numerator, denominator in pairs)
+    paired = Metric.from_documents(documents, higher_is_better=value.higher_is_better)
+    return Metric(value=value.value, standard_error=paired.standard_error, higher_is_better=value.higher_is_better, documents=documents)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What all trials of a search read and none changes; loaded once per worker process."""
+
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sorting: Sorting
+    blocks: Blocks
+    tasks: dict[str, Any]
+    splits: dict[str, dict[str, list[int]]]
+    max_length: int
+
+    def validation(self, *, held_out: bool) -> Tensor:
+        """The half of the validation blocks that compares the rungs, or the half that none of them sees."""
+        half = len(self.blocks.validation_NT) // 2
+        return self.blocks.validation_NT[half:] if held_out else self.blocks.validation_NT[:half]
+
+
+def load_shared(spec: SearchSpec, *, inputs: Mapping[str, Any], prepared: Path, device: str) -> Shared:
+    """The shared inputs of a search; kept in memory for the process's next trial."""
+    fewshot = tuple((task.name, task.num_fewshot) for task in spec.tasks)
+    folders = tuple(task["folder"] for task in inputs["tasks"])
+    return _load_shared(str(prepared), inputs["teacher"]["path"], teacher_dtype(spec, device=device), device, folders, fewshot)
+
+
+@lru_cache(maxsize=1)
+def _load_shared(prepared: str, teacher: str, dtype: str, device: str, folders: tuple[str, ...], fewshot: tuple[tuple[str, int], ...]) -> Shared:
+    folder = Path(prepared)
+    model = load_model(Path(teacher), dtype=dtype, device=device)
+    model.requires_grad_(False)
+    return Shared(
+        teacher=model,
+        tokenizer=load_tokenizer(Path(teacher)),
+        sorting=load_sorting(folder / SORTED),
+        blocks=load_blocks(folder / BLOCKS),
+        tasks=load_tasks([Path(name) for name in folders], num_fewshot=dict(fewshot)),
+        splits=json.loads((folder / SPLITS).read_text(encoding="utf-8")),
+        max_length=model.config.max_position_embeddings,
+    )
+
+
+def _save_student(student: PreTrainedModel, *, shared: Shared, folder: Path) -> None:
+    write_checkpoint(student.state_dict(), config=student.config.to_dict(), tokenizer_from=shared.sorting.folder, folder=folder / STUDENT)
+    tokens_BT = shared.blocks.validation_NT[:1, :PROBE_TOKENS].to(torch.int64)
+    with torch.no_grad():
+        logits_BTV = student(tokens_BT.to(student.device)).logits.float().cpu()
+    save_tensors(folder, name=PROBE, tensors={"tokens_BT": tokens_BT, "logits_BTV": logits_BTV}, facts={})
+
+
+def _count(model: PreTrainedModel) -> int:
+    """Parameters of the tensors there are; a tied head is one tensor and counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _fields(result: RungResult) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in RungResult.__slots__}
+
+
+class _Clock:
+    """Wall seconds between laps."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._seconds[name] = now - self._last
+        self._last = now

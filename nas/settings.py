@@ -1,0 +1,150 @@
+"""The deployment's settings: read once from the environment, in a `__main__`, and passed down. Nothing is opened or made here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from nas.errors import InvalidSpec, Problem
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What differs from one installation to the next; what differs from search to search is in the spec."""
+
+    data_folder: Path
+    """NAS_DATA: all files of the service. Default: nas-data in the working folder."""
+    database_url: str
+    """NAS_DATABASE_URL: sqlite:///FILE or postgresql://...; default: nas.db in the data folder."""
+    host: str
+    """NAS_HOST: address the API listens on. Default: 127.0.0.1."""
+    port: int
+    """NAS_PORT: its port. Default: 8400."""
+    executor: Literal["ray", "local"]
+    """NAS_EXECUTOR: who runs the trials; local is one process, for tests. Default: ray."""
+    ray_address: str | None
+    """NAS_RAY_ADDRESS: a running Ray cluster. Default: the controller starts a local one."""
+    num_cpus: int | None
+    """NAS_NUM_CPUS: CPU cores of the local cluster. Default: those of the machine."""
+    num_gpus: int | None
+    """NAS_NUM_GPUS: GPUs of the local cluster. Default: those of the machine."""
+    lease_seconds: float
+    """NAS_LEASE_SECONDS: a controller that has not renewed its leadership for so long may be replaced. Default: 10."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Settings:
+        """Settings from variables; an empty variable counts as absent.
+
+        Raises:
+            InvalidSpec: one problem for each variable that cannot be used.
+        """
+        reader = _Reader(environment)
+        data_folder = reader.read("NAS_DATA", _folder, default=Path("nas-data").absolute())
+        settings = cls(
+            data_folder=data_folder,
+            database_url=reader.read("NAS_DATABASE_URL", _database_url, default=f"sqlite:///{data_folder / 'nas.db'}"),
+            host=reader.read("NAS_HOST", _host, default="127.0.0.1"),
+            port=reader.read("NAS_PORT", _integer(at_least=1, at_most=65535), default=8400),
+            executor=reader.read("NAS_EXECUTOR", _executor, default="ray"),
+            ray_address=reader.read("NAS_RAY_ADDRESS", str, default=None),
+            num_cpus=reader.read("NAS_NUM_CPUS", _integer(at_least=1, at_most=4096), default=None),
+            num_gpus=reader.read("NAS_NUM_GPUS", _integer(at_least=0, at_most=4096), default=None),
+            lease_seconds=reader.read("NAS_LEASE_SECONDS", _lease_seconds, default=10.0),
+        )
+        if reader.problems:
+            raise InvalidSpec(*reader.problems)
+        return settings
+
+    @property
+    def prepared_folder(self) -> Path:
+        """What is computed once per teacher, corpus and recipe, shared by searches."""
+        return self.data_folder / "prepared"
+
+    @property
+    def searches_folder(self) -> Path:
+        """One folder per search: checkpoints of its trials, its winner's bundle."""
+        return self.data_folder / "searches"
+
+    @property
+    def registry_folder(self) -> Path:
+        """Tasks copied in, teachers and corpora fetched."""
+        return self.data_folder / "registry"
+
+
+class _Expected(Exception):
+    """What a variable should have held; the reader adds its name and what it held."""
+
+
+class _Reader:
+    """Reads variables and gathers their problems, so that all are reported at once."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = environment
+        self.problems: list[Problem] = []
+
+    def read(self, name: str, parse: Callable[[str], T], *, default: T) -> T:
+        text = self.environment.get(name, "").strip()
+        if not text:
+            return default
+        try:
+            return parse(text)
+        except _Expected as error:
+            # A database URL may hold a password: what came is then named by its scheme alone.
+            got = text.split(":", 1)[0] + ":..." if name.endswith("_URL") else repr(text)
+            self.problems.append(Problem(field=name, expected=str(error), got=got))
+            return default
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise _Expected("a folder")
+    return path
+
+
+def _database_url(text: str) -> str:
+    if text.startswith("sqlite:///") and len(text) > len("sqlite:///") and ":memory:" not in text:
+        return text
+    if text.startswith(("postgresql://", "postgresql+psycopg://")):
+        return text
+    raise _Expected("sqlite:///FILE or postgresql://USER@HOST/NAME")
+
+
+def _host(text: str) -> str:
+    if "/" in text or any(character.isspace() for character in text):
+        raise _Expected("a host name or an address to listen on")
+    return text
+
+
+def _executor(text: str) -> Literal["ray", "local"]:
+    match text:
+        case "ray":
+            return "ray"
+        case "local":
+            return "local"
+    raise _Expected("ray or local")
+
+
+def _integer(*, at_least: int, at_most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        # isascii: int() also takes other digits, signs and underscores.
+        if not (text.isascii() and text.isdigit() and at_least <= int(text) <= at_most):
+            raise _Expected(f"an integer from {at_least} to {at_most}")
+        return int(text)
+
+    return parse
+
+
+def _lease_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = float("nan")
+    # Below a second a busy machine loses its leadership by being slow.
+    if not 1.0 <= seconds <= 3600.0:
+        raise _Expected("seconds from 1 to 3600")
+    return seconds

@@ -1,0 +1,184 @@
+"""Connections and transactions: engine, SQLite's settings, the fence check, migrations. It knows no table but leadership.
+
+SQLite: WAL, so that readers never wait; BEGIN IMMEDIATE for writes, so that a transaction cannot fail half-way for want of
+the lock; synchronous=FULL, so that an acknowledged write survives a power cut and not only a killed process.
+PostgreSQL: READ COMMITTED; whoever changes a search locks its row first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Insert, Table, create_engine, event, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DontWrapMixin
+
+from nas.errors import Conflict, Fenced, InvalidSpec, Problem
+from nas.store.tables import leadership
+
+CONTROLLER = "controller"
+"""Name of the one row of `leadership`."""
+
+VERSION_TABLE = "nas_alembic_version"
+"""Own name: Optuna keeps its `alembic_version` in whatever database it is given."""
+
+_BUSY_SECONDS = 60.0
+_MIGRATION_LOCK = 0x6E6173
+"""Key of PostgreSQL's advisory lock under which one process at a time migrates."""
+
+
+class NotJson(DontWrapMixin, ValueError):
+    """A value that JSON cannot hold: not a number, infinite, or not a plain value."""
+
+
+class Database:
+    """An engine and its two kinds of transaction. Opening it touches nothing."""
+
+    def __init__(self, url: str) -> None:
+        self.url = _parse_url(url)
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self._engine = _make_engine(self.url)
+        # Shares the pool; tells the begin hook what to begin with.
+        self._write_engine = self._engine.execution_options(nas_begin="BEGIN IMMEDIATE")
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that reads."""
+        with self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self, *, fence: int | None) -> Iterator[Connection]:
+        """A transaction that writes, refused when `fence` is not the token of the present leader.
+
+        The leadership row stays share-locked until the commit: nobody can take over between the check and the write.
+
+        Raises:
+            Fenced: another controller has claimed the leadership, or this one has released it.
+        """
+        with self._write_engine.begin() as connection:
+            if fence is not None:
+                current = connection.execute(select(leadership.c.token).where(leadership.c.name == CONTROLLER).with_for_update(read=True)).scalar_one()
+                if current != fence:
+                    raise Fenced(f"leadership token: expected {current}, got {fence}; another controller leads")
+            yield connection
+
+    def insert_if_new(self, table: Table) -> Insert:
+        """An INSERT that does nothing where a unique key is taken; its rowcount tells."""
+        if self.is_sqlite:
+            return sqlite.insert(table).on_conflict_do_nothing()
+        return postgresql.insert(table).on_conflict_do_nothing()
+
+    def migrate(self) -> None:
+        """Bring the schema up to date. Safe when several processes do it at once; the others wait.
+
+        Raises:
+            Conflict: the database was written by a newer version.
+        """
+        # alembic costs a fifth of a second, and only the process that migrates needs it.
+        from alembic import command
+        from alembic.config import Config
+        from alembic.util import CommandError
+
+        if self.is_sqlite:
+            assert self.url.database is not None
+            Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+            self._switch_to_wal()
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+        with self._write_engine.begin() as connection:
+            if not self.is_sqlite:
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
+            config.attributes["connection"] = connection
+            try:
+                command.upgrade(config, "head")
+            except CommandError as error:
+                raise Conflict(f"database schema: expected one that this version of nas knows, got another ({error}); use the newer nas") from error
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def _switch_to_wal(self) -> None:
+        """WAL is a property of the file, set once. SQLite's busy timeout does not cover the switch, hence the loop."""
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            connection = self._engine.raw_connection()
+            try:
+                connection.cursor().execute("PRAGMA journal_mode=WAL")
+                return
+            except self._engine.dialect.loaded_dbapi.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            finally:
+                connection.close()
+            time.sleep(0.02)
+
+
+def _parse_url(text: str) -> URL:
+    """The URL with its driver. Messages never repeat the URL: it may hold a password."""
+    expected = "sqlite:///FILE or postgresql://USER@HOST/NAME"
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        raise InvalidSpec(Problem(field="database_url", expected=expected, got="something that is no URL")) from None
+    backend = url.get_backend_name()
+    if backend == "postgresql":
+        return url.set(drivername="postgresql+psycopg")
+    # A database in memory is another one for each connection.
+    if backend == "sqlite" and url.database and ":memory:" not in url.database:
+        return url
+    raise InvalidSpec(Problem(field="database_url", expected=expected, got=f"{backend}: without a file" if backend == "sqlite" else f"{backend}:..."))
+
+
+def _make_engine(url: URL) -> Engine:
+    # Room for every thread of the API's pool; a session holds its connection for milliseconds.
+    make = partial(create_engine, url, pool_size=8, max_overflow=32, json_serializer=_dump_json)
+    if url.get_backend_name() != "sqlite":
+        # pre_ping: a restart of the server costs a reconnect, not an error.
+        return make(pool_pre_ping=True)
+    engine = make(connect_args={"timeout": _BUSY_SECONDS})
+    event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _set_up_sqlite(dbapi_connection: Any, _: Any) -> None:
+    # The driver's own transactions begin late and DEFERRED; `_begin_sqlite` begins them instead.
+    dbapi_connection.isolation_level = None
+    cursor = dbapi_connection.cursor()
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get("nas_begin", "BEGIN"))
+
+
+def _dump_json(value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        where = _find_not_json(value, "")
+        raise NotJson(where or f"expected plain JSON values, got {error}") from error
+
+
+def _find_not_json(value: Any, path: str) -> str | None:
+    """The first number that is not finite, as `path: expected, got`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{path.removeprefix('.') or '(value)'}: expected a finite number, got {value}"
+    if isinstance(value, dict):
+        found = (_find_not_json(item, f"{path}.{key}") for key, item in value.items())
+    elif isinstance(value, list | tuple):
+        found = (_find_not_json(item, f"{path}.{index}") for index, item in enumerate(value))
+    else:
+        return None
+    return next((problem for problem in found if problem), None)

@@ -1,0 +1,211 @@
+"""The store's values: what is kept of teachers, corpora, tasks, searches, trials and their results.
+
+Plain frozen dataclasses without any database; `store.py` makes them out of rows. Times are aware UTC datetimes, nested
+values are plain JSON (finite numbers only). What the JSON of a spec, a plan, a result or a board means is defined where
+it is made (`spec.py`, `submission.py`, `search/results.py`, `search/ranking.py`); the store only keeps it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Literal
+
+Json = dict[str, Any]
+"""A JSON object: string keys, finite numbers."""
+
+Stage = Literal["prepare", "rung", "confirm"]
+
+
+class SearchState(StrEnum):
+    """Where a search stands; it moves down this list, and never out of one of the last three."""
+
+    QUEUED = "queued"
+    PREPARING = "preparing"
+    SEARCHING = "searching"
+    CONFIRMING = "confirming"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in (SearchState.SUCCEEDED, SearchState.FAILED, SearchState.CANCELLED)
+
+
+class TrialState(StrEnum):
+    """Where a trial stands; a trial is running exactly while one of its rung attempts is."""
+
+    WAITING = "waiting"
+    """Proposed, or finished a rung and may go on."""
+    RUNNING = "running"
+    COMPLETED = "completed"
+    """Reached the last rung."""
+    STOPPED = "stopped"
+    """Not promoted."""
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self not in (TrialState.WAITING, TrialState.RUNNING)
+
+
+class AttemptState(StrEnum):
+    """How one try of one step went."""
+
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    """Counts against `limits.max_attempts`."""
+    LOST = "lost"
+    """The service restarted under it: does not count."""
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherRecord:
+    """A registered teacher; its config is kept so that shapes can be checked without torch."""
+
+    name: str
+    digest: str
+    path: str
+    config: Json
+    parameters: int
+    added_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusRecord:
+    """A registered corpus."""
+
+    name: str
+    digest: str
+    files: tuple[str, ...]
+    num_documents: int
+    num_bytes: int
+    added_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRecord:
+    """A registered task; `card` is `TaskCard.as_dict()` of `evaluate/tasks.py`."""
+
+    name: str
+    digest: str
+    folder: str
+    card: Json
+    added_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchRecord:
+    """One search: what was asked for, what submit found out, where it stands, and what came out."""
+
+    id: str
+    label: str
+    state: SearchState
+    spec: Json
+    inputs: Json
+    """Names, digests and paths of teacher, corpora and tasks at submit."""
+    plan: Json
+    """What submit computed: legal shapes, tokens, parameters."""
+    prepared: Json | None
+    board: Json | None
+    winner: Json | None
+    error: Json | None
+    created_at: datetime
+    updated_at: datetime
+    started_at: datetime | None
+    """When it left the queue for work; None for one that was cancelled in the queue."""
+    finished_at: datetime | None
+    version: int
+    """Sequence of the search's last event. Every change but a learning curve's points writes one, so it serves as an ETag."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord:
+    """One proposed shape of a search."""
+
+    search_id: str
+    number: int
+    origin: str
+    """anchor:width_only, anchor:depth_only, anchor:uniform, user, sampler, control."""
+    shape: Json
+    choices: Json | None
+    """The sampler's raw choices; None for a shape that it did not propose."""
+    parameters: int
+    state: TrialState
+    rung: int | None
+    """Deepest finished rung."""
+    failure: Json | None
+    """stage, reason, message, attempts."""
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRecord:
+    """One try of one step."""
+
+    id: str
+    search_id: str
+    stage: Stage
+    trial: int | None
+    rung: int | None
+    state: AttemptState
+    reason: str | None
+    started_at: datetime
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RungRecord:
+    """The result of one trial at one rung: `RungResult.as_dict()`."""
+
+    search_id: str
+    trial: int
+    rung: int
+    sequence: int
+    """1.. within the search, in the order in which rungs finished."""
+    result: Json
+    finished_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointRecord:
+    """One point of a learning curve."""
+
+    search_id: str
+    trial: int
+    rung: int
+    tokens: int
+    loss: float
+    learning_rate: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventRecord:
+    """Something that happened to a search, written in the transaction in which it happened."""
+
+    search_id: str
+    sequence: int
+    """1.. within the search, without gaps, in commit order."""
+    type: str
+    data: Json
+    created_at: datetime
+
+
+def new_id(prefix: str) -> str:
+    """A new identifier that sorts by the time of its making, to the nanosecond: `srch_18a3...`."""
+    return f"{prefix}_{time.time_ns():016x}{secrets.token_hex(6)}"
+
+
+def utc_now() -> datetime:
+    """The host's time, aware."""
+    return datetime.now(UTC)

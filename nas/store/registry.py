@@ -1,0 +1,84 @@
+"""What the operator registered: teachers, corpora, tasks. A name stands for one content for ever, told by its digest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from sqlalchemy import RowMapping, Table, select
+
+from nas.errors import Conflict, NotFound
+from nas.store.database import Database
+from nas.store.records import CorpusRecord, TaskRecord, TeacherRecord
+from nas.store.tables import corpora, tasks, teachers
+
+Record = TypeVar("Record", TeacherRecord, CorpusRecord, TaskRecord)
+
+
+class Registry(Database):
+    """Add, get and list by name.
+
+    `add_*` of a name and digest that are there already is a no-op and returns what is there; with another digest it
+    raises Conflict. `get_*` raises NotFound.
+    """
+
+    def add_teacher(self, record: TeacherRecord) -> TeacherRecord:
+        return self._add(teachers, _teacher, record, noun="teacher")
+
+    def get_teacher(self, name: str) -> TeacherRecord:
+        return self._get(teachers, _teacher, name, noun="teacher")
+
+    def list_teachers(self) -> list[TeacherRecord]:
+        return self._list(teachers, _teacher)
+
+    def add_corpus(self, record: CorpusRecord) -> CorpusRecord:
+        return self._add(corpora, _corpus, record, noun="corpus")
+
+    def get_corpus(self, name: str) -> CorpusRecord:
+        return self._get(corpora, _corpus, name, noun="corpus")
+
+    def list_corpora(self) -> list[CorpusRecord]:
+        return self._list(corpora, _corpus)
+
+    def add_task(self, record: TaskRecord) -> TaskRecord:
+        return self._add(tasks, _task, record, noun="task")
+
+    def get_task(self, name: str) -> TaskRecord:
+        return self._get(tasks, _task, name, noun="task")
+
+    def list_tasks(self) -> list[TaskRecord]:
+        return self._list(tasks, _task)
+
+    def _add(self, table: Table, make: Callable[[RowMapping], Record], record: Record, *, noun: str) -> Record:
+        with self.write(fence=None) as connection:
+            connection.execute(self.insert_if_new(table).values(asdict(record)))
+            there = make(connection.execute(select(table).where(table.c.name == record.name)).mappings().one())
+        if there.digest != record.digest:
+            raise Conflict(f"{noun} {record.name!r}: expected digest {there.digest}, under which it is registered, got {record.digest}; choose another name")
+        return there
+
+    def _get(self, table: Table, make: Callable[[RowMapping], Record], name: str, *, noun: str) -> Record:
+        with self.read() as connection:
+            row = connection.execute(select(table).where(table.c.name == name)).mappings().one_or_none()
+            if row is None:
+                names = connection.execute(select(table.c.name).order_by(table.c.name).limit(20)).scalars().all()
+                raise NotFound(f"{noun}: expected a registered one ({', '.join(names) or 'there is none yet'}), got {name!r}")
+        return make(row)
+
+    def _list(self, table: Table, make: Callable[[RowMapping], Record]) -> list[Record]:
+        with self.read() as connection:
+            return [make(row) for row in connection.execute(select(table).order_by(table.c.name)).mappings()]
+
+
+def _teacher(row: RowMapping) -> TeacherRecord:
+    return TeacherRecord(**row)
+
+
+def _corpus(row: RowMapping) -> CorpusRecord:
+    values: dict[str, Any] = {**row}
+    return CorpusRecord(**values | {"files": tuple(row["files"])})
+
+
+def _task(row: RowMapping) -> TaskRecord:
+    return TaskRecord(**row)

@@ -1,0 +1,202 @@
+"""Searches and their events. Every change of a search writes its event in the same transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, func, insert, select, update
+
+from nas.errors import Conflict, InvalidSpec, NotFound, Problem
+from nas.store.database import Database
+from nas.store.records import EventRecord, Json, SearchRecord, SearchState, TrialState, new_id, utc_now
+from nas.store.tables import events, searches, trials
+
+_WORKING = (SearchState.PREPARING, SearchState.SEARCHING, SearchState.CONFIRMING)
+_COLUMNS = [column for column in searches.c if column.name not in ("idempotency_key", "body_digest")]
+
+
+class Searches(Database):
+    """Create, list, change and cancel searches; append and list events.
+
+    A terminal state is never left. What takes a `fence` raises Fenced when it is stale; what takes an id raises NotFound.
+    """
+
+    def create_search(
+        self, *, spec: Json, inputs: Json, plan: Json, label: str, idempotency_key: str | None = None, body_digest: str | None = None
+    ) -> tuple[SearchRecord, bool]:
+        """A queued search, and whether it is new: the same key and body again give the search that they made the first time.
+
+        Raises:
+            Conflict: the key came with another body before.
+            InvalidSpec: the key is empty or longer than 255 characters.
+        """
+        if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
+            raise InvalidSpec(Problem(field="idempotency_key", expected="1 to 255 characters", got=f"{len(idempotency_key)} characters"))
+        search_id, now = new_id("srch"), utc_now()
+        row = {
+            "id": search_id,
+            "label": label,
+            "state": SearchState.QUEUED,
+            "num_events": 0,
+            "created_at": now,
+            "updated_at": now,
+            "idempotency_key": idempotency_key,
+            "body_digest": body_digest,
+            "spec": spec,
+            "inputs": inputs,
+            "plan": plan,
+        }
+        with self.write(fence=None) as connection:
+            if connection.execute(self.insert_if_new(searches).values(row)).rowcount == 0:
+                return _same_request(connection, idempotency_key, body_digest), False
+            write_event(connection, search_id, "search.created", {"label": label})
+            return _get(connection, search_id), True
+
+    def get_search(self, search_id: str) -> SearchRecord:
+        with self.read() as connection:
+            return _get(connection, search_id)
+
+    def list_searches(self, *, state: SearchState | None = None, after: str | None = None, limit: int = 50) -> list[SearchRecord]:
+        """Newest first. `after` is the id of the last one already seen: pages stay stable while searches arrive."""
+        query = select(*_COLUMNS).order_by(searches.c.id.desc()).limit(limit)
+        if state is not None:
+            query = query.where(searches.c.state == state)
+        if after is not None:
+            query = query.where(searches.c.id < after)
+        with self.read() as connection:
+            return [_search(row) for row in connection.execute(query).mappings()]
+
+    def active_searches(self) -> list[SearchRecord]:
+        """Those that are not in a terminal state, oldest first."""
+        active = [state for state in SearchState if not state.is_terminal]
+        with self.read() as connection:
+            query = select(*_COLUMNS).where(searches.c.state.in_(active)).order_by(searches.c.id)
+            return [_search(row) for row in connection.execute(query).mappings()]
+
+    def search_counts(self, search_id: str) -> dict[TrialState, int]:
+        """Trials by state; every state is a key."""
+        with self.read() as connection:
+            query = select(trials.c.state, func.count()).where(trials.c.search_id == search_id).group_by(trials.c.state)
+            counts = {TrialState(state): count for state, count in connection.execute(query)}
+        return {state: counts.get(state, 0) for state in TrialState}
+
+    def change_search(
+        self,
+        search_id: str,
+        *,
+        to: SearchState,
+        expected: Collection[SearchState],
+        fence: int | None,
+        error: Json | None = None,
+        data: Json | None = None,
+    ) -> SearchRecord:
+        """Move a search on, and write the event `search.<to>` with `data` and the error.
+
+        Raises:
+            Conflict: its state is not among the expected ones, or terminal.
+        """
+        with self.write(fence=fence) as connection:
+            search = lock_search(connection, search_id)
+            if search.state not in expected or search.state.is_terminal:
+                raise Conflict(f"search {search_id}: expected state {' or '.join(sorted(expected))}, got {search.state}")
+            return _move(connection, search, to=to, error=error, data=data)
+
+    def request_cancel(self, search_id: str) -> SearchRecord:
+        """A queued search is cancelled at once, one at work goes to cancelling; one that is cancelling already is left alone.
+
+        Raises:
+            Conflict: it has finished.
+        """
+        with self.write(fence=None) as connection:
+            search = lock_search(connection, search_id)
+            if search.state.is_terminal:
+                raise Conflict(f"search {search_id}: expected one that has not finished, got state {search.state}")
+            if search.state is SearchState.CANCELLING:
+                return search
+            to = SearchState.CANCELLED if search.state is SearchState.QUEUED else SearchState.CANCELLING
+            return _move(connection, search, to=to)
+
+    def save_prepared(self, search_id: str, prepared: Json, *, fence: int | None) -> None:
+        """Keep what the prepare step made; event `search.prepared`."""
+        self._save(search_id, {"prepared": prepared}, event="search.prepared", data={}, fence=fence)
+
+    def save_board(self, search_id: str, board: Json, *, fence: int | None, data: Json | None = None) -> None:
+        """Replace the leaderboard; event `leaderboard.changed` with the (small) data."""
+        self._save(search_id, {"board": board}, event="leaderboard.changed", data=data or {}, fence=fence)
+
+    def save_winner(self, search_id: str, winner: Json, *, fence: int | None) -> None:
+        """Keep the winner; event `search.winner`."""
+        self._save(search_id, {"winner": winner}, event="search.winner", data={}, fence=fence)
+
+    def add_event(self, search_id: str, type: str, data: Json, *, fence: int | None = None) -> EventRecord:
+        """Append an event of one's own."""
+        with self.write(fence=fence) as connection:
+            return write_event(connection, search_id, type, data)
+
+    def list_events(self, search_id: str, *, after: int = 0, limit: int = 100) -> list[EventRecord]:
+        """Events with a sequence above `after`, in order."""
+        query = select(events).where(events.c.search_id == search_id, events.c.sequence > after).order_by(events.c.sequence).limit(limit)
+        with self.read() as connection:
+            return [EventRecord(**row) for row in connection.execute(query).mappings()]
+
+    def _save(self, search_id: str, values: Json, *, event: str, data: Json, fence: int | None) -> None:
+        with self.write(fence=fence) as connection:
+            write_event(connection, search_id, event, data)
+            connection.execute(update(searches).where(searches.c.id == search_id).values(values))
+
+
+def lock_search(connection: Connection, search_id: str) -> SearchRecord:
+    """The search, its row locked until the transaction ends. Foreign keys may still point at it meanwhile."""
+    return _get(connection, search_id, lock=True)
+
+
+def write_event(connection: Connection, search_id: str, type: str, data: Json) -> EventRecord:
+    """Append the next event; locks the search's row until the transaction ends, hence no gaps and commit order."""
+    now = utc_now()
+    step = update(searches).where(searches.c.id == search_id).values(num_events=searches.c.num_events + 1, updated_at=now)
+    sequence = connection.execute(step.returning(searches.c.num_events)).scalar_one_or_none()
+    if sequence is None:
+        raise _not_found(search_id)
+    record = EventRecord(search_id=search_id, sequence=sequence, type=type, data=data, created_at=now)
+    connection.execute(insert(events).values(search_id=search_id, sequence=sequence, type=type, data=data, created_at=now))
+    return record
+
+
+def _move(connection: Connection, search: SearchRecord, *, to: SearchState, error: Json | None = None, data: Json | None = None) -> SearchRecord:
+    now = utc_now()
+    values: dict[str, Any] = {"state": to}
+    if error is not None:
+        values["error"] = error
+    if search.started_at is None and to in _WORKING:
+        values["started_at"] = now
+    if to.is_terminal:
+        values["finished_at"] = now
+    connection.execute(update(searches).where(searches.c.id == search.id).values(values))
+    write_event(connection, search.id, f"search.{to}", {**(data or {}), **({"error": error} if error is not None else {})})
+    return _get(connection, search.id)
+
+
+def _same_request(connection: Connection, idempotency_key: str | None, body_digest: str | None) -> SearchRecord:
+    there = connection.execute(select(searches.c.id, searches.c.body_digest).where(searches.c.idempotency_key == idempotency_key)).one()
+    if there.body_digest != body_digest:
+        raise Conflict(f"idempotency key {idempotency_key!r}: expected the body of search {there.id}, which it made before, got another body")
+    return _get(connection, there.id)
+
+
+def _get(connection: Connection, search_id: str, *, lock: bool = False) -> SearchRecord:
+    query = select(*_COLUMNS).where(searches.c.id == search_id)
+    row = connection.execute(query.with_for_update(key_share=True) if lock else query).mappings().one_or_none()
+    if row is None:
+        raise _not_found(search_id)
+    return _search(row)
+
+
+def _not_found(search_id: str) -> NotFound:
+    return NotFound(f"search: expected the id of one, got {search_id!r}")
+
+
+def _search(row: RowMapping) -> SearchRecord:
+    values: dict[str, Any] = {**row}
+    version = values.pop("num_events")
+    return SearchRecord(**values | {"state": SearchState(row["state"]), "version": version})

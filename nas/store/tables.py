@@ -1,0 +1,229 @@
+"""The tables, once for SQLite and PostgreSQL. `migrations/` builds them; a test holds the two equal.
+
+Rows of a search hang from it by foreign keys. `searches.num_events` is the last event's sequence: taking the next one
+locks the search's row until the transaction ends, which is what keeps events gap-free and in commit order.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware UTC datetimes on both databases; SQLite keeps no zone, so it is kept for it."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        assert value.tzinfo is not None, "a datetime without a zone"
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class PlainText(TypeDecorator[str]):
+    """Text from outside: labels, exception messages. What a database cannot hold, NUL and lone surrogates, becomes U+FFFD."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else _storable(value)
+
+
+class Identifier(TypeDecorator[str]):
+    """Names and ids. They are looked up as they come out of a URL, so any text must be a legal question."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else _storable(value)
+
+
+def _storable(text: str) -> str:
+    return text.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# none_as_null: an absent value is SQL NULL, never the JSON text `null`.
+_JSON = JSON(none_as_null=True)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def _search_id(**options: Any) -> Column[str]:
+    return Column("search_id", Identifier(64), ForeignKey("searches.id"), nullable=False, **options)
+
+
+teachers = Table(
+    "teachers",
+    metadata,
+    Column("name", Identifier(96), primary_key=True),
+    Column("digest", String(128), nullable=False),
+    Column("path", Text, nullable=False),
+    Column("config", _JSON, nullable=False),
+    Column("parameters", BigInteger, nullable=False),
+    Column("added_at", UtcDateTime, nullable=False),
+)
+
+corpora = Table(
+    "corpora",
+    metadata,
+    Column("name", Identifier(96), primary_key=True),
+    Column("digest", String(128), nullable=False),
+    Column("files", _JSON, nullable=False),
+    Column("num_documents", BigInteger, nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("added_at", UtcDateTime, nullable=False),
+)
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("name", Identifier(96), primary_key=True),
+    Column("digest", String(128), nullable=False),
+    Column("folder", Text, nullable=False),
+    Column("card", _JSON, nullable=False),
+    Column("added_at", UtcDateTime, nullable=False),
+)
+
+searches = Table(
+    "searches",
+    metadata,
+    Column("id", Identifier(64), primary_key=True),
+    Column("label", PlainText, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("num_events", BigInteger, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("updated_at", UtcDateTime, nullable=False),
+    Column("started_at", UtcDateTime),
+    Column("finished_at", UtcDateTime),
+    Column("idempotency_key", Identifier(255), unique=True),
+    Column("body_digest", String(128)),
+    # The large columns come last: SQLite then reads and rewrites those before without them.
+    Column("spec", _JSON, nullable=False),
+    Column("inputs", _JSON, nullable=False),
+    Column("plan", _JSON, nullable=False),
+    Column("prepared", _JSON),
+    Column("board", _JSON),
+    Column("winner", _JSON),
+    Column("error", _JSON),
+    Index(None, "state", "id"),
+)
+
+trials = Table(
+    "trials",
+    metadata,
+    _search_id(primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("origin", String(64), nullable=False),
+    Column("shape", _JSON, nullable=False),
+    Column("shape_key", String(255), nullable=False),
+    Column("choices", _JSON),
+    Column("parameters", BigInteger, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("rung", Integer),
+    Column("failure", _JSON),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("updated_at", UtcDateTime, nullable=False),
+    UniqueConstraint("search_id", "shape_key"),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("id", Identifier(64), primary_key=True),
+    _search_id(),
+    Column("stage", String(16), nullable=False),
+    Column("trial", Integer),
+    Column("rung", Integer),
+    Column("state", String(16), nullable=False),
+    Column("reason", PlainText),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("finished_at", UtcDateTime),
+    ForeignKeyConstraint(["search_id", "trial"], ["trials.search_id", "trials.number"]),
+    Index(None, "search_id", "trial"),
+    Index(None, "state"),
+)
+
+rungs = Table(
+    "rungs",
+    metadata,
+    _search_id(primary_key=True),
+    Column("trial", Integer, primary_key=True, autoincrement=False),
+    Column("rung", Integer, primary_key=True, autoincrement=False),
+    Column("sequence", Integer, nullable=False),
+    Column("summary", _JSON, nullable=False),
+    # The per-document values are most of the bytes and only ranking reads them.
+    Column("documents", _JSON, nullable=False),
+    Column("finished_at", UtcDateTime, nullable=False),
+    ForeignKeyConstraint(["search_id", "trial"], ["trials.search_id", "trials.number"]),
+    UniqueConstraint("search_id", "sequence"),
+)
+
+points = Table(
+    "points",
+    metadata,
+    _search_id(primary_key=True),
+    Column("trial", Integer, primary_key=True, autoincrement=False),
+    Column("rung", Integer, primary_key=True, autoincrement=False),
+    Column("tokens", BigInteger, primary_key=True, autoincrement=False),
+    Column("loss", Float(53), nullable=False),
+    Column("learning_rate", Float(53), nullable=False),
+    Column("tokens_per_second", Float(53), nullable=False),
+    ForeignKeyConstraint(["search_id", "trial"], ["trials.search_id", "trials.number"]),
+)
+
+events = Table(
+    "events",
+    metadata,
+    _search_id(primary_key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("type", String(64), nullable=False),
+    Column("data", _JSON, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+
+leadership = Table(
+    "leadership",
+    metadata,
+    # One row, made by the migration.
+    Column("name", String(32), primary_key=True),
+    Column("owner", PlainText),
+    Column("token", BigInteger, nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
+)

@@ -1,0 +1,127 @@
+"""What a submitted spec means here and now: names looked up, space built, work priced. No compute, no torch.
+
+The API calls `check_submission` before it stores anything; the controller rebuilds the same space from the stored inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from nas.cost import count_parameters
+from nas.errors import InvalidSpec, Problem
+from nas.families import Architecture, read_architecture
+from nas.shape import Shape
+from nas.space import SearchSpace
+from nas.spec import SearchSpec
+from nas.store.records import CorpusRecord, TaskRecord, TeacherRecord
+from nas.store.store import Store
+
+_Record = TypeVar("_Record", TeacherRecord, CorpusRecord, TaskRecord)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """A spec that can be run: what it refers to, and what it will cost."""
+
+    inputs: dict[str, Any]
+    """Snapshot of the registered teacher, corpora and tasks (name, digest, place), so that a later change of the registry changes nothing."""
+    plan: dict[str, Any]
+    """Legal shapes, budget, teacher parameters, anchors, tokens per rung and at most in all."""
+
+
+def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
+    """Look up every name and build the search space.
+
+    Raises:
+        InvalidSpec: unknown teacher, corpus, task or metric, a duplicate name, a sequence longer than the teacher's context,
+            a named shape that cannot be evaluated, an impossible range or budget. All problems of names are reported together.
+        BudgetInfeasible: nothing fits the budget; the message says the smallest legal shape.
+    """
+    teacher, corpora, tasks = _look_up(spec, store=store)
+    problems = [*_duplicates("corpus.parts", [part.name for part in spec.corpus.parts]), *_duplicates("tasks", [task.name for task in spec.tasks])]
+    context = teacher.config.get("max_position_embeddings")
+    if isinstance(context, int) and spec.corpus.sequence_length > context:
+        problems.append(Problem(field="corpus.sequence_length", expected=f"at most the teacher's context of {context}", got=str(spec.corpus.sequence_length)))
+    for index, (task, record) in enumerate(zip(spec.tasks, tasks, strict=True)):
+        metrics = [metric["name"] for metric in record.card["metrics"]]
+        if task.metric is not None and task.metric not in metrics:
+            problems.append(Problem(field=f"tasks.{index}.metric", expected=f"one of {task.name}'s metrics: {', '.join(metrics)}", got=task.metric))
+    if problems:
+        raise InvalidSpec(*problems)
+    architecture = read_architecture(teacher.config)
+    space = SearchSpace(architecture, space=spec.space, budget=spec.budget)
+    problems = [
+        Problem(field=f"shapes.{index}.{problem.field}", expected=problem.expected, got=problem.got)
+        for index, shape in enumerate(spec.shapes)
+        for problem in space.explain(shape)
+    ]
+    if problems:
+        raise InvalidSpec(*problems)
+    inputs = {
+        "teacher": {"name": teacher.name, "digest": teacher.digest, "path": teacher.path, "config": teacher.config},
+        "corpora": [{"name": corpus.name, "digest": corpus.digest, "files": list(corpus.files)} for corpus in corpora],
+        "tasks": [{"name": task.name, "digest": task.digest, "folder": task.folder, "card": task.card} for task in tasks],
+    }
+    return Submission(inputs=inputs, plan=_plan(spec, space=space))
+
+
+def build_space(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> SearchSpace:
+    """The search space of a stored search."""
+    return SearchSpace(read_architecture(inputs["teacher"]["config"]), space=spec.space, budget=spec.budget)
+
+
+def task_metric(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> dict[str, str]:
+    """The metric that the objective reads from each task: the spec's, or the task's own first one."""
+    cards = {task["name"]: task["card"] for task in inputs["tasks"]}
+    return {task.name: task.metric or cards[task.name]["metrics"][0]["name"] for task in spec.tasks}
+
+
+def _look_up(spec: SearchSpec, *, store: Store) -> tuple[TeacherRecord, list[CorpusRecord], list[TaskRecord]]:
+    problems: list[Problem] = []
+    teachers, corpora, tasks = store.list_teachers(), store.list_corpora(), store.list_tasks()
+    teacher = _find(teachers, name=spec.teacher, field="teacher", problems=problems)
+    found_corpora = [_find(corpora, name=part.name, field=f"corpus.parts.{index}.name", problems=problems) for index, part in enumerate(spec.corpus.parts)]
+    found_tasks = [_find(tasks, name=task.name, field=f"tasks.{index}.name", problems=problems) for index, task in enumerate(spec.tasks)]
+    if problems:
+        raise InvalidSpec(*problems)
+    assert teacher is not None
+    return teacher, [corpus for corpus in found_corpora if corpus], [task for task in found_tasks if task]
+
+
+def _find(records: list[_Record], *, name: str, field: str, problems: list[Problem]) -> _Record | None:
+    for record in records:
+        if record.name == name:
+            return record
+    known = ", ".join(sorted(record.name for record in records)[:20]) or "none yet"
+    problems.append(Problem(field=field, expected=f"a registered name ({known})", got=name))
+    return None
+
+
+def _duplicates(field: str, names: list[str]) -> list[Problem]:
+    return [Problem(field=f"{field}.{index}.name", expected="each name once", got=f"{name} again") for index, name in enumerate(names) if name in names[:index]]
+
+
+def _plan(spec: SearchSpec, *, space: SearchSpace) -> dict[str, Any]:
+    architecture: Architecture = space.architecture
+    teacher = count_parameters(architecture, architecture.shape)
+    anchors = space.anchors() if spec.controls.anchors else {}
+    rungs = [spec.rungs.tokens(rung) for rung in range(spec.rungs.num_trained + 1)]
+    last = rungs[-1]
+    return {
+        "teacher_parameters": teacher.total,
+        "teacher_non_embedding_parameters": teacher.non_embedding,
+        "teacher_shape": architecture.shape.as_dict(),
+        "max_parameters": space.budget.max_parameters,
+        "min_parameters": space.budget.min_parameters,
+        "counting": space.budget.counting,
+        "legal_shapes": space.count(),
+        "anchors": {name: _described(architecture, shape) for name, shape in anchors.items()},
+        "rung_tokens": rungs,
+        "max_distillation_tokens": last * (min(spec.sampler.max_trials, space.count() + len(anchors) + len(spec.shapes)) + spec.controls.num_random),
+    }
+
+
+def _described(architecture: Architecture, shape: Shape) -> dict[str, Any]:
+    return {"shape": shape.as_dict(), "parameters": count_parameters(architecture, shape).total}

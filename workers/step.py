@@ -1,0 +1,184 @@
+"""One step of a search, run in a worker process: request in, result file out. Both executors run this.
+
+A step's folder is the mailbox between it and the controller, on a folder that all nodes share: `progress.jsonl` is
+written by the step, `stop` by the controller, `result.json` last and atomically. So no worker needs the database, a step
+whose result was written is never lost, and it does not matter which executor, or which controller, started it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+PROGRESS, STOP, RESULT, REQUEST = "progress.jsonl", "stop", "result.json", "request.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one worker is asked to do."""
+
+    key: str
+    """The attempt's id."""
+    stage: str
+    """prepare, rung, confirm or bundle."""
+    folder: str
+    """The attempt's own folder."""
+    request: dict[str, Any]
+    """Arguments of the stage, plain JSON: paths and digests, never weights."""
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a step ended. Expected failures are values."""
+
+    succeeded: bool
+    result: dict[str, Any] | None = None
+    reason: str | None = None
+    """out_of_memory, diverged, stopped, worker_died, timeout, unavailable, corrupt_file, error."""
+    message: str = ""
+    retryable: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
+        return cls(**values)
+
+
+def execute(step: Step) -> Outcome:
+    """Run a step to its end and leave the outcome in its folder. Never raises: what went wrong is the outcome."""
+    folder = Path(step.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        outcome = Outcome(succeeded=True, result=_run(step, folder=folder))
+    except BaseException as error:
+        outcome = _failure(error)
+        if outcome.reason == "error":
+            logger.exception("step failed", extra={"action": "step_failed", "stage": step.stage, "key": step.key})
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+    temporary = folder / f".{RESULT}.{os.getpid()}"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(outcome.as_dict(), file, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / RESULT)
+    return outcome
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """The outcome that a step left, None while there is none."""
+    path = folder / RESULT
+    return Outcome.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def _run(step: Step, *, folder: Path) -> dict[str, Any]:
+    import torch
+
+    from nas.bundle import write_bundle
+    from nas.compress.distillation import Progress
+    from nas.search.confirm import confirm
+    from nas.search.prepare import prepare
+    from nas.search.trial import run_rung
+    from nas.shape import Shape
+    from nas.spec import parse_spec
+
+    torch.set_num_threads(max(1, round(step.cpus)))
+    device = "cuda" if step.gpus > 0 else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"resources.gpus: expected a CUDA device for gpus={step.gpus}, got none on {socket.gethostname()}")
+    if 0 < step.gpus < 1:
+        torch.cuda.set_per_process_memory_fraction(step.gpus)
+    request = step.request
+    spec, inputs, prepared = parse_spec(json.dumps(request["spec"])), request["inputs"], Path(request["prepared"])
+    should_stop = (folder / STOP).exists
+    with (folder / PROGRESS).open("a", encoding="utf-8") as file:
+
+        def report(line: Mapping[str, Any]) -> None:
+            file.write(json.dumps({**line, "at": time.time()}) + "\n")
+            file.flush()
+
+        def report_progress(progress: Progress) -> None:
+            report(asdict(progress))
+
+        report({"host": socket.gethostname(), "pid": os.getpid()})
+        match step.stage:
+            case "prepare":
+                return prepare(spec, inputs=inputs, folder=prepared, device=device, report=report, should_stop=should_stop)
+            case "rung":
+                result = run_rung(
+                    spec,
+                    inputs=inputs,
+                    prepared=prepared,
+                    shape=Shape.from_dict(request["shape"]),
+                    rung=request["rung"],
+                    folder=Path(request["trial_folder"]),
+                    device=device,
+                    report=report_progress,
+                    should_stop=should_stop,
+                )
+                return result.as_dict()
+            case "confirm":
+                shape, trial_folder = Shape.from_dict(request["shape"]), Path(request["trial_folder"])
+                return confirm(spec, inputs=inputs, prepared=prepared, shape=shape, folder=trial_folder, device=device)
+            case "bundle":
+                return write_bundle(request, spec=spec)
+            case unknown:
+                raise ValueError(f"stage: expected prepare, rung, confirm or bundle, got {unknown!r}")
+
+
+def _failure(error: BaseException) -> Outcome:
+    """What an exception means for the search. What is deterministic is not tried again."""
+    from nas.compress.distillation import Diverged, Stopped
+    from nas.errors import CorpusUnavailable, CorruptFile, InvalidSpec, TaskUnavailable, TeacherUnavailable
+    from nas.search.prepare import StoppedEarly
+
+    message = f"{type(error).__name__}: {error}"
+    if isinstance(error, (Stopped, StoppedEarly)):
+        return Outcome(succeeded=False, reason="stopped", message=message)
+    if isinstance(error, (Diverged, FloatingPointError)):
+        return Outcome(succeeded=False, reason="diverged", message=message, retryable=False)
+    if isinstance(error, (TeacherUnavailable, CorpusUnavailable, TaskUnavailable, InvalidSpec)):
+        return Outcome(succeeded=False, reason="unavailable", message=message, retryable=False)
+    if isinstance(error, CorruptFile):
+        return Outcome(succeeded=False, reason="corrupt_file", message=message)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return Outcome(succeeded=False, reason="out_of_memory", message=message)
+    return Outcome(succeeded=False, reason="error", message=message + "\n" + "".join(traceback.format_exception(error)[-4:])[-2000:])
+
+
+def watch_parent(parent: int, *, exit_process: Callable[[int], None] = os._exit) -> None:
+    """End this process when its parent is gone, so that a killed service leaves nothing running."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        exit_process(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch-parent").start()
+
+
+def main(folder: str) -> int:
+    """Entry of the local executor: `python -m workers.step FOLDER`."""
+    watch_parent(int(os.environ["NAS_PARENT_PID"]))
+    step = Step(**json.loads((Path(folder) / REQUEST).read_text(encoding="utf-8")))
+    return 0 if execute(step).succeeded else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
