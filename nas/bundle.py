@@ -75,7 +75,6 @@ def write_bundle(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, A
         "config": json.loads((final / "config.json").read_text(encoding="utf-8")),
         "scores": scores,
         "provenance": provenance,
-        "folder": str(final),
         "bundle": str(tar),
         "bundle_sha256": digest,
         "bundle_bytes": tar.stat().st_size,

@@ -207,12 +207,14 @@ class Controller:
                 self._save_board(adopted)
             case "confirm":
                 assert number is not None
+                result = {**result, "held_out": _without_documents(result["held_out"])}
                 self._store.save_confirmation(attempt.id, search_id=search_id, trial=number, confirmation=result, fence=self._fence)
                 adopted.confirmations[number] = result
                 self._save_board(adopted)
             case "bundle":
                 self._store.finish_attempt(attempt.id, state=AttemptState.SUCCEEDED, reason=None, fence=self._fence)
-                self._store.save_winner(search_id, result, fence=self._fence)
+                winner = {**result, "bundle": str(Path(result["bundle"]).relative_to(self._settings.data_folder))}
+                self._store.save_winner(search_id, winner, fence=self._fence)
                 self._store.change_search(search_id, fence=self._fence, to=SearchState.SUCCEEDED, expected=[SearchState.CONFIRMING])
 
     def _give_up(self, adopted: Adopted, attempt: AttemptRecord, *, reason: str, message: str, tries: int) -> None:
@@ -414,7 +416,7 @@ class Controller:
             return
         board = board_as_dict(adopted.run.board(prepared))
         for row in board["rows"]:
-            row["confirmation"] = _shown(adopted.confirmations.get(row["number"]))
+            row["confirmation"] = adopted.confirmations.get(row["number"])
         board["teacher"] = _baseline(prepared, "teacher")
         board["random"] = _baseline(prepared, "random")
         board["cost"] = self._cost(adopted, prepared)
@@ -453,12 +455,6 @@ def _without_documents(result: dict[str, Any]) -> dict[str, Any]:
         "loss": short(result["loss"]),
         "tasks": {name: short(metric) for name, metric in result["tasks"].items()},
     }
-
-
-def _shown(confirmation: dict[str, Any] | None) -> dict[str, Any] | None:
-    if confirmation is None or "held_out" not in confirmation:
-        return confirmation
-    return {**confirmation, "held_out": _without_documents(confirmation["held_out"])}
 
 
 def _baseline(prepared: dict[str, Any], name: str) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class TrainPlan:
     tokens: int
     """Seen by the student at the end, trunk and decay branch together; rounded up to whole steps."""
     learning_rate: float
-    """Of the trunk."""
+    """Of the trunk. Small models on short runs: 1.5e-3 to 2e-3 at 256 to 512 tokens per step (measured on a 260K-parameter teacher)."""
     batch_size: int
     """Blocks per step."""
     warmup_tokens: int = 0
@@ -204,8 +204,16 @@ def distil(
         Stopped: after saving. Diverged: nothing saved since the last checkpoint. Conflict: the state is of another recipe, or beyond the plan.
         CorruptFile: the checkpoint differs from its manifest.
     """
-    run = _Run(student, teacher=teacher, blocks_NT=blocks_NT, plan=plan, checkpoint=checkpoint, report=report, should_stop=should_stop)
-    run.checkpoint_every_seconds = checkpoint_every_seconds
+    run = _Run(
+        student,
+        teacher=teacher,
+        blocks_NT=blocks_NT,
+        plan=plan,
+        checkpoint=checkpoint,
+        report=report,
+        should_stop=should_stop,
+        checkpoint_every_seconds=checkpoint_every_seconds,
+    )
     return run.go(state)
 
 
@@ -248,8 +256,6 @@ def evaluate_kl(student: nn.Module, *, teacher: nn.Module | None, blocks_NT: Ten
 class _Run:
     """One call of `distil`: the optimizer, where it stands, and what has not been reported yet."""
 
-    checkpoint_every_seconds: float
-
     def __init__(
         self,
         student: nn.Module,
@@ -260,6 +266,7 @@ class _Run:
         checkpoint: Path | None,
         report: Callable[[Progress], None],
         should_stop: Callable[[], bool],
+        checkpoint_every_seconds: float,
     ) -> None:
         if blocks_NT.ndim != 2 or len(blocks_NT) == 0:
             raise ValueError(f"blocks_NT: expected at least one block of tokens, got the shape {tuple(blocks_NT.shape)}")
@@ -267,6 +274,7 @@ class _Run:
         if teacher is not None:
             teacher.eval()
         self.checkpoint, self.report, self.should_stop = checkpoint, report, should_stop
+        self.checkpoint_every_seconds = checkpoint_every_seconds
         self.sequence_length = blocks_NT.shape[1]
         self.order = _DataOrder(blocks_NT, batch_size=plan.batch_size, seed=plan.seed)
         self.weights = dict(student.named_parameters())

@@ -95,7 +95,7 @@ def fetch_teacher(name: str, *, cache: Path) -> Path:
         TeacherUnavailable: no such folder, not an id, or the hub cannot be reached or refuses; the message says what to do.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if not _HUB_ID.fullmatch(name):
         raise TeacherUnavailable(f"teacher: expected an existing folder or a Hugging Face id such as org/model, got {name!r}")

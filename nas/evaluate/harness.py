@@ -36,25 +36,31 @@ def run(lm: Any, *, task: Any, documents: Sequence[int]) -> dict[str, Any]:
     Raises:
         ValueError: no document, or one that the task does not have.
     """
+    name = task_name(task)
     document_ids = sorted(set(documents))
     num_documents = len(task.eval_docs)
     if not document_ids or document_ids[0] < 0 or document_ids[-1] >= num_documents:
         # lm-eval takes an empty list for "all documents".
         got = f"{document_ids[0]}..{document_ids[-1]}" if document_ids else "none"
-        raise ValueError(f"documents of {task.task_name}: expected ids in 0..{num_documents - 1}, at least one, got {got}")
-    with _untouched_random_state(), quiet():
+        raise ValueError(f"documents of {name}: expected ids in 0..{num_documents - 1}, at least one, got {got}")
+    with isolated():
         random.seed(_PYTHON_SEED)
         numpy.random.seed(_NUMPY_SEED)
         torch.manual_seed(_TORCH_SEED)
         task.set_fewshot_seed(_FEWSHOT_SEED)  # the sampler keeps its state between calls
         result: dict[str, Any] = evaluator.evaluate(
             lm,
-            {"tasks": {task.task_name: task}},
-            samples={task.task_name: document_ids},
+            {"tasks": {name: task}},
+            samples={name: document_ids},
             bootstrap_iters=_BOOTSTRAP_ITERATIONS,
             log_samples=True,
         )
     return result
+
+
+def task_name(task: Any) -> str:
+    """A built task's name; its own `task_name` draws from the global random state on every look."""
+    return str(task.config.task)
 
 
 def metric_name(metric: str, *, filter_name: str, task: Any) -> str:
@@ -65,8 +71,8 @@ def metric_name(metric: str, *, filter_name: str, task: Any) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silences lm-eval and datasets: progress bars, prints, lm-eval's warnings. Keeps lm-eval's bootstrap from forking a pool out of a process with a model.
+def isolated() -> Iterator[None]:
+    """Runs lm-eval and datasets silently and without a trace: no bars, prints or lm-eval warnings, random state as before, no forked pool for a bootstrap.
 
     Standard output and error are swapped, since not every bar can be turned off by argument; logging handlers keep the stream they have.
     """
@@ -76,7 +82,7 @@ def quiet() -> Iterator[None]:
     try:
         lm_eval_logger.setLevel(logging.ERROR)
         os.environ["DISABLE_MULTIPROC"] = "1"
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with _untouched_random_state(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         if multiprocessing_disabled is None:

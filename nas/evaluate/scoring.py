@@ -145,6 +145,7 @@ def score(
         max_length: tokens of context, longer prompts lose their start; None: the model's own.
     Raises:
         InvalidSpec: `documents` names a task that is not in `tasks`, or `batch_size` is below 1.
+        TaskUnavailable: a document's target has no tokens, or more than `max_length`.
         FloatingPointError: a log-likelihood is not finite: the model has diverged. lm-eval itself would go on, and its argmax
             over NaN picks the first choice, which is the right one throughout BLiMP.
     """
@@ -153,7 +154,7 @@ def score(
         problems.append(Problem(field="batch_size", expected="an integer of at least 1", got=str(batch_size)))
     if problems:
         raise InvalidSpec(*problems)
-    with _left_as_it_was(model, tokenizer), harness.quiet():
+    with _left_as_it_was(model, tokenizer), harness.isolated():
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         return Scores(tasks={name: _score_task(lm, task=tasks[name], documents=documents[name]) for name in documents})
 
@@ -173,11 +174,16 @@ def _left_as_it_was(model: nn.Module, tokenizer: Any) -> Iterator[None]:
 
 def _score_task(lm: HFLM, *, task: Any, documents: Sequence[int]) -> TaskScore:
     started = time.perf_counter()
-    name = task.task_name
+    name = harness.task_name(task)
     try:
         result = harness.run(lm, task=task, documents=documents)
     except OverflowError as overflow:
         raise FloatingPointError(f"task {name}: the perplexity is too large for a number: the model has diverged") from overflow
+    except AssertionError as refusal:
+        raise TaskUnavailable(
+            f"task {name}: expected targets of 1 to {lm.max_length} tokens behind a context, got another (lm-eval refuses it without a word); "
+            "the target of a loglikelihood task must bring its own leading space, or it melts into the context"
+        ) from refusal
     document_ids = tuple(sorted(set(documents)))
     samples: dict[str, list[dict[str, Any]]] = {}
     for sample in result["samples"][name]:
@@ -238,7 +244,9 @@ def _refuse_non_finite(samples: Sequence[Mapping[str, Any]], *, task: Any) -> No
         return
     broken = sum(not all(math.isfinite(nats) for nats in _log_probabilities(sample, task=task)) for sample in samples)
     if broken:
-        raise FloatingPointError(f"task {task.task_name}: the log-likelihood is not finite on {broken} of {len(samples)} documents: the model has diverged")
+        raise FloatingPointError(
+            f"task {harness.task_name(task)}: the log-likelihood is not finite on {broken} of {len(samples)} documents: the model has diverged"
+        )
 
 
 def _log_probabilities(sample: Mapping[str, Any], *, task: Any) -> list[float]:

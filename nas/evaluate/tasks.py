@@ -185,7 +185,7 @@ def _load_dataset(source: TaskSource, *, dataset_path: Path | None) -> dict[str,
         options["data_files"] = _resolve_paths(options["data_files"], folder=source.folder)
     is_local = path in _FILE_FORMATS or Path(path).is_dir()
     try:
-        with tempfile.TemporaryDirectory() as cache, harness.quiet():
+        with tempfile.TemporaryDirectory() as cache, harness.isolated():
             dataset = datasets.load_dataset(path, config.get("dataset_name"), cache_dir=cache if is_local else None, keep_in_memory=True, **options)
     except _TASK_FAULTS as fault:
         name = f"{path} ({config['dataset_name']})" if config.get("dataset_name") else path
@@ -281,12 +281,13 @@ def _build_task(name: str, *, folder: Path, num_fewshot: int | None) -> Any:
     shots = int(config.get("num_fewshot") or 0) if num_fewshot is None else num_fewshot
     # lm-eval overrides a task's keys by `num_fewshot` and the like only for the members of a group.
     overrides = {"task": name, "num_fewshot": shots, "dataset_kwargs": {}, "custom_dataset": _row_reader(folder, config=config, needs_examples=shots > 0)}
-    with harness.quiet():
+    with harness.isolated():
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         task = manager.load([{"group": "nas", "task": [overrides]}])["tasks"][name]
         if task.config.process_docs is not None:
             # lm-eval processes all documents again on every look at them, five times in one evaluation.
             task.config.process_docs = functools.cache(task.config.process_docs)
+            task.eval_docs  # noqa: B018 (processed here, once and silently)
         if shots and (pool := len(list(task.fewshot_docs()))) <= shots:
             raise InvalidSpec(Problem(field=f"num_fewshot.{name}", expected=f"at most {pool - 1}, one less than the examples there are", got=str(shots)))
     return task
@@ -327,7 +328,7 @@ def split_documents(task: Any, *, documents_per_task: int, seed: int) -> Documen
             search += document_ids
     if not search:
         raise TaskUnavailable(
-            f"task {task.task_name}: expected at least two different documents and documents_per_task of at least 1, "
+            f"task {harness.task_name(task)}: expected at least two different documents and documents_per_task of at least 1, "
             f"got {num_documents} documents and documents_per_task={documents_per_task}"
         )
     return DocumentSplit(search=tuple(sorted(search)), held_out=tuple(sorted(set(range(num_documents)) - set(search))))

@@ -61,20 +61,6 @@ def choose_sampler(spec: SamplerSpec, *, space_size: int) -> Sampler:
     return "gp" if spec.max_trials <= MAX_TRIALS_FOR_GP else "tpe"
 
 
-def observe(space: SearchSpace, *, shape: Shape, value: float) -> Observation | None:
-    """The observation of an evaluated shape; None when the space does not hold its depth, width and heads.
-
-    An anchor may lie outside the ranges. Its value would then be told of another shape, the nearest legal one. An MLP
-    width off the grid does no harm: its choice is continuous.
-    """
-    choices = space.choices_of(shape)
-    legal = space.resolve(choices)
-    frame = ("num_hidden_layers", "hidden_size", "num_key_value_heads", "num_attention_heads")
-    if any(getattr(legal, name) != getattr(shape, name) for name in frame):
-        return None
-    return Observation(choices=choices, value=value)
-
-
 def propose(
     space: SearchSpace,
     *,

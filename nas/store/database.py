@@ -72,7 +72,7 @@ class Database:
             yield connection
 
     def insert_if_new(self, table: Table) -> Insert:
-        """An INSERT that does nothing where a unique key is taken; its rowcount tells."""
+        """An INSERT that does nothing where a unique key is taken; what it returns tells, its rowcount does not."""
         if self.is_sqlite:
             return sqlite.insert(table).on_conflict_do_nothing()
         return postgresql.insert(table).on_conflict_do_nothing()
@@ -132,9 +132,9 @@ def _parse_url(text: str) -> URL:
     backend = url.get_backend_name()
     if backend == "postgresql":
         return url.set(drivername="postgresql+psycopg")
-    # A database in memory is another one for each connection.
+    # A database in memory would be another one for each connection.
     if backend == "sqlite" and url.database and ":memory:" not in url.database:
-        return url
+        return url.set(drivername="sqlite")
     raise InvalidSpec(Problem(field="database_url", expected=expected, got=f"{backend}: without a file" if backend == "sqlite" else f"{backend}:..."))
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 Json = dict[str, Any]
 """A JSON object: string keys, finite numbers."""
 
-Stage = Literal["prepare", "rung", "confirm"]
+Stage = Literal["prepare", "rung", "confirm", "bundle"]
 
 
 class SearchState(StrEnum):
@@ -144,6 +144,8 @@ class TrialRecord:
     """Deepest finished rung."""
     failure: Json | None
     """stage, reason, message, attempts."""
+    confirmation: Json | None
+    """Of a finalist: verified, reason, parameters of the file, held-out result (without documents), latency."""
     created_at: datetime
     updated_at: datetime
 

@@ -48,7 +48,7 @@ class Searches(Database):
             "plan": plan,
         }
         with self.write(fence=None) as connection:
-            if connection.execute(self.insert_if_new(searches).values(row)).rowcount == 0:
+            if connection.execute(self.insert_if_new(searches).values(row).returning(searches.c.id)).first() is None:
                 return _same_request(connection, idempotency_key, body_digest), False
             write_event(connection, search_id, "search.created", {"label": label})
             return _get(connection, search_id), True

@@ -158,6 +158,7 @@ trials = Table(
     Column("state", String(16), nullable=False),
     Column("rung", Integer),
     Column("failure", _JSON),
+    Column("confirmation", _JSON),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
     UniqueConstraint("search_id", "shape_key"),

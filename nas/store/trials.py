@@ -187,6 +187,22 @@ class Trials(Database):
             write_event(connection, search_id, "trial.rung_finished", _rung_data(record, trial_state))
             return record
 
+    def save_confirmation(self, attempt_id: str | None, *, search_id: str, trial: int, confirmation: Json, fence: int | None) -> None:
+        """Keep what the confirm step found of a finalist, and end its attempt with success. Event `trial.confirmed`.
+
+        Args:
+            attempt_id: None when the last attempt has failed already, and the confirmation says so.
+        Raises:
+            Conflict: the attempt is not running.
+        """
+        with self.write(fence=fence) as connection:
+            lock_search(connection, search_id)
+            _get_trial(connection, search_id, trial)
+            if attempt_id is not None:
+                _end_attempt(connection, _lock_running(connection, attempt_id), state=AttemptState.SUCCEEDED, reason=None)
+            _update_trial(connection, search_id, trial, {"confirmation": confirmation})
+            write_event(connection, search_id, "trial.confirmed", {"trial": trial, "verified": confirmation["verified"], "reason": confirmation.get("reason")})
+
     def list_rungs(self, search_id: str, *, trial: int | None = None, with_documents: bool = True) -> list[RungRecord]:
         """Results in the order in which they came. Without documents they lack every `documents` key, and most of their bytes."""
         columns = [column for column in rungs.c if with_documents or column.name != "documents"]

@@ -102,6 +102,7 @@ def _trials() -> None:
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("rung", sa.Integer),
         sa.Column("failure", sa.JSON),
+        sa.Column("confirmation", sa.JSON),
         sa.Column("created_at", _TIME, nullable=False),
         sa.Column("updated_at", _TIME, nullable=False),
         sa.PrimaryKeyConstraint("search_id", "number", name="pk_trials"),

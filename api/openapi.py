@@ -1,0 +1,131 @@
+"""The OpenAPI document beyond what FastAPI derives: the spec's own schema as request body, examples, and problems as error answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from api.problems import MEDIA_TYPE, PROBLEM_TYPES
+from api.schemas import ProblemAnswer
+from nas.spec import SPEC_ADAPTER
+
+_REFERENCE = "#/components/schemas/{model}"
+
+DESCRIPTION = """Choose the compressed shape of a language model: prune a teacher to many shapes under a budget, distil each one briefly,
+score them with lm-eval, and rank them with their standard errors.
+
+Every error is an RFC 9457 problem (`application/problem+json`) that names the field, what was expected and what came.
+Times are RFC 3339 in UTC, numbers are finite, lists are objects with a cursor."""
+
+TAGS = [
+    {"name": "registry", "description": "What the operator has registered: teachers, corpora, lm-eval tasks."},
+    {"name": "searches", "description": "Submit, follow and cancel searches."},
+    {"name": "trials", "description": "The shapes that a search evaluates."},
+    {"name": "results", "description": "The leaderboard and the winner."},
+    {"name": "events", "description": "What happened, as a list or as a stream."},
+    {"name": "service", "description": "Is the service well?"},
+]
+
+SUBMIT_EXAMPLES: dict[str, dict[str, Any]] = {
+    "small": {
+        "summary": "The least that a search needs",
+        "value": {
+            "teacher": "stories260k",
+            "corpus": {"parts": [{"name": "tinystories"}], "sequence_length": 256},
+            "tasks": [{"name": "tinystories_minpairs"}],
+            "budget": {"max_fraction": 0.6},
+        },
+    },
+    "full": {
+        "summary": "A mixture, weighted tasks, ranges, a shape of one's own, and controls",
+        "value": {
+            "label": "8B to 4B, first try",
+            "teacher": "llama-3.1-8b",
+            "corpus": {
+                "parts": [{"name": "web", "weight": 3.0}, {"name": "code", "weight": 1.0}],
+                "sequence_length": 4096,
+                "calibration_tokens": 4194304,
+                "validation_tokens": 1048576,
+            },
+            "tasks": [{"name": "hellaswag", "metric": "acc_norm", "weight": 2.0}, {"name": "arc_easy", "num_fewshot": 5}],
+            "budget": {"max_parameters": 4500000000, "min_use": 0.95},
+            "space": {"num_hidden_layers": {"min": 16, "max": 32}, "hidden_size": {"min": 2048, "multiple": 256}},
+            "shapes": [
+                {
+                    "num_hidden_layers": 32,
+                    "hidden_size": 3072,
+                    "intermediate_size": 9216,
+                    "num_attention_heads": 32,
+                    "num_key_value_heads": 8,
+                    "head_dim": 128,
+                }
+            ],
+            "sampler": {"name": "auto", "max_trials": 48},
+            "controls": {"anchors": True, "num_random": 4},
+            "rungs": {"first_tokens": 50000000, "factor": 4, "num_trained": 3},
+            "distillation": {"learning_rate": 0.0001, "batch_size": 64, "micro_batch_size": 4, "dtype": "bfloat16"},
+            "resources": {"cpus": 8, "gpus": 1, "max_parallel_trials": 8},
+            "seed": 1,
+        },
+    },
+    "minitron": {
+        "summary": "As published (arXiv 2407.14679): every shape within 5 % of the budget, to the same tokens",
+        "value": {
+            "preset": "minitron",
+            "teacher": "llama-3.1-8b",
+            "corpus": {"parts": [{"name": "web"}], "sequence_length": 4096},
+            "tasks": [{"name": "hellaswag"}],
+            "budget": {"max_parameters": 4500000000},
+            "space": {"hidden_size": {"multiple": 1024}, "intermediate_size": {"multiple": 1024}},
+        },
+    },
+}
+
+SUBMIT_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(model="SearchSpec")}, "examples": SUBMIT_EXAMPLES}},
+    }
+}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The error answers of a route, for its `responses`."""
+    answers: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        kinds = [kind for kind in PROBLEM_TYPES.values() if kind.status == status]
+        answers[status] = {
+            "description": " ".join(f"`{kind.code}`: {kind.meaning}" for kind in kinds),
+            "content": {MEDIA_TYPE: {"schema": {"$ref": _REFERENCE.format(model="ProblemAnswer")}}},
+        }
+    return answers
+
+
+def csv_answer() -> dict[int | str, dict[str, Any]]:
+    """The second form in which a route answers."""
+    return {200: {"description": "The board.", "content": {"text/csv": {"schema": {"type": "string"}}}}}
+
+
+def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """The function that FastAPI calls for the document: its own, with the schemas of the spec and of problems added. Built once."""
+
+    def build() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(
+                title=app.title, version=app.version, summary=app.summary, description=app.description, routes=app.routes, tags=app.openapi_tags
+            )
+            schemas = document["components"]["schemas"]
+            for name, schema in (("SearchSpec", SPEC_ADAPTER.json_schema(ref_template=_REFERENCE)), ("ProblemAnswer", ProblemAnswer.model_json_schema())):
+                nested = schema.pop("$defs", {})
+                for key, value in {**nested, name: schema}.items():
+                    schemas.setdefault(key, value)
+            # Derived by FastAPI for its own 422, which no route answers with.
+            schemas.pop("HTTPValidationError", None)
+            schemas.pop("ValidationError", None)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    return build

@@ -1,0 +1,136 @@
+"""The pages: searches, one search, one trial, the API's documentation, the kinds of problems. Rendered here, they work without scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi.responses import FileResponse, HTMLResponse
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
+
+from api.problems import PROBLEM_TYPES
+from api.rendering import TEMPLATES
+from api.routes import SearchDep, StoreDep, TrialNumber
+from api.schemas import AttemptAnswer
+from api.summary import describe_rung, describe_search, describe_trial, leaderboard, summarise_search
+from api.views import board_rows, compare_shapes, curve_figure, group_failures, measure_pace, rung_figure, score_figure, task_columns
+from nas.store.records import utc_now
+
+SEARCHES_PER_PAGE = 50
+EVENTS_SHOWN = 40
+
+router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
+
+
+def install(app: FastAPI) -> None:
+    """Add the pages and what they load: the stylesheet, our scripts, and plotly.js out of its wheel."""
+    app.include_router(router)
+    app.mount("/static", StaticFiles(packages=[("api", "static")]), name="static")
+
+
+def render(name: str, **values: Any) -> HTMLResponse:
+    return HTMLResponse(TEMPLATES.get_template(name).render(**values))
+
+
+@router.get("/")
+def searches_page(store: StoreDep, after: Annotated[str | None, Query(max_length=100, pattern=r"^srch_[0-9a-z]+$")] = None) -> HTMLResponse:
+    found = store.list_searches(after=after, limit=SEARCHES_PER_PAGE + 1)
+    searches = [summarise_search(search, counts=store.search_counts(search.id)) for search in found[:SEARCHES_PER_PAGE]]
+    next_cursor = searches[-1].id if len(found) > SEARCHES_PER_PAGE else None
+    is_active = any(not search.state.is_terminal for search in searches)
+    return render("searches.html", searches=searches, next_cursor=next_cursor, after=after, is_active=is_active, now=utc_now(), teachers=store.list_teachers())
+
+
+@router.get("/searches/{search_id}")
+def search_page(search: SearchDep, store: StoreDep) -> HTMLResponse:
+    trials, rungs = store.list_trials(search.id), store.list_rungs(search.id, with_documents=False)
+    answer = describe_search(search, trials=trials, rungs=rungs)
+    rows = board_rows(search, trials=trials, rungs=rungs)
+    events = store.list_events(search.id, after=max(search.version - EVENTS_SHOWN, 0), limit=EVENTS_SHOWN)
+    return render(
+        "search.html",
+        search=answer,
+        version=search.version,
+        rows=rows,
+        board=leaderboard(search).model_dump(),
+        tasks=task_columns(search),
+        failures=group_failures(trials),
+        events=events[::-1],
+        pace=measure_pace(answer, now=utc_now()),
+        has_winner=search.winner is not None,
+        score_figure=score_figure(search, rows=rows),
+        rung_figure=rung_figure(rows=rows, rungs=rungs, progress=answer),
+    )
+
+
+@router.get("/searches/{search_id}/trials/{number}")
+def trial_page(search: SearchDep, number: TrialNumber, store: StoreDep) -> HTMLResponse:
+    trial = store.get_trial(search.id, number)
+    records = store.list_rungs(search.id, trial=number, with_documents=False)
+    points = store.list_points(search.id, trial=number)
+    row = next((row for row in board_rows(search, trials=[trial], rungs=records) if row.number == number), None)
+    answer = describe_trial(trial)
+    is_active = not trial.state.is_terminal and not search.state.is_terminal
+    return render(
+        "trial.html",
+        search=summarise_search(search, counts=store.search_counts(search.id)),
+        trial=answer,
+        has_winner=search.winner is not None,
+        row=row,
+        is_active=is_active,
+        comparison=compare_shapes(answer.shape, teacher=search.plan.get("teacher_shape", {})),
+        teacher_parameters=search.plan.get("teacher_parameters"),
+        tasks=task_columns(search),
+        rungs=[describe_rung(record) for record in records],
+        attempts=[AttemptAnswer.model_validate(record) for record in store.list_attempts(search.id, trial=number)],
+        curve_figure=curve_figure(points=points, rungs=records, is_active=is_active),
+    )
+
+
+@router.get("/docs")
+def docs_page(request: Request) -> HTMLResponse:
+    """The OpenAPI document as a page: FastAPI's own loads its scripts from a CDN, which an offline machine does not reach."""
+    document = request.app.openapi()
+    operations: dict[str, list[dict[str, Any]]] = {tag["name"]: [] for tag in document["tags"]}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            operations[operation["tags"][0]].append({"method": method.upper(), "path": path, **operation})
+    return render("docs.html", document=document, operations=operations, schemas=document["components"]["schemas"], type_of=type_of)
+
+
+def type_of(schema: Mapping[str, Any]) -> str:
+    """The type of a JSON schema in words: `integer or null`, `array of TaskSpec`."""
+    if "$ref" in schema:
+        return str(schema["$ref"]).rsplit("/", 1)[-1]
+    if "anyOf" in schema:
+        return " or ".join(type_of(choice) for choice in schema["anyOf"])
+    if "const" in schema:
+        return repr(schema["const"])
+    if "enum" in schema:
+        return ", ".join(repr(value) for value in schema["enum"])
+    if schema.get("type") == "array":
+        return f"array of {type_of(schema['items'])}" if schema.get("items") else "array"
+    name = str(schema.get("format", schema.get("type", "any")))
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    return " ".join([name, *(f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)])
+
+
+@router.get("/problems/{code}")
+def problem_page(code: str) -> HTMLResponse:
+    if code not in PROBLEM_TYPES:
+        raise HTTPException(404, "Not Found")
+    return render("problem_type.html", kind=PROBLEM_TYPES[code])
+
+
+@router.get("/static/plotly.min.js")
+def plotly_script() -> FileResponse:
+    # find_spec, since importing the package would cost a second and we only want a file of it.
+    spec = find_spec("plotly")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    path = Path(next(iter(spec.submodule_search_locations))) / "package_data" / "plotly.min.js"
+    return FileResponse(path, media_type="text/javascript", headers={"Cache-Control": "public, max-age=86400"})

@@ -1,0 +1,188 @@
+"""Every error answer of the API in one shape: RFC 9457 `application/problem+json`.
+
+Maps the exceptions of `nas/errors.py`, which know nothing of HTTP, and those of the web framework. A browser that asked for a
+page gets the same problem as a page. It decides nothing about requests; `routes.py` and `app.py` raise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from api.rendering import TEMPLATES
+from nas.errors import BudgetInfeasible, Conflict, CorpusUnavailable, InvalidSpec, NasError, NotFound, Problem, TaskUnavailable, TeacherUnavailable
+
+logger = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemType:
+    """One kind of error; its page is at `/problems/<code>`."""
+
+    code: str
+    status: int
+    title: str
+    meaning: str
+
+
+PROBLEM_TYPES: Mapping[str, ProblemType] = {
+    kind.code: kind
+    for kind in (
+        ProblemType(
+            code="bad-request",
+            status=400,
+            title="The request cannot be understood",
+            meaning="The server could not parse the request, or it was sent to a host name that this service does not answer to.",
+        ),
+        ProblemType(
+            code="cross-site",
+            status=403,
+            title="Another site may not change anything here",
+            meaning="A page of another site tried to send a request that changes something. Use the pages of this service, or the API outside a browser.",
+        ),
+        ProblemType(
+            code="not-found", status=404, title="There is no such thing", meaning="No page, search, trial, teacher, corpus or task has this address or name."
+        ),
+        ProblemType(
+            code="method-not-allowed",
+            status=405,
+            title="The method is not allowed here",
+            meaning="The address exists, but does not answer to this method; the Allow header lists those that it does.",
+        ),
+        ProblemType(
+            code="conflict",
+            status=409,
+            title="Not in this state",
+            meaning="The search exists, but its state does not allow this; or an Idempotency-Key was used before with another body.",
+        ),
+        ProblemType(code="body-too-large", status=413, title="The body is too large", meaning="A request body may have at most 1 MiB."),
+        ProblemType(
+            code="unsupported-media-type", status=415, title="The body is not JSON", meaning="Send the spec with the header Content-Type: application/json."
+        ),
+        ProblemType(
+            code="invalid-request",
+            status=422,
+            title="A parameter is wrong",
+            meaning="A path, query or header parameter is of another type or out of range; `errors` names each one.",
+        ),
+        ProblemType(
+            code="invalid-spec",
+            status=422,
+            title="The search cannot be run",
+            meaning="A field of the spec is unknown, missing or impossible; `errors` names each field, what it expects and what came.",
+        ),
+        ProblemType(
+            code="budget-infeasible",
+            status=422,
+            title="Nothing fits the budget",
+            meaning="No legal shape of this teacher fits the budget; `errors` says how many parameters the smallest legal shape has.",
+        ),
+        ProblemType(
+            code="input-unavailable",
+            status=422,
+            title="A registered input cannot be used",
+            meaning="The teacher, corpus or task is registered, but cannot be used by this search; the detail says why. The operator has to register it anew.",
+        ),
+        ProblemType(
+            code="internal-error",
+            status=500,
+            title="The service failed",
+            meaning="A bug, or the machine is in trouble. The service's log has the details under the time of the request.",
+        ),
+        ProblemType(code="not-ready", status=503, title="The service is not ready", meaning="The store does not answer. Try again in a moment."),
+    )
+}
+
+_CODES_BY_STATUS = {400: "bad-request", 403: "cross-site", 404: "not-found", 405: "method-not-allowed", 409: "conflict", 413: "body-too-large"}
+_CODES_BY_STATUS |= {415: "unsupported-media-type", 422: "invalid-request", 503: "not-ready"}
+
+_CODES_BY_ERROR: tuple[tuple[type[NasError], str], ...] = (
+    (BudgetInfeasible, "budget-infeasible"),
+    (InvalidSpec, "invalid-spec"),
+    (NotFound, "not-found"),
+    (Conflict, "conflict"),
+    (TeacherUnavailable, "input-unavailable"),
+    (CorpusUnavailable, "input-unavailable"),
+    (TaskUnavailable, "input-unavailable"),
+)
+
+
+def problem_response(
+    request: Request, code: str, *, detail: str, errors: Sequence[Problem] = (), headers: Mapping[str, str] | None = None, status: int | None = None
+) -> Response:
+    """One error as problem+json, or as a page for a browser that asked for a page."""
+    kind = PROBLEM_TYPES[code]
+    body: dict[str, Any] = {
+        "type": f"/problems/{code}",
+        "title": kind.title,
+        "status": status or kind.status,
+        "detail": detail,
+        "instance": request.url.path,
+    }
+    if errors:
+        body["errors"] = [{"field": problem.field, "expected": problem.expected, "got": problem.got} for problem in errors]
+    if _wants_page(request):
+        page = TEMPLATES.get_template("problem.html").render(problem=body, kind=kind)
+        return HTMLResponse(page, status_code=body["status"], headers=headers)
+    return JSONResponse(body, status_code=body["status"], headers=headers, media_type=MEDIA_TYPE)
+
+
+def _wants_page(request: Request) -> bool:
+    return not request.url.path.startswith("/v1/") and "text/html" in request.headers.get("accept", "")
+
+
+def install_problem_handlers(app: FastAPI) -> None:
+    """Answer every exception of this app with a problem."""
+    app.add_exception_handler(NasError, _on_nas_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(Exception, _on_bug)
+
+
+def _on_nas_error(request: Request, error: Exception) -> Response:
+    for kind, code in _CODES_BY_ERROR:
+        if isinstance(error, kind):
+            return problem_response(request, code, detail=str(error), errors=error.problems if isinstance(error, InvalidSpec) else ())
+    logger.error("unexpected error of ours on %s %s", request.method, request.url.path, exc_info=error)
+    return _on_bug(request, error)
+
+
+def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _CODES_BY_STATUS.get(error.status_code, "bad-request" if error.status_code < 500 else "internal-error")
+    details = {
+        404: f"nothing is at {request.url.path}",
+        405: f"{request.method} is not allowed at {request.url.path}",
+        413: "the body has more than 1 MiB",
+    }
+    detail = details.get(error.status_code, error.detail) if error.detail in ("Not Found", "Method Not Allowed", "Content Too Large") else error.detail
+    return problem_response(request, code, detail=detail, headers=error.headers, status=error.status_code)
+
+
+def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = [_parameter_problem(dict(detail)) for detail in error.errors()]
+    return problem_response(request, "invalid-request", detail="; ".join(str(problem) for problem in problems), errors=problems)
+
+
+def _parameter_problem(detail: Mapping[str, Any]) -> Problem:
+    """pydantic's error about a parameter (`loc` is its place and its name) as field, expected, got."""
+    field = ".".join(str(part) for part in detail["loc"][1:]) or str(detail["loc"][0])
+    if str(detail["type"]).startswith("missing"):
+        return Problem(field=field, expected="a value", got="nothing")
+    return Problem(field=field, expected=str(detail["msg"]).removeprefix("Input should be "), got=repr(detail.get("input"))[:80])
+
+
+def _on_bug(request: Request, error: Exception) -> Response:
+    """The server's log has the traceback (starlette re-raises to it); the answer says nothing of the inside."""
+    return problem_response(request, "internal-error", detail="an unexpected error; the log of the service says more")

@@ -1,0 +1,344 @@
+"""What the API answers, as pydantic models: the schemas of the OpenAPI document, and the one place where records become JSON.
+
+The request body of a submit is not here: it is `nas.spec.SearchSpec` itself.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nas.shape import Shape
+from nas.store.records import AttemptState, SearchState, TrialState
+
+_Item = TypeVar("_Item", bound=BaseModel)
+
+
+class Answer(BaseModel):
+    """Base of all answers: built from records by attribute, documented by the docstrings of the fields."""
+
+    model_config = ConfigDict(from_attributes=True, use_attribute_docstrings=True)
+
+
+class Page(Answer, Generic[_Item]):
+    """One page of a list."""
+
+    object: Literal["list"] = "list"
+    data: list[_Item]
+    has_more: bool = False
+    next_cursor: str | None = None
+    """Give it as `after` to get the next page; null on the last one."""
+
+
+class TeacherAnswer(Answer):
+    """A registered teacher."""
+
+    object: Literal["teacher"] = "teacher"
+    name: str
+    digest: str
+    """SHA-256 over its files."""
+    parameters: int
+    config: dict[str, Any]
+    """Its Hugging Face `config.json`."""
+    added_at: datetime
+
+
+class CorpusAnswer(Answer):
+    """A registered corpus."""
+
+    object: Literal["corpus"] = "corpus"
+    name: str
+    digest: str
+    num_documents: int
+    num_bytes: int
+    added_at: datetime
+
+
+class TaskAnswer(Answer):
+    """A registered lm-eval task."""
+
+    object: Literal["task"] = "task"
+    name: str
+    digest: str
+    card: dict[str, Any]
+    """Its metrics (the first one is the default), documents and lm-eval version."""
+    added_at: datetime
+
+
+class RungProgress(Answer):
+    """How many trials have been through one rung."""
+
+    rung: int
+    tokens: int
+    """Tokens that a trial has been distilled on when it is scored at this rung; 0 at rung 0."""
+    finished: int
+    running: int
+
+
+class Progress(Answer):
+    """How far a search is."""
+
+    planned: int
+    """Most trials there will be: proposals, anchors and named shapes, random controls."""
+    proposed: int
+    settled: int
+    """Trials that will not go on: completed, stopped early, failed or cancelled."""
+    trials: dict[TrialState, int]
+    """Number of trials by state."""
+
+
+class Best(Answer):
+    """The first row of the board."""
+
+    trial: int
+    score: float
+    standard_error: float
+
+
+class SearchSummary(Answer):
+    """One search, as in the list."""
+
+    object: Literal["search"] = "search"
+    id: str
+    label: str
+    state: SearchState
+    teacher: str
+    max_parameters: int | None
+    """The budget, in parameters."""
+    share_of_teacher: float | None
+    """The budget as a share of the teacher."""
+    progress: Progress
+    best: Best | None
+    """Null until a shape has reached the last rung."""
+    created_at: datetime
+    updated_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class Cost(Answer):
+    """What the trials have cost so far."""
+
+    distillation_tokens: int
+    """Tokens distilled on, over all trials; each trial's deepest rung counts once, since rungs are resumed."""
+    step_seconds: dict[str, float]
+    """Wall seconds of the finished rungs by step."""
+    device_seconds: float
+    """Wall seconds of the finished rungs times the devices of a trial: its GPUs, or its CPU cores where it has none."""
+
+
+class Input(Answer):
+    """One registered thing that the search uses, as it was when the search was submitted."""
+
+    kind: Literal["teacher", "corpus", "task"]
+    name: str
+    digest: str
+
+
+class SearchAnswer(SearchSummary):
+    """One search in full."""
+
+    spec: dict[str, Any]
+    """The submitted spec with presets and defaults filled in; it can be submitted again as it is."""
+    plan: dict[str, Any]
+    """What submit worked out: legal shapes, budget, teacher parameters, anchors, tokens per rung."""
+    inputs: list[Input]
+    rungs: list[RungProgress]
+    cost: Cost
+    error: dict[str, Any] | None
+    """Why the search failed; null unless it did."""
+
+
+class PreviewAnswer(Answer):
+    """What a submit would do; nothing was stored."""
+
+    object: Literal["preview"] = "preview"
+    spec: dict[str, Any]
+    plan: dict[str, Any]
+    inputs: list[Input]
+
+
+class MetricAnswer(Answer):
+    """A mean over documents."""
+
+    value: float
+    standard_error: float
+    higher_is_better: bool
+
+
+class RungAnswer(Answer):
+    """What one rung of one trial measured."""
+
+    rung: int
+    tokens: int
+    kl: MetricAnswer
+    """KL(teacher || student) per token on the held-out blocks, nats."""
+    loss: MetricAnswer
+    """Cross-entropy per token on the held-out blocks, nats."""
+    tasks: dict[str, MetricAnswer]
+    parameters: int
+    """Counted from the tensors."""
+    seconds: dict[str, float]
+    """Wall seconds by step."""
+    finished_at: datetime
+
+
+class AttemptAnswer(Answer):
+    """One try at one step of a trial."""
+
+    id: str
+    stage: str
+    rung: int | None
+    state: AttemptState
+    reason: str | None
+    started_at: datetime
+    finished_at: datetime | None
+
+
+class PointAnswer(Answer):
+    """One point of a learning curve."""
+
+    rung: int
+    tokens: int
+    loss: float
+    """The distillation loss: forward KL to the teacher per token, nats."""
+    learning_rate: float
+    tokens_per_second: float
+
+
+class TrialAnswer(Answer):
+    """One shape that the search evaluates."""
+
+    object: Literal["trial"] = "trial"
+    number: int
+    origin: str
+    """`sampler`, `anchor:<name>`, `user` (named in the spec) or `control` (random, never the winner)."""
+    shape: Shape
+    parameters: int
+    state: TrialState
+    rung: int | None
+    """The deepest rung that it has finished."""
+    failure: dict[str, Any] | None
+    created_at: datetime
+    updated_at: datetime
+
+
+class TrialDetail(TrialAnswer):
+    """One trial with everything that was measured."""
+
+    rungs: list[RungAnswer]
+    attempts: list[AttemptAnswer]
+    points: list[PointAnswer]
+
+
+class LeaderboardRow(Answer):
+    """One shape on the board."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    rank: int | None
+    """Place of the first row of its tie group; null below the last rung."""
+    tie_group: int | None
+    """Rows of one group cannot be told apart from the first of them (1.96 standard errors of the paired difference)."""
+    number: int
+    origin: str
+    shape: Shape
+    parameters: int
+    share_of_teacher: float
+    rung: int
+    tokens: int
+    score: float | None
+    """Weighted mean over tasks of (metric - random) / (teacher - random): 1 is the teacher, 0 is random weights."""
+    standard_error: float | None
+    kl: float | None
+    """Null if it was not finite."""
+    kl_standard_error: float | None
+    loss: float | None
+    tasks: dict[str, dict[str, Any]]
+
+
+class AgreementAnswer(Answer):
+    """How well one order of the trials predicts another, over those that have both."""
+
+    first: str
+    second: str
+    tau: float | None
+    """Kendall's tau-b: 1 for the same order; null with fewer than three trials."""
+    num_trials: int
+
+
+class ControlsAnswer(Answer):
+    """Medians over the random controls that reached the last rung."""
+
+    num_trials: int
+    score: float | None
+    kl: float | None
+
+
+class LeaderboardAnswer(Answer):
+    """The board as it stands: rows of the last rung first, by rank, then those stopped earlier."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    object: Literal["leaderboard"] = "leaderboard"
+    search: str
+    state: SearchState
+    rows: list[LeaderboardRow]
+    winner: int | None = None
+    """Number of the trial that leads; controls never do."""
+    pareto: list[int] = Field(default_factory=list)
+    """Trials that no other one beats in both score and parameters."""
+    agreement: list[AgreementAnswer] = Field(default_factory=list)
+    controls: ControlsAnswer | None = None
+    """Null while no control has reached the last rung."""
+
+
+class EventAnswer(Answer):
+    """One thing that happened in a search."""
+
+    sequence: int
+    """1, 2, ... without a gap; the id of the event in the stream."""
+    type: str
+    data: dict[str, Any]
+    created_at: datetime
+
+
+class WinnerAnswer(Answer):
+    """The winning shape: its config, where it comes from, and what it scored."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    object: Literal["winner"] = "winner"
+    search: str
+    bundle_url: str
+    """Where the bundle (a tar file) is downloaded."""
+    bundle_sha256: str
+
+
+class Health(Answer):
+    """The service answers."""
+
+    status: Literal["ok", "ready"]
+
+
+class FieldError(Answer):
+    """One thing that is wrong with a request."""
+
+    field: str
+    """Dotted path of the field: `budget.max_parameters`."""
+    expected: str
+    got: str
+
+
+class ProblemAnswer(Answer):
+    """RFC 9457 problem: every error has this shape."""
+
+    type: str
+    """Address of the page that explains this kind of problem."""
+    title: str
+    status: int
+    detail: str
+    instance: str
+    errors: list[FieldError] | None = None

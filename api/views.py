@@ -1,0 +1,210 @@
+"""What the pages show of a search and of a trial, worked out from records: table rows, figures, facts. Pure; the templates only lay it out."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from api.rendering import format_count, origin_badge
+from api.schemas import SearchAnswer
+from nas.shape import Shape
+from nas.store.records import PointRecord, RungRecord, SearchRecord, TrialRecord, TrialState
+
+MAX_CURVE_POINTS = 1000
+"""A page draws at most this many points of a learning curve, evenly chosen; the API has them all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the leaderboard table; None is a value that does not exist yet."""
+
+    number: int
+    origin: str
+    state: TrialState
+    shape: Shape
+    parameters: int
+    share_of_teacher: float | None
+    rank: int | None = None
+    tie_group: int | None = None
+    """Only for groups of two rows and more."""
+    is_winner: bool = False
+    is_pareto: bool = False
+    rung: int | None = None
+    tokens: int | None = None
+    score: float | None = None
+    standard_error: float | None = None
+    kl: float | None = None
+    kl_standard_error: float | None = None
+    tasks: Mapping[str, Mapping[str, Any]]
+
+
+def board_rows(search: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Sequence[RungRecord]) -> list[Row]:
+    """The rows of the board in its order, then the trials that it does not have yet. Failed trials are listed elsewhere."""
+    board = search.board or {"rows": [], "winner": None, "pareto": []}
+    by_number = {trial.number: trial for trial in trials}
+    sizes = Counter(row["tie_group"] for row in board["rows"] if row["tie_group"] is not None)
+    rows = [
+        Row(
+            **{name: row[name] for name in ("number", "origin", "parameters", "share_of_teacher", "rank", "rung", "tokens", "score", "standard_error")},
+            **{name: row[name] for name in ("kl", "kl_standard_error", "tasks")},
+            state=by_number[row["number"]].state,
+            shape=Shape.from_dict(row["shape"]),
+            tie_group=row["tie_group"] if sizes[row["tie_group"]] > 1 else None,
+            is_winner=row["number"] == board.get("winner"),
+            is_pareto=row["number"] in board.get("pareto", ()),
+        )
+        for row in board["rows"]
+        if row["number"] in by_number
+    ]
+    listed = {row.number for row in rows}
+    latest = {record.trial: record for record in sorted(rungs, key=lambda record: record.rung)}
+    teacher = search.plan.get("teacher_parameters")
+    for trial in trials:
+        if trial.number not in listed and trial.state is not TrialState.FAILED:
+            rows.append(_unranked(trial, latest=latest.get(trial.number), teacher_parameters=teacher))
+    return rows
+
+
+def _unranked(trial: TrialRecord, *, latest: RungRecord | None, teacher_parameters: int | None) -> Row:
+    kl = latest.result["kl"] if latest else {"value": None, "standard_error": None}
+    return Row(
+        number=trial.number,
+        origin=trial.origin,
+        state=trial.state,
+        shape=Shape.from_dict(trial.shape),
+        parameters=trial.parameters,
+        share_of_teacher=trial.parameters / teacher_parameters if teacher_parameters else None,
+        rung=trial.rung,
+        tokens=latest.result["tokens"] if latest else None,
+        kl=kl["value"],
+        kl_standard_error=kl["standard_error"],
+        tasks=latest.result["tasks"] if latest else {},
+    )
+
+
+def group_failures(trials: Iterable[TrialRecord]) -> list[dict[str, Any]]:
+    """Failed trials by stage and reason, the most frequent first."""
+    groups: dict[tuple[str, str], list[TrialRecord]] = defaultdict(list)
+    for trial in trials:
+        if trial.state is TrialState.FAILED:
+            failure = trial.failure or {}
+            groups[str(failure.get("stage", "unknown")), str(failure.get("reason", "unknown"))].append(trial)
+    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [{"stage": stage, "reason": reason, "trials": members} for (stage, reason), members in ordered]
+
+
+def score_figure(search: SearchRecord, *, rows: Sequence[Row]) -> dict[str, Any]:
+    """Score versus parameters of the last rung, whose scores alone may be compared, with the teacher and the budget."""
+    scored = [row for row in rows if row.score is not None and row.rank is not None]
+    first_group = next((row.tie_group for row in scored if row.rank == 1 and row.tie_group is not None), None)
+    points = [
+        {
+            "number": row.number,
+            "x": row.parameters,
+            "y": row.score,
+            "error": row.standard_error,
+            "kind": _kind(row.origin),
+            "label": f"#{row.number} {row.shape.key}",
+            "tied": first_group is not None and row.tie_group == first_group,
+            "pareto": row.is_pareto,
+            "winner": row.is_winner,
+            "url": f"/searches/{search.id}/trials/{row.number}",
+        }
+        for row in scored
+    ]
+    counting = search.plan.get("counting", "total")
+    return {
+        "kind": "score",
+        "empty": f"No shape has reached the last rung{_yet(search.state.is_terminal)}",
+        "points": points,
+        "teacher": search.plan.get("teacher_parameters"),
+        # The line stands where the axis counts what the budget counts.
+        "budget": search.plan.get("max_parameters") if counting == "total" else None,
+    }
+
+
+def _kind(origin: str) -> str:
+    badge = origin_badge(origin)
+    return badge[0] if badge else "sampler"
+
+
+def rung_figure(*, rows: Sequence[Row], rungs: Sequence[RungRecord], progress: SearchAnswer) -> dict[str, Any]:
+    """Held-out KL of every trial from rung to rung."""
+    lines: dict[int, list[RungRecord]] = defaultdict(list)
+    for record in sorted(rungs, key=lambda record: record.rung):
+        lines[record.trial].append(record)
+    known = {row.number: row for row in rows}
+    return {
+        "kind": "rungs",
+        "empty": f"No rung has finished{_yet(progress.state.is_terminal)}",
+        "rungs": ["none" if rung.rung == 0 else format_count(rung.tokens) for rung in progress.rungs],
+        "lines": [
+            {
+                "number": number,
+                "label": f"#{number} {known[number].shape.key}",
+                "kind": _kind(known[number].origin),
+                "winner": known[number].is_winner,
+                "x": [record.rung for record in records],
+                "y": [record.result["kl"]["value"] for record in records],
+            }
+            for number, records in sorted(lines.items())
+            if number in known
+        ],
+    }
+
+
+def _yet(is_over: bool) -> str:
+    return "" if is_over else " yet"
+
+
+def curve_figure(*, points: Sequence[PointRecord], rungs: Sequence[RungRecord], is_active: bool) -> dict[str, Any]:
+    """The learning curve of one trial: training loss over tokens, the rungs' bounds and what they measured on held-out text."""
+    step = -(-len(points) // MAX_CURVE_POINTS) or 1
+    chosen = [point for index, point in enumerate(points) if index % step == 0 or index == len(points) - 1]
+    return {
+        "kind": "curve",
+        "empty": f"No training step{_yet(not is_active)}",
+        "x": [point.tokens for point in chosen],
+        "y": [point.loss for point in chosen],
+        "rungs": [{"rung": record.rung, "tokens": record.result["tokens"], "kl": record.result["kl"]["value"]} for record in rungs],
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How long a search has run, and how long it may still take."""
+
+    elapsed_seconds: float | None
+    remaining_seconds: float | None
+    """At the pace of the trials settled so far; None when that says nothing."""
+
+
+def measure_pace(search: SearchAnswer, *, now: datetime) -> Pace:
+    if search.started_at is None:
+        return Pace(elapsed_seconds=None, remaining_seconds=None)
+    elapsed = ((search.finished_at or now) - search.started_at).total_seconds()
+    settled, planned = search.progress.settled, search.progress.planned
+    says_something = search.state == "searching" and 3 <= settled < planned
+    return Pace(elapsed_seconds=elapsed, remaining_seconds=elapsed / settled * (planned - settled) if says_something else None)
+
+
+def task_columns(search: SearchRecord) -> list[dict[str, Any]]:
+    """The tasks of the objective, with the metric that it reads of each and which way is better."""
+    metrics = {task["name"]: task["card"]["metrics"] for task in search.inputs["tasks"]}
+    columns = []
+    for task in search.spec["tasks"]:
+        name = task["metric"] or metrics[task["name"]][0]["name"]
+        metric = next(metric for metric in metrics[task["name"]] if metric["name"] == name)
+        columns.append({"name": task["name"], "metric": name, "higher_is_better": metric["higher_is_better"]})
+    return columns
+
+
+def compare_shapes(shape: Shape, *, teacher: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Each number of a shape beside the teacher's."""
+    return [
+        {"name": name, "value": value, "teacher": teacher.get(name), "share": value / teacher[name] if name in teacher else None}
+        for name, value in shape.as_dict().items()
+    ]

@@ -1,0 +1,542 @@
+"""The `nas` command. Heavy imports happen inside the commands, so that `nas --help` is quick.
+
+Exit codes: 0 done · 1 the search failed, or an unexpected error · 2 wrong request or input · 3 not found · 4 not possible in
+this state · 5 the service cannot be reached.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nas.client import TERMINAL_STATES, ApiError, Client
+from nas.errors import Conflict, InvalidSpec, NasError, NotFound, Problem
+from nas.settings import Settings
+
+if TYPE_CHECKING:
+    from nas.store.store import Store
+
+FAILED, WRONG_INPUT, MISSING, CONFLICT, UNREACHABLE = 1, 2, 3, 4, 5
+_CODE_OF_STATUS = {400: WRONG_INPUT, 404: MISSING, 409: CONFLICT, 413: WRONG_INPUT, 422: WRONG_INPUT}
+
+app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+teachers_app = typer.Typer(help="Teachers that searches may name.", no_args_is_help=True)
+corpora_app = typer.Typer(help="Corpora that searches may name.", no_args_is_help=True)
+tasks_app = typer.Typer(help="lm-eval tasks that searches may name.", no_args_is_help=True)
+for name, group in (("teachers", teachers_app), ("corpora", corpora_app), ("tasks", tasks_app)):
+    app.add_typer(group, name=name)
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Url = Annotated[str | None, typer.Option(envvar="NAS_URL", help="The service; default: the address of NAS_HOST and NAS_PORT.")]
+SearchId = Annotated[str, typer.Argument(help="Id of a search: srch_...")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")]
+
+out = Console()
+err = Console(stderr=True)
+
+
+def main() -> None:
+    """Entry point: errors of ours become one message and an exit code."""
+    try:
+        app()
+    except ApiError as error:
+        _exit(error, code=_CODE_OF_STATUS.get(error.status, FAILED) if error.status else UNREACHABLE)
+    except NotFound as error:
+        _exit(error, code=MISSING)
+    except Conflict as error:
+        _exit(error, code=CONFLICT)
+    except NasError as error:
+        _exit(error, code=WRONG_INPUT)
+
+
+def _exit(error: Exception, *, code: int) -> None:
+    err.print(f"nas: {error}", style="red", markup=False, highlight=False)
+    sys.exit(code)
+
+
+# -- the service -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    data: Annotated[Path | None, typer.Option(help="Folder of all files (NAS_DATA).")] = None,
+    host: Annotated[str | None, typer.Option(help="Address (NAS_HOST).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port (NAS_PORT).")] = None,
+    database: Annotated[str | None, typer.Option(help="sqlite:///FILE or postgresql://... (NAS_DATABASE_URL).")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A running Ray cluster; default: a local one (NAS_RAY_ADDRESS).")] = None,
+    num_cpus: Annotated[int | None, typer.Option(help="CPU cores of the local cluster (NAS_NUM_CPUS).")] = None,
+    num_gpus: Annotated[int | None, typer.Option(help="GPUs of the local cluster (NAS_NUM_GPUS).")] = None,
+) -> None:
+    """Run the API, the controller and a local Ray cluster until Ctrl-C."""
+    from nas.serve import serve as run
+
+    options = {
+        "NAS_DATA": data and data.absolute(),
+        "NAS_HOST": host,
+        "NAS_PORT": port,
+        "NAS_DATABASE_URL": database,
+        "NAS_RAY_ADDRESS": ray_address,
+        "NAS_NUM_CPUS": num_cpus,
+        "NAS_NUM_GPUS": num_gpus,
+    }
+    os.environ.update({name: str(value) for name, value in options.items() if value is not None})
+    settings = Settings.from_environment(os.environ)
+    err.print(f"nas: serving http://{settings.host}:{settings.port}, data in {settings.data_folder}", markup=False, highlight=False)
+    sys.exit(run())
+
+
+# -- the registry: works on the store and the data folder, never over HTTP -------------------------------------------------
+
+
+@contextmanager
+def _store() -> Iterator[tuple[Store, Settings]]:
+    from nas.store.store import Store
+
+    settings = Settings.from_environment(os.environ)
+    settings.data_folder.mkdir(parents=True, exist_ok=True)
+    store = Store.open(settings.database_url, migrate=True)
+    try:
+        yield store, settings
+    finally:
+        store.close()
+
+
+@teachers_app.command("add")
+def add_teacher(
+    source: Annotated[str, typer.Argument(help="Folder, or Hugging Face id.")],
+    name: Annotated[str | None, typer.Option(help="Name for searches; default: the last part of SOURCE.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Register a teacher: a causal language model with safetensors, of a family in nas/families.py."""
+    from nas.registration import register_teacher
+
+    with _store() as (store, settings):
+        record = register_teacher(source, name=name, store=store, settings=settings)
+    _print_rows([{"name": record.name, "parameters": record.parameters, "digest": record.digest, "path": record.path}], as_json=as_json)
+
+
+@teachers_app.command("list")
+def list_teachers(as_json: Json = False) -> None:
+    """Registered teachers."""
+    with _store() as (store, _):
+        rows = [{"name": t.name, "model_type": t.config["model_type"], "parameters": t.parameters, "digest": t.digest} for t in store.list_teachers()]
+    _print_rows(rows, as_json=as_json)
+
+
+@corpora_app.command("add")
+def add_corpus(
+    sources: Annotated[list[str], typer.Argument(help="Text, jsonl or parquet files, folders of them, or a Hugging Face dataset id.")],
+    name: Annotated[str | None, typer.Option(help="Name for searches; default: the last part of the first source.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Register a corpus."""
+    from nas.registration import register_corpus
+
+    with _store() as (store, settings):
+        record = register_corpus(sources, name=name, store=store, settings=settings)
+    _print_rows([{"name": record.name, "documents": record.num_documents, "bytes": record.num_bytes, "digest": record.digest}], as_json=as_json)
+
+
+@corpora_app.command("list")
+def list_corpora(as_json: Json = False) -> None:
+    """Registered corpora."""
+    with _store() as (store, _):
+        rows = [{"name": c.name, "documents": c.num_documents, "bytes": c.num_bytes, "digest": c.digest} for c in store.list_corpora()]
+    _print_rows(rows, as_json=as_json)
+
+
+@tasks_app.command("add")
+def add_tasks(
+    source: Annotated[str, typer.Argument(help="Stock lm-eval task or group, or a folder of task YAML (YAML is code: only from people you trust).")],
+    dataset_path: Annotated[Path | None, typer.Option(help="Folder in the layout of the task's Hugging Face dataset, read instead of it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Register tasks; their rows and YAML are copied, later runs need no network."""
+    from nas.registration import register_tasks
+
+    with _store() as (store, settings):
+        records = register_tasks(source, dataset_path=dataset_path, store=store, settings=settings)
+    _print_rows([_task_row(record.name, record.card, record.digest) for record in records], as_json=as_json)
+
+
+@tasks_app.command("list")
+def list_tasks(as_json: Json = False) -> None:
+    """Registered tasks and their metrics."""
+    with _store() as (store, _):
+        rows = [_task_row(record.name, record.card, record.digest) for record in store.list_tasks()]
+    _print_rows(rows, as_json=as_json)
+
+
+def _task_row(task: str, card: Mapping[str, Any], digest: str) -> dict[str, Any]:
+    return {"name": task, "type": card["output_type"], "metrics": [m["name"] for m in card["metrics"]], "documents": card["num_documents"], "digest": digest}
+
+
+# -- searches: over REST ---------------------------------------------------------------------------------------------------
+
+
+def _client(url: str | None) -> Client:
+    settings = Settings.from_environment(os.environ)
+    return Client(url or f"http://{settings.host}:{settings.port}")
+
+
+@app.command()
+def submit(
+    spec: Annotated[Path, typer.Argument(help="Spec file (JSON); - for standard input.")],
+    preview: Annotated[bool, typer.Option("--preview", help="Check and price it, store nothing.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow it to its end.")] = False,
+    idempotency_key: Annotated[str | None, typer.Option(help="The same key and spec again give the same search.")] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Submit a search."""
+    try:
+        body = sys.stdin.buffer.read() if str(spec) == "-" else spec.read_bytes()
+    except OSError as error:
+        raise InvalidSpec(Problem(field="spec", expected="a readable file", got=str(error))) from error
+    with _client(url) as client:
+        if preview:
+            _print_facts(client.preview(body)["plan"], as_json=as_json)
+            return
+        search = client.submit(body, idempotency_key=idempotency_key)
+        if as_json:
+            _print_json(search)
+        else:
+            out.print(search["id"])
+            err.print(f"nas: {search['plan']['legal_shapes']} legal shapes; follow with: nas watch {search['id']}", highlight=False)
+        if wait:
+            _follow(client, search["id"], as_json=as_json)
+
+
+@app.command("list")
+def list_searches(state: Annotated[str | None, typer.Option(help="Only searches in this state.")] = None, url: Url = None, as_json: Json = False) -> None:
+    """Searches, newest first."""
+    with _client(url) as client:
+        searches = client.searches(state=state)
+    if as_json:
+        _print_json(searches)
+        return
+    rows = [{"id": s["id"], "label": s["label"], "state": s["state"], "teacher": s["teacher"], "created": s["created_at"]} for s in searches]
+    _print_rows(rows, as_json=False)
+
+
+@app.command()
+def watch(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
+    """Follow a search until it ends; exit code 1 if it did not succeed."""
+    with _client(url) as client:
+        _follow(client, search_id, as_json=as_json)
+
+
+@app.command()
+def leaderboard(
+    search_id: SearchId,
+    csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """The leaderboard of a search. Rows that share a rank cannot be told apart."""
+    with _client(url) as client:
+        if csv:
+            sys.stdout.write(client.leaderboard_csv(search_id))
+            return
+        board = client.leaderboard(search_id)
+    if as_json:
+        _print_json(board)
+    else:
+        out.print(leaderboard_table(board))
+
+
+@app.command()
+def winner(
+    search_id: SearchId,
+    bundle: Annotated[Path | None, typer.Option(help="Save the bundle (a tar file) here.")] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """The winning shape, and its bundle."""
+    with _client(url) as client:
+        document = client.winner(search_id)
+        if bundle is not None:
+            client.download_bundle(search_id, target=bundle)
+            err.print(f"nas: saved {bundle}", markup=False, highlight=False)
+    if as_json:
+        _print_json(document)
+    else:
+        shown = {"trial": document["trial"], **document["shape"], "parameters": document["parameters"], "share_of_teacher": document["share_of_teacher"]}
+        _print_facts({**shown, "bundle_sha256": document["bundle_sha256"]}, as_json=False)
+
+
+@app.command()
+def cancel(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
+    """Cancel a search; what it has measured stays."""
+    with _client(url) as client:
+        search = client.cancel(search_id)
+    _print_facts({"id": search["id"], "state": search["state"]}, as_json=as_json)
+
+
+def _follow(client: Client, search_id: str, *, as_json: bool) -> None:
+    for event in client.follow(search_id):
+        if as_json:
+            sys.stdout.write(json.dumps(event) + "\n")
+            sys.stdout.flush()
+        elif line := event_line(event):
+            out.print(line, markup=False, highlight=False)
+    state = client.search(search_id)["state"]
+    if state in TERMINAL_STATES and state != "succeeded":
+        raise typer.Exit(FAILED)
+
+
+def event_line(event: Mapping[str, Any]) -> str | None:
+    """One event for a person; None for those that say little."""
+    data, kind = event["data"], event["type"]
+    at = event["created_at"][11:19]
+    match kind:
+        case "trial.proposed":
+            return f"{at}  trial {data['trial']} proposed ({data['origin']}), {data['parameters']:,} parameters"
+        case "trial.rung_finished":
+            return f"{at}  trial {data['trial']} rung {data['rung']}: {data['tokens']:,} tokens, held-out KL {data['kl']:.4f}"
+        case "trial.failed":
+            return f"{at}  trial {data['trial']} failed: {data['failure']['reason']}"
+        case "trial.confirmed":
+            return f"{at}  trial {data['trial']} {'confirmed' if data['verified'] else 'NOT verified: ' + str(data['reason'])}"
+        case "prepare.step":
+            return f"{at}  prepare: {data['step']}"
+        case "attempt.failed" | "attempt.lost":
+            return f"{at}  attempt of {data['stage']} {kind.split('.')[1]}: {(data.get('reason') or '')[:200]}"
+        case _ if kind.startswith("search."):
+            error = data.get("error") or {}
+            return f"{at}  search {kind.split('.')[1]}" + (f": {error.get('reason')}: {error.get('message')}" if error else "")
+        case _:
+            return None
+
+
+def leaderboard_table(board: Mapping[str, Any]) -> Table:
+    """The board for a terminal."""
+    rows = board["rows"]
+    tasks = sorted({task for row in rows for task in row["tasks"]})
+    table = Table(
+        "rank", "trial", "origin", "L", "D", "F", "H", "KV", "parameters", "%", "tokens", "score", "KL", *tasks, "state", box=None, header_style="bold"
+    )
+    for row in rows:
+        shape = row["shape"]
+        cells = [_plus_minus(row["tasks"].get(task, {}).get("value"), row["tasks"].get(task, {}).get("standard_error")) for task in tasks]
+        sizes = [str(shape[n]) for n in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")]
+        rank = "" if row["rank"] is None else str(row["rank"])
+        score = _plus_minus(row["score"], row["standard_error"])
+        share = f"{100 * row['share_of_teacher']:.1f}"
+        table.add_row(
+            rank,
+            str(row["number"]),
+            row["origin"],
+            *sizes,
+            f"{row['parameters']:,}",
+            share,
+            f"{row['tokens']:,}",
+            score,
+            f"{row['kl']:.4f}",
+            *cells,
+            row["state"],
+        )
+    return table
+
+
+def _plus_minus(value: float | None, error: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f} ± {error:.3f}" if error is not None else f"{value:.3f}"
+
+
+# -- without a service -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def prune(
+    teacher: Annotated[str, typer.Option(help="Folder, or Hugging Face id.")],
+    shape: Annotated[str, typer.Option(help="Shape as JSON, or a file with it (shape.json of a bundle).")],
+    corpus: Annotated[list[str], typer.Option(help="Text on which importance is measured.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder of the student; plain transformers loads it.")],
+    sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per calibration block.")] = 512,
+    calibration_tokens: Annotated[int, typer.Option(min=256)] = 131_072,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Cut one shape out of a teacher."""
+    from nas.full_run import prune_teacher
+    from nas.shape import Shape
+
+    _prepare_torch(threads)
+    summary = prune_teacher(
+        teacher=_fetched_teacher(teacher),
+        shape=Shape.from_dict(_read_shape(shape)),
+        corpus=_fetched_corpus(corpus),
+        out=out_folder,
+        device=device,
+        sequence_length=sequence_length,
+        calibration_tokens=calibration_tokens,
+    )
+    _print_facts({**summary, "folder": str(out_folder)}, as_json=as_json)
+
+
+@app.command()
+def distill(
+    recipe: Annotated[Path, typer.Argument(help="recipe.json of a bundle, or the bundle's folder.")],
+    teacher: Annotated[str, typer.Option(help="Folder, or Hugging Face id.")],
+    corpus: Annotated[list[str], typer.Option(help="Text to distil on.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder of the result; plain transformers loads it.")],
+    student: Annotated[Path | None, typer.Option(help="Checkpoint to start from; default: the bundle's.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences per step, instead of the recipe's.")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """The full distillation of a student. Run again after a kill, it goes on from its last checkpoint."""
+    from nas.full_run import Recipe, distil_fully
+
+    _prepare_torch(threads)
+    path = recipe / "recipe.json" if recipe.is_dir() else recipe
+    if not path.is_file():
+        raise InvalidSpec(Problem(field="recipe", expected="a recipe.json or a bundle's folder", got=str(recipe)))
+    plan = Recipe.read(path, tokens=tokens, learning_rate=learning_rate, batch_size=batch_size)
+    started = time.monotonic()
+
+    def report(progress: Any) -> None:
+        left = (plan.tokens - progress.tokens) / progress.tokens_per_second if progress.tokens_per_second else 0.0
+        err.print(
+            f"{progress.tokens:>12,} / {plan.tokens:,} tokens  loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s  {left:,.0f} s left",
+            highlight=False,
+        )
+
+    summary = distil_fully(
+        plan, student=student or path.parent, teacher=_fetched_teacher(teacher), corpus=_fetched_corpus(corpus), out=out_folder, device=device, report=report
+    )
+    _print_facts({**summary, "wall_seconds": time.monotonic() - started, "folder": str(out_folder)}, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a model.")],
+    task: Annotated[list[str], typer.Option(help="Registered task (repeat for more), or a folder of task YAML.")],
+    num_fewshot: Annotated[int, typer.Option(min=0)] = 0,
+    limit: Annotated[int | None, typer.Option(min=2, help="Documents per task; default: all.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Score a checkpoint with lm-eval."""
+    import tempfile
+
+    from nas.compress.teacher import load_model, load_tokenizer
+    from nas.evaluate.scoring import score
+    from nas.evaluate.tasks import add_task, load_tasks
+
+    _prepare_torch(threads)
+    folders: list[Path] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for entry in task:
+            if Path(entry).is_dir():
+                folders += [card.folder for card in add_task(entry, destination=Path(temporary))]
+            else:
+                with _store() as (store, _):
+                    folders.append(Path(store.get_task(entry).folder))
+        tasks = load_tasks(folders, num_fewshot={})
+        if num_fewshot:
+            tasks = load_tasks(folders, num_fewshot=dict.fromkeys(tasks, num_fewshot))
+        documents = {name: range(len(loaded.eval_docs))[:limit] for name, loaded in tasks.items()}
+        model = load_model(checkpoint, dtype="float32", device=device)
+        scores = score(model, tokenizer=load_tokenizer(checkpoint), tasks=tasks, documents=documents, batch_size=batch_size, max_length=None)
+    rows = [
+        {"task": name, "metric": metric, "value": value.value, "standard_error": value.standard_error, "documents": result.num_documents}
+        for name, result in scores.tasks.items()
+        for metric, value in result.metrics.items()
+    ]
+    _print_rows(rows, as_json=as_json)
+
+
+def _prepare_torch(threads: int | None) -> None:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _fetched_teacher(source: str) -> Path:
+    from nas.compress.teacher import fetch_teacher
+
+    return fetch_teacher(source, cache=Settings.from_environment(os.environ).registry_folder / "teachers")
+
+
+def _fetched_corpus(sources: Sequence[str]) -> list[Path]:
+    from nas.compress.corpus import fetch_corpus
+
+    cache = Settings.from_environment(os.environ).registry_folder / "corpora"
+    return [path for source in sources for path in fetch_corpus(source, cache=cache)]
+
+
+def _read_shape(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidSpec(Problem(field="shape", expected="a JSON object or a file with one", got=str(error))) from error
+    if not isinstance(values, dict):
+        raise InvalidSpec(Problem(field="shape", expected="a JSON object", got=text))
+    return values
+
+
+# -- output ----------------------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(list(rows))
+        return
+    if not rows:
+        err.print("nas: none", highlight=False)
+        return
+    table = Table(*rows[0], box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*(_cell(value, name=name) for name, value in row.items()))
+    out.print(table)
+
+
+def _print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        out.print(f"{name:<34} {_cell(value, name=name)}", markup=False, highlight=False)
+
+
+def _cell(value: Any, *, name: str) -> str:
+    if name == "digest":
+        return str(value)[:12]
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, list):
+        return ", ".join(_cell(item, name="") for item in value)
+    if isinstance(value, dict):
+        return "  ".join(f"{key}={_cell(item, name=key)}" for key, item in value.items())
+    return str(value)

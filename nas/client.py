@@ -1,0 +1,178 @@
+"""A typed client of the REST API, used by the CLI, the demo and the tests. Every error of the service is an `ApiError`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx2
+
+from nas.errors import CorruptFile, NasError
+
+TERMINAL_STATES = ("succeeded", "failed", "cancelled")
+RECONNECTS = 20
+"""Event streams that break in a row before `follow` gives up."""
+
+
+class ApiError(NasError):
+    """The service refused a request, or could not be reached.
+
+    Attributes:
+        status: HTTP status; None when there was no answer.
+        problem: the problem document (RFC 9457), empty when there was none.
+    """
+
+    def __init__(self, message: str, *, status: int | None, problem: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.status = status
+        self.problem = problem
+
+
+class Client:
+    """One connection to a service; a context manager. Answers are the API's JSON documents."""
+
+    def __init__(self, url: str, *, timeout_seconds: float = 30.0) -> None:
+        self._url = url
+        self._http = httpx2.Client(base_url=url, timeout=timeout_seconds)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._http.close()
+
+    def is_ready(self) -> bool:
+        """Whether the service answers."""
+        try:
+            return self._http.get("/readyz").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    def teachers(self) -> list[dict[str, Any]]:
+        return list(self._pages("/v1/teachers"))
+
+    def corpora(self) -> list[dict[str, Any]]:
+        return list(self._pages("/v1/corpora"))
+
+    def tasks(self) -> list[dict[str, Any]]:
+        return list(self._pages("/v1/tasks"))
+
+    def preview(self, spec: bytes) -> dict[str, Any]:
+        """What a spec would mean: legal shapes, budget, tokens. Nothing is stored."""
+        return self._ask("POST", "/v1/searches:preview", content=spec, headers={"Content-Type": "application/json"})
+
+    def submit(self, spec: bytes, *, idempotency_key: str | None = None) -> dict[str, Any]:
+        """Submit a spec (JSON); the same key and spec again give the same search."""
+        headers = {"Content-Type": "application/json", **({"Idempotency-Key": idempotency_key} if idempotency_key else {})}
+        return self._ask("POST", "/v1/searches", content=spec, headers=headers)
+
+    def searches(self, *, state: str | None = None) -> list[dict[str, Any]]:
+        return list(self._pages("/v1/searches", **({"state": state} if state else {})))
+
+    def search(self, search_id: str) -> dict[str, Any]:
+        return self._ask("GET", f"/v1/searches/{search_id}")
+
+    def cancel(self, search_id: str) -> dict[str, Any]:
+        return self._ask("POST", f"/v1/searches/{search_id}/cancel")
+
+    def trials(self, search_id: str) -> list[dict[str, Any]]:
+        return list(self._pages(f"/v1/searches/{search_id}/trials"))
+
+    def trial(self, search_id: str, number: int) -> dict[str, Any]:
+        return self._ask("GET", f"/v1/searches/{search_id}/trials/{number}")
+
+    def leaderboard(self, search_id: str) -> dict[str, Any]:
+        return self._ask("GET", f"/v1/searches/{search_id}/leaderboard")
+
+    def leaderboard_csv(self, search_id: str) -> str:
+        return self._send("GET", f"/v1/searches/{search_id}/leaderboard", params={"format": "csv"}).text
+
+    def winner(self, search_id: str) -> dict[str, Any]:
+        return self._ask("GET", f"/v1/searches/{search_id}/winner")
+
+    def download_bundle(self, search_id: str, *, target: Path) -> Path:
+        """Save the winner's bundle (a tar file) and check its digest.
+
+        Raises:
+            CorruptFile: what arrived is not what the service announced.
+        """
+        expected = self.winner(search_id)["bundle_sha256"]
+        partial = target.with_name(target.name + ".partial")
+        digest = hashlib.sha256()
+        try:
+            with self._http.stream("GET", f"/v1/searches/{search_id}/winner/bundle") as response, partial.open("wb") as file:
+                if response.status_code != 200:
+                    response.read()
+                    raise _error(response)
+                for chunk in response.iter_bytes():
+                    digest.update(chunk)
+                    file.write(chunk)
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from error
+        if digest.hexdigest() != expected:
+            raise CorruptFile(f"bundle of {search_id}: expected sha256 {expected}, got {digest.hexdigest()}")
+        return partial.replace(target)
+
+    def events(self, search_id: str, *, after: int = 0) -> list[dict[str, Any]]:
+        return list(self._pages(f"/v1/searches/{search_id}/events", after=after))
+
+    def follow(self, search_id: str, *, after: int = 0) -> Iterator[dict[str, Any]]:
+        """Events as they happen, until the one that ends the search; a broken connection is taken up where it broke.
+
+        Raises:
+            ApiError: no such search, or the service stays away.
+        """
+        broken = 0
+        while True:
+            try:
+                with self._http.stream("GET", f"/v1/searches/{search_id}/events/stream", params={"after": after}, timeout=60.0) as response:
+                    if response.status_code != 200:
+                        response.read()
+                        raise _error(response)
+                    for frame in httpx2.EventSource(response):
+                        broken = 0
+                        event = frame.json()
+                        after = event["sequence"]
+                        yield event
+                if self.search(search_id)["state"] in TERMINAL_STATES:
+                    return
+            except (httpx2.TransportError, ApiError) as error:
+                broken += 1
+                if broken > RECONNECTS or (isinstance(error, ApiError) and error.status is not None and error.status < 500):
+                    raise error if isinstance(error, ApiError) else self._unreachable(error) from error
+
+    def _pages(self, path: str, **parameters: Any) -> Iterator[dict[str, Any]]:
+        while True:
+            page = self._ask("GET", path, params=parameters)
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            parameters["after"] = page["next_cursor"]
+
+    def _ask(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        answer = self._send(method, path, **arguments).json()
+        assert isinstance(answer, dict)
+        return answer
+
+    def _send(self, method: str, path: str, **arguments: Any) -> httpx2.Response:
+        try:
+            response = self._http.request(method, path, **arguments)
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from error
+        if response.status_code >= 400:
+            raise _error(response)
+        return response
+
+    def _unreachable(self, error: Exception) -> ApiError:
+        return ApiError(f"the service at {self._url} cannot be reached ({error}); is `nas serve` running?", status=None, problem={})
+
+
+def _error(response: httpx2.Response) -> ApiError:
+    is_problem = response.headers.get("content-type", "").startswith("application/problem+json")
+    problem = response.json() if is_problem else {}
+    lines = [f"{item['field']}: expected {item['expected']}, got {item['got']}" for item in problem.get("errors") or []]
+    message = "\n".join(lines) or problem.get("detail") or problem.get("title") or f"HTTP {response.status_code}"
+    return ApiError(message, status=response.status_code, problem=problem)

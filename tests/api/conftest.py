@@ -1,0 +1,158 @@
+"""A real SQLite store with a registered teacher, corpus and tasks, and the application over it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from api.app import create_app
+from nas.settings import Settings
+from nas.spec import dump_spec, parse_spec
+from nas.store.records import CorpusRecord, PointRecord, SearchRecord, SearchState, TaskRecord, TeacherRecord, TrialState, utc_now
+from nas.store.store import Store
+from nas.submission import check_submission
+
+TEACHER_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+}
+SHAPE = {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+
+
+def a_spec(**changes: Any) -> dict[str, Any]:
+    return {
+        "teacher": "tiny",
+        "corpus": {"parts": [{"name": "stories"}], "sequence_length": 128},
+        "tasks": [{"name": "pairs"}, {"name": "bits", "weight": 2.0}],
+        "budget": {"max_fraction": 0.6},
+        "rungs": {"first_tokens": 1000, "num_trained": 2},
+        **changes,
+    }
+
+
+def a_metric(value: float, *, higher_is_better: bool) -> dict[str, Any]:
+    return {"value": value, "standard_error": 0.03, "higher_is_better": higher_is_better, "documents": [value - 0.1, value + 0.1]}
+
+
+def a_result(rung: int, *, tokens: int, kl: float) -> dict[str, Any]:
+    tasks = {"pairs": a_metric(0.8, higher_is_better=True), "bits": a_metric(1.1, higher_is_better=False)} if rung else {}
+    return {
+        "rung": rung,
+        "tokens": tokens,
+        "kl": a_metric(kl, higher_is_better=False),
+        "loss": a_metric(1 + kl, higher_is_better=False),
+        "tasks": tasks,
+        "parameters": 90000,
+        "seconds": {"slice": 0.5, "distil": 2.0},
+        "details": {},
+    }
+
+
+def a_row(number: int, *, shape: dict[str, int], rank: int | None, tie_group: int | None, **changes: Any) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "tie_group": tie_group,
+        "number": number,
+        "origin": "sampler",
+        "is_control": False,
+        "shape": shape,
+        "parameters": 90000,
+        "share_of_teacher": 0.45,
+        "rung": 2,
+        "tokens": 4000,
+        "score": 0.7,
+        "standard_error": 0.02,
+        "kl": 0.4,
+        "kl_standard_error": 0.03,
+        "loss": 1.4,
+        "tasks": {"pairs": {"value": 0.8, "standard_error": 0.03, "higher_is_better": True, "share": 0.7}},
+        "state": "completed",
+        **changes,
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """The application's client, and the store behind it."""
+
+    store: Store
+    client: TestClient
+    settings: Settings
+
+    def submit(self, **changes: Any) -> SearchRecord:
+        spec = parse_spec(json.dumps(a_spec(**changes)))
+        submission = check_submission(spec, store=self.store)
+        search, _ = self.store.create_search(spec=dump_spec(spec), inputs=submission.inputs, plan=submission.plan, label=spec.label)
+        return search
+
+    def move(self, search: SearchRecord, to: SearchState, **values: Any) -> None:
+        self.store.change_search(search.id, to=to, expected=[state for state in SearchState if not state.is_terminal], fence=None, **values)
+
+    def propose(self, search: SearchRecord, number: int, *, origin: str = "sampler", hidden_size: int = 48) -> dict[str, int]:
+        shape = {**SHAPE, "hidden_size": hidden_size, "intermediate_size": 96 + number}
+        self.store.add_trial(search.id, number=number, origin=origin, shape=shape, choices=None, parameters=90000, fence=None)
+        return shape
+
+    def finish_rung(self, search: SearchRecord, number: int, *, rung: int, tokens: int, kl: float, state: TrialState) -> None:
+        attempt = self.store.start_attempt(search.id, stage="rung", trial=number, rung=rung, fence=None)
+        if tokens:
+            points = [(tokens // 2, kl + 0.1), (tokens, kl)]
+            self.store.add_points(
+                PointRecord(search_id=search.id, trial=number, rung=rung, tokens=count, loss=loss, learning_rate=1e-3, tokens_per_second=1e4)
+                for count, loss in points
+            )
+        self.store.record_rung(
+            attempt.id, search_id=search.id, trial=number, rung=rung, result=a_result(rung, tokens=tokens, kl=kl), trial_state=state, fence=None
+        )
+
+    def ranked_search(self) -> SearchRecord:
+        """Three trials at the last rung (two of them tied, one a control), one stopped, one failed; still searching."""
+        search = self.submit(label="ranked")
+        self.move(search, SearchState.SEARCHING)
+        shapes = [self.propose(search, number, origin=origin) for number, origin in enumerate(("anchor:uniform", "sampler", "control", "sampler", "user"))]
+        for number in range(4):
+            self.finish_rung(search, number, rung=0, tokens=0, kl=2.0, state=TrialState.WAITING)
+            self.finish_rung(search, number, rung=1, tokens=1000, kl=1.0, state=TrialState.STOPPED if number == 3 else TrialState.WAITING)
+            if number < 3:
+                self.finish_rung(search, number, rung=2, tokens=4000, kl=0.4, state=TrialState.COMPLETED)
+        failure = {"stage": "rung", "reason": "out_of_memory", "message": "no room", "attempts": 3}
+        self.store.change_trial(search.id, 4, to=TrialState.FAILED, fence=None, failure=failure)
+        rows = [
+            a_row(0, shape=shapes[0], rank=1, tie_group=1, origin="anchor:uniform"),
+            a_row(1, shape=shapes[1], rank=1, tie_group=1, score=0.69),
+            a_row(2, shape=shapes[2], rank=3, tie_group=2, origin="control", is_control=True, score=0.5),
+            a_row(3, shape=shapes[3], rank=None, tie_group=None, rung=1, tokens=1000, score=0.9, state="stopped"),
+        ]
+        board = {"rows": rows, "winner": 0, "pareto": [0], "agreement": [{"first": "KL at rung 0", "second": "KL at rung 1", "tau": None, "num_trials": 4}]}
+        board["controls"] = {"num_trials": 1, "score": 0.5, "kl": 0.4}
+        self.store.save_board(search.id, board, fence=None)
+        return self.store.get_search(search.id)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    settings = Settings.from_environment({"NAS_DATA": str(tmp_path)})
+    store = Store.open(settings.database_url, migrate=True)
+    now = utc_now()
+    store.add_teacher(TeacherRecord(name="tiny", digest="a" * 64, path="/secret/tiny", config=TEACHER_CONFIG, parameters=200000, added_at=now))
+    store.add_corpus(CorpusRecord(name="stories", digest="b" * 64, files=("/secret/s.txt",), num_documents=10, num_bytes=1000, added_at=now))
+    for name, metric, higher_is_better in (("pairs", "acc", True), ("bits", "bits_per_byte", False)):
+        card = {"name": name, "metrics": [{"name": metric, "higher_is_better": higher_is_better}]}
+        store.add_task(TaskRecord(name=name, digest="c" * 64, folder="/secret/tasks", card=card, added_at=now))
+    # raise_server_exceptions: a bug is an answer here, as it is to a user.
+    client = TestClient(create_app(store=store, settings=settings), base_url="http://127.0.0.1", raise_server_exceptions=False)
+    yield Service(store=store, client=client, settings=settings)
+    store.close()

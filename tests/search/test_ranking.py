@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nas.errors import InvalidSpec
+from nas.search.ranking import (
+    Board,
+    CompletedTrial,
+    board_as_dict,
+    difference,
+    make_scales,
+    objective,
+    rank,
+    weak_tasks,
+)
+from nas.search.results import Metric, RungResult
+from nas.shape import Shape
+from nas.spec import RungSpec, TaskSpec
+
+SPEC = RungSpec(num_trained=2)
+TASKS = (TaskSpec(name="ending", weight=3.0), TaskSpec(name="bits", metric="bits_per_byte", weight=1.0))
+
+
+def shape(depth: int) -> Shape:
+    return Shape(num_hidden_layers=depth, hidden_size=48, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+
+
+def result(*, ending: tuple[float, ...] = (), bits: tuple[float, ...] = (), kl: float = 1.0, rung: int = 2) -> RungResult:
+    tasks = {}
+    if rung:
+        tasks = {
+            "ending": Metric.from_documents(ending, higher_is_better=True),
+            "bits": Metric.from_documents(bits, higher_is_better=False),
+        }
+    return RungResult(
+        rung=rung,
+        tokens=SPEC.tokens(rung),
+        kl=Metric.from_documents((kl, kl + 0.1), higher_is_better=False),
+        loss=Metric.from_documents((kl + 1, kl + 1.1), higher_is_better=False),
+        tasks=tasks,
+        parameters=1000,
+        seconds={},
+        details={},
+    )
+
+
+TEACHER = result(ending=(1.0, 1.0, 0.0, 1.0), bits=(1.0, 1.0, 1.2, 0.8), kl=0.0)
+RANDOM = result(ending=(0.0, 1.0, 0.0, 0.0), bits=(3.0, 3.2, 2.8, 3.0), kl=5.0)
+SCALES = make_scales(TASKS, teacher=TEACHER, random=RANDOM)
+
+
+def trial(
+    number: int, *, last: RungResult | None = None, kls: tuple[float, ...] = (3.0, 2.0), origin: str = "sampler", parameters: int = 1000
+) -> CompletedTrial:
+    """A trial with untrained and first-rung KLs `kls`; `last` takes it to the last rung."""
+    flat = {"ending": (0.5, 0.5, 0.5, 0.5), "bits": (2.0, 2.0, 2.0, 2.0)}
+    results = {rung: result(rung=rung, kl=kl, **flat) for rung, kl in enumerate(kls)}
+    if last is not None:
+        results[2] = last
+    return CompletedTrial(number=number, origin=origin, shape=shape(3 + number % 3), parameters=parameters, state="completed", results=results)
+
+
+def at_score(share: float, *, kl: float = 1.0, noise: float = 0.0) -> RungResult:
+    """A last-rung result at `share` of the way from random weights to the teacher, on every document but for noise."""
+    wobble = (noise, -noise, noise, -noise)
+    return result(
+        ending=tuple(0.25 + 0.5 * share + step for step in wobble),
+        bits=(3.0 - 2.0 * share,) * 4,
+        kl=kl,
+    )
+
+
+def board(*trials: CompletedTrial) -> Board:
+    return rank(trials, scales=SCALES, teacher_parameters=2000, spec=SPEC)
+
+
+def numbers(found: Board) -> list[int]:
+    return [row.number for row in found.rows]
+
+
+shares = st.floats(0.0, 1.2).map(lambda number: round(number, 2))
+
+
+@st.composite
+def fields(draw: st.DrawFn) -> list[CompletedTrial]:
+    trials = []
+    for number in range(draw(st.integers(0, 10))):
+        last = at_score(draw(shares), kl=draw(shares) + 0.1, noise=draw(st.sampled_from([0.0, 0.05, 0.3]))) if draw(st.booleans()) else None
+        kls = tuple(draw(shares) + 0.1 for _ in range(2 if last else draw(st.integers(1, 2))))
+        origin = draw(st.sampled_from(["sampler", "control", "user", "anchor:uniform"]))
+        trials.append(trial(number, last=last, kls=kls, origin=origin, parameters=draw(st.integers(900, 910))))
+    return trials
+
+
+properties = settings(max_examples=60, deadline=None)
+
+
+@properties
+@given(fields(), st.randoms())
+def test_rank_ignores_the_order_of_the_trials(field, random):
+    shuffled = list(field)
+    random.shuffle(shuffled)
+
+    assert board(*shuffled) == board(*field)
+
+
+@properties
+@given(fields())
+def test_every_trial_has_one_row_and_only_the_last_rung_has_ranks(field):
+    found = board(*field)
+
+    assert sorted(numbers(found)) == sorted(item.number for item in field)
+    assert all((row.rank is not None) == (row.rung == 2) for row in found.rows)
+    assert [row.rung for row in found.rows] == sorted((row.rung for row in found.rows), reverse=True)
+
+
+@properties
+@given(fields())
+def test_a_rank_is_the_place_of_the_first_row_of_its_tie_group(field):
+    ranked = [row for row in board(*field).rows if row.rank is not None]
+
+    for place, row in enumerate(ranked, start=1):
+        first = next(other for other in ranked if other.tie_group == row.tie_group)
+        assert row.rank == ranked.index(first) + 1 <= place
+
+
+@properties
+@given(fields())
+def test_no_row_outside_a_tie_group_scores_above_one_inside_a_better_group(field):
+    ranked = [row for row in board(*field).rows if row.rank is not None]
+
+    for better in ranked:
+        assert all(better.score >= worse.score for worse in ranked if worse.tie_group > better.tie_group)
+
+
+@properties
+@given(fields())
+def test_a_control_never_wins_and_the_winner_is_the_best_other(field):
+    found = board(*field)
+    candidates = [row for row in found.rows if row.rank is not None and not row.is_control]
+
+    assert found.winner == (candidates[0].number if candidates else None)
+
+
+@properties
+@given(fields())
+def test_the_pareto_front_dominates_every_other_ranked_trial(field):
+    found = board(*field)
+    ranked = {row.number: row for row in found.rows if row.rank is not None}
+    front = [ranked[number] for number in found.pareto]
+
+    assert [row.parameters for row in front] == sorted({row.parameters for row in front})
+    for row in ranked.values():
+        assert row in front or any(other.score >= row.score and other.parameters <= row.parameters for other in front)
+    assert not any(a.score >= b.score and a.parameters <= b.parameters for a in front for b in front if a is not b)
+
+
+@properties
+@given(fields())
+def test_the_board_is_plain_json_without_documents(field):
+    text = json.dumps(board_as_dict(board(*field)), allow_nan=False)
+
+    assert "documents" not in text
+    assert [row["number"] for row in json.loads(text)["rows"]] == numbers(board(*field))
+
+
+def test_the_objective_is_zero_for_random_weights_and_one_for_the_teacher():
+    assert objective(RANDOM, scales=SCALES).value == pytest.approx(0.0)
+    assert objective(TEACHER, scales=SCALES).value == pytest.approx(1.0)
+
+
+def test_the_objective_weighs_tasks_and_turns_those_where_lower_is_better():
+    # Teacher's accuracy at weight 3, random bits at weight 1.
+    mixed = result(ending=TEACHER.tasks["ending"].documents, bits=RANDOM.tasks["bits"].documents)
+
+    assert objective(mixed, scales=SCALES).value == pytest.approx(0.75)
+
+
+def test_the_error_of_the_objective_propagates_the_errors_of_the_tasks():
+    ending, bits = TEACHER.tasks["ending"].standard_error, TEACHER.tasks["bits"].standard_error
+    expected = math.hypot(0.75 * ending / 0.5, 0.25 * bits / 2.0)
+
+    assert objective(TEACHER, scales=SCALES).standard_error == pytest.approx(expected)
+
+
+def test_a_paired_difference_cancels_the_spread_between_documents():
+    worse = result(ending=tuple(value - 0.01 for value in TEACHER.tasks["ending"].documents), bits=TEACHER.tasks["bits"].documents)
+
+    paired = difference(TEACHER, worse, scales=SCALES)
+
+    assert paired.value == pytest.approx(0.75 * 0.01 / 0.5)
+    assert paired.standard_error < 1e-9 < objective(worse, scales=SCALES).standard_error
+
+
+@properties
+@given(shares, shares, st.floats(0, 0.3))
+def test_the_difference_is_that_of_the_objectives_and_turns_its_sign(first, second, noise):
+    ours, theirs = at_score(first, noise=noise), at_score(second)
+    paired = difference(ours, theirs, scales=SCALES)
+    reverse = difference(theirs, ours, scales=SCALES)
+
+    assert paired.value == pytest.approx(objective(ours, scales=SCALES).value - objective(theirs, scales=SCALES).value, abs=1e-9)
+    assert reverse.value == pytest.approx(-paired.value, abs=1e-12)
+    assert reverse.standard_error == pytest.approx(paired.standard_error, abs=1e-12)
+
+
+def test_inside_a_tie_group_the_held_out_kl_orders():
+    noisy_first = trial(0, last=at_score(0.60, kl=1.0, noise=0.3))
+    quieter = trial(1, last=at_score(0.55, kl=0.5))
+    clear_loser = trial(2, last=at_score(0.0, kl=0.1))
+
+    found = board(noisy_first, quieter, clear_loser)
+
+    assert numbers(found) == [1, 0, 2]
+    assert [row.rank for row in found.rows] == [1, 1, 3]
+    assert [row.tie_group for row in found.rows] == [1, 1, 2]
+
+
+def test_a_chain_of_ties_does_not_grow_a_group():
+    # Each is within the noise of its neighbour; the third is not within that of the first.
+    first, second, third = trial(0, last=at_score(0.8)), trial(1, last=at_score(0.5, noise=0.3)), trial(2, last=at_score(0.3))
+
+    assert [(row.number, row.rank) for row in board(first, second, third).rows] == [(0, 1), (1, 1), (2, 3)]
+
+
+def test_trials_that_stopped_follow_by_rung_and_then_kl_without_a_rank():
+    found = board(trial(0, kls=(1.0,)), trial(1, kls=(2.0, 1.5)), trial(2, kls=(2.0, 1.2)), trial(3, last=at_score(0.1)))
+
+    assert [(row.number, row.rank, row.rung) for row in found.rows] == [(3, 1, 2), (2, None, 1), (1, None, 1), (0, None, 0)]
+    assert found.rows[-1].score is None
+    assert found.rows[-1].tasks == {}
+
+
+def test_a_control_at_the_top_is_ranked_but_does_not_win():
+    found = board(trial(0, last=at_score(0.9), origin="control"), trial(1, last=at_score(0.5), origin="anchor:uniform"))
+
+    assert [(row.number, row.rank, row.is_control) for row in found.rows] == [(0, 1, True), (1, 2, False)]
+    assert found.winner == 1
+
+
+def test_the_medians_of_the_controls_stand_on_the_board():
+    controls = [trial(number, last=at_score(share, kl=share), origin="control") for number, share in enumerate((0.1, 0.4, 0.9))]
+
+    summary = board(*controls).controls
+
+    assert summary.num_trials == 3
+    assert summary.score == pytest.approx(0.4)
+    assert summary.kl == pytest.approx(0.45)
+    assert board(trial(0)).controls is None
+
+
+def test_agreement_is_one_when_every_rung_orders_alike_and_needs_three_trials():
+    good, middle, bad = (trial(number, last=at_score(0.9 - number / 5, kl=1.0 + number), kls=(3.0 + number, 2.0 + number)) for number in range(3))
+
+    assert [(item.tau, item.num_trials) for item in board(good, middle, bad).agreement] == [(1.0, 3)] * 3
+    assert [(item.tau, item.num_trials) for item in board(good, bad).agreement] == [(None, 2)] * 3
+
+
+def test_agreement_is_negative_when_rungs_disagree():
+    found = board(*(trial(number, kls=(3.0 + number, 9.0 - number)) for number in range(4)))
+
+    assert found.agreement[0].tau == pytest.approx(-1.0)
+    assert found.agreement[1].num_trials == 0
+
+
+def test_an_order_that_is_all_ties_agrees_with_nothing():
+    assert board(*(trial(number, kls=(3.0, 2.0 + number)) for number in range(4))).agreement[0].tau is None
+
+
+def test_a_task_on_which_the_teacher_does_not_beat_random_weights_is_refused_by_name():
+    worse = result(ending=RANDOM.tasks["ending"].documents, bits=(3.5, 3.5, 3.5, 3.5))
+
+    with pytest.raises(InvalidSpec) as caught:
+        make_scales(TASKS, teacher=worse, random=RANDOM)
+
+    assert [problem.field for problem in caught.value.problems] == ["tasks.0", "tasks.1"]
+    assert "ending: teacher 0.25, random weights 0.25" in str(caught.value)
+    assert "bits: teacher 3.5, random weights 3" in str(caught.value)
+
+
+def test_a_task_within_two_standard_errors_of_random_weights_is_weak():
+    assert weak_tasks(TASKS, teacher=TEACHER, random=RANDOM) == ("ending",)
+
+
+def test_weights_are_shares():
+    assert [scale.weight for scale in SCALES] == [0.75, 0.25]
+
+
+def test_a_number_that_is_not_finite_becomes_null():
+    found = board(trial(0, kls=(math.inf,)))
+
+    assert board_as_dict(found)["rows"][0]["kl"] is None

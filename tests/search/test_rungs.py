@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nas.search.results import Metric
+from nas.search.rungs import Standing, last_rung, paired_difference, promotable
+from nas.spec import RungSpec
+
+SPEC = RungSpec(num_trained=3)
+
+
+def kl(*documents: float) -> Metric:
+    return Metric.from_documents(documents, higher_is_better=False)
+
+
+def exact(trial: int, value: float, *, depth: int = 4, forced: bool = False) -> Standing:
+    """A standing without noise: every block has the same KL, so only equal values tie."""
+    return Standing(trial=trial, depth=depth, kl=kl(value, value), forced=forced)
+
+
+@st.composite
+def standings(draw: st.DrawFn, *, noisy: bool = True) -> list[Standing]:
+    blocks = 5 if noisy else 1
+    value = st.floats(0.01, 5.0).map(lambda number: round(number, 3))
+    return [
+        Standing(
+            trial=number,
+            depth=draw(st.integers(3, 5)),
+            kl=kl(*(draw(value) for _ in range(blocks))),
+            forced=draw(st.integers(0, 4)) == 0,
+        )
+        for number in range(draw(st.integers(0, 14)))
+    ]
+
+
+specs = st.builds(
+    RungSpec,
+    keep_untrained=st.floats(0.05, 1.0),
+    keep=st.floats(0.05, 1.0),
+    max_tie_growth=st.floats(1.0, 4.0),
+)
+properties = settings(max_examples=60, deadline=None)
+
+
+@properties
+@given(standings(), specs, st.integers(0, 2), st.booleans(), st.randoms())
+def test_the_order_of_arrival_does_not_matter(field, spec, rung, complete, random):
+    shuffled = list(field)
+    random.shuffle(shuffled)
+
+    assert promotable(rung, shuffled, spec=spec, complete=complete) == promotable(rung, field, spec=spec, complete=complete)
+
+
+@properties
+@given(standings(), specs, st.integers(0, 2), st.booleans(), st.floats(0.0, 5.0), st.data())
+def test_a_better_score_never_hurts(field, spec, rung, complete, gain, data):
+    promoted = promotable(rung, field, spec=spec, complete=complete)
+    if not promoted:
+        return
+    lucky = data.draw(st.sampled_from(promoted))
+    # Better by the same on every block: the noise of its differences stays what it was.
+    improved = [replace(standing, kl=kl(*(value - gain for value in standing.kl.documents))) if standing.trial == lucky else standing for standing in field]
+
+    assert lucky in promotable(rung, improved, spec=spec, complete=complete)
+
+
+@properties
+@given(standings(), specs, st.integers(0, 2), st.booleans())
+def test_forced_trials_always_go_on_and_take_no_place(field, spec, rung, complete):
+    sampled = [standing for standing in field if not standing.forced]
+    forced = {standing.trial for standing in field if standing.forced}
+
+    promoted = set(promotable(rung, field, spec=spec, complete=complete))
+
+    assert promoted == forced | set(promotable(rung, sampled, spec=spec, complete=complete))
+
+
+@properties
+@given(standings(), specs, st.integers(1, 2), st.booleans())
+def test_ties_enlarge_a_trained_rung_at_most_by_the_growth(field, spec, rung, complete):
+    sampled = [standing for standing in field if not standing.forced]
+    share = spec.keep * len(sampled)
+    num_best = max(1, math.ceil(share - 1e-9)) if complete else math.floor(share + 1e-9)
+
+    promoted = promotable(rung, sampled, spec=spec, complete=complete)
+
+    assert min(num_best, len(sampled)) <= len(promoted) <= max(num_best, num_best * spec.max_tie_growth + 1e-9)
+
+
+@properties
+@given(standings(), specs, st.integers(1, 2))
+def test_a_complete_rung_promotes_at_least_what_synchronous_halving_would(field, spec, rung):
+    sampled = sorted((standing for standing in field if not standing.forced), key=lambda standing: (standing.kl.value, standing.trial))
+    synchronous = {standing.trial for standing in sampled[: math.floor(spec.keep * len(sampled))]}
+
+    assert synchronous <= set(promotable(rung, field, spec=spec, complete=True))
+
+
+@properties
+@given(standings(), specs, st.integers(0, 2), st.booleans())
+def test_the_promoted_come_best_first(field, spec, rung, complete):
+    value = {standing.trial: standing.kl.value for standing in field}
+    promoted = [value[trial] for trial in promotable(rung, field, spec=spec, complete=complete)]
+
+    assert promoted == sorted(promoted)
+
+
+@properties
+@given(standings(), specs)
+def test_every_depth_class_keeps_its_share_of_the_untrained_rung(field, spec):
+    promoted = set(promotable(0, field, spec=spec, complete=False))
+
+    for depth in {standing.depth for standing in field}:
+        members = {standing.trial for standing in field if standing.depth == depth and not standing.forced}
+        assert len(promoted & members) == math.ceil(spec.keep_untrained * len(members) - 1e-9)
+
+
+def test_a_depth_class_that_is_worse_throughout_still_goes_on_untrained():
+    shallow = [exact(number, 9.0 + number, depth=3) for number in range(4)]
+    deep = [exact(number, 1.0 + number, depth=5) for number in range(4, 8)]
+
+    assert promotable(0, shallow + deep, spec=RungSpec(keep_untrained=0.5), complete=True) == (4, 5, 0, 1)
+
+
+def test_a_trained_rung_waits_until_its_share_is_a_whole_trial():
+    field = [exact(0, 1.0), exact(1, 2.0)]
+
+    assert promotable(1, field, spec=SPEC, complete=False) == ()
+    assert promotable(1, [*field, exact(2, 3.0)], spec=SPEC, complete=False) == (0,)
+
+
+def test_the_only_trial_of_a_complete_rung_goes_on():
+    assert promotable(1, [exact(7, 3.0)], spec=SPEC, complete=True) == (7,)
+
+
+def test_whoever_is_tied_with_the_last_one_goes_on_and_a_clear_loser_does_not():
+    best = Standing(trial=0, depth=4, kl=kl(1.0, 2.0, 3.0, 4.0), forced=False)
+    tied = Standing(trial=1, depth=4, kl=kl(1.3, 1.8, 3.4, 3.9), forced=False)
+    # Clearly worse on every block, although its mean lies well inside the spread between blocks.
+    loser = Standing(trial=2, depth=4, kl=kl(1.5, 2.5, 3.5, 4.5), forced=False)
+
+    assert promotable(1, [best, tied, loser], spec=RungSpec(keep=0.3, max_tie_growth=3.0), complete=True) == (0, 1)
+
+
+def test_without_growth_ties_stay_behind():
+    assert promotable(1, [exact(0, 1.0), exact(1, 1.0), exact(2, 1.0)], spec=RungSpec(keep=0.34, max_tie_growth=1.0), complete=False) == (0,)
+
+
+def test_nobody_goes_on_from_the_last_rung():
+    assert last_rung(SPEC) == 3
+    assert promotable(3, [exact(0, 1.0, forced=True)], spec=SPEC, complete=True) == ()
+
+
+def test_a_share_that_is_whole_is_not_rounded_up():
+    assert len(promotable(1, [exact(number, float(number)) for number in range(100)], spec=RungSpec(keep=0.07), complete=True)) == 7
+
+
+def test_results_over_different_documents_are_not_compared():
+    with pytest.raises(ValueError, match="expected the same ones on both sides, got 2 and 3"):
+        paired_difference(kl(1.0, 2.0), kl(1.0, 2.0, 3.0))

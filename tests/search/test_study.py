@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nas.families import Architecture
+from nas.search.study import Observation, Proposal, choose_sampler, propose
+from nas.shape import Shape
+from nas.space import Choices, SearchSpace
+from nas.spec import AxisSpec, BudgetSpec, SamplerSpec, SpaceSpec
+
+TEACHER = Shape(num_hidden_layers=5, hidden_size=64, intermediate_size=172, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+ARCHITECTURE = Architecture(model_type="llama", shape=TEACHER, vocab_size=512, tie_word_embeddings=True, attention_bias=False, mlp_bias=False)
+SPACE = SearchSpace(ARCHITECTURE, space=SpaceSpec(), budget=BudgetSpec(max_fraction=0.6))
+SMALL = SearchSpace(
+    ARCHITECTURE,
+    space=SpaceSpec(
+        num_hidden_layers=AxisSpec(min=4, max=5), hidden_size=AxisSpec(min=48, max=48), intermediate_size=AxisSpec(multiple=48, max=144), min_mlp_fill=1.0
+    ),
+    budget=BudgetSpec(max_fraction=0.6),
+)
+SAMPLERS = ("gp", "tpe", "random", "enumerate")
+
+
+def value_of(shape: Shape) -> float:
+    return -(((shape.num_hidden_layers - 4) / 5) ** 2) - ((shape.hidden_size - 48) / 64) ** 2 - ((shape.intermediate_size - 128) / 172) ** 2
+
+
+def ask(space: SearchSpace, *, sampler, evaluated: list[Shape], number: int | None = None, seed: int = 0, startup: int = 4, pending=()) -> Proposal | None:
+    return propose(
+        space,
+        sampler=sampler,
+        observations=[Observation(choices=space.choices_of(shape), value=value_of(shape)) for shape in evaluated],
+        pending=pending,
+        seen={shape.key for shape in evaluated},
+        number=len(evaluated) if number is None else number,
+        seed=seed,
+        num_startup_trials=startup,
+    )
+
+
+def draws(count: int, *, seed: int = 0) -> list[Shape]:
+    generator = np.random.default_rng(seed)
+    return [SPACE.draw(generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@settings(max_examples=8, deadline=None)
+@given(count=st.integers(0, 12), seed=st.integers(0, 2**31 - 1))
+def test_every_proposal_is_legal_unseen_and_reproducible(sampler, count, seed):
+    evaluated = draws(count, seed=seed)
+
+    proposal = ask(SPACE, sampler=sampler, evaluated=evaluated, seed=seed)
+
+    assert proposal is not None
+    assert proposal.shape not in evaluated
+    assert SPACE.explain(proposal.shape) == ()
+    assert SPACE.resolve(proposal.choices) == proposal.shape
+    assert ask(SPACE, sampler=sampler, evaluated=evaluated, seed=seed) == proposal
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_small_space_is_proposed_whole_without_repeats_and_then_ends(sampler):
+    evaluated: list[Shape] = []
+    while (proposal := ask(SMALL, sampler=sampler, evaluated=evaluated, startup=2)) is not None:
+        evaluated.append(proposal.shape)
+
+    assert Counter(evaluated) == Counter(SMALL.shapes())
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_a_shape_in_flight_is_not_proposed_again(sampler):
+    evaluated = draws(6)
+    first = ask(SPACE, sampler=sampler, evaluated=evaluated)
+
+    second = propose(
+        SPACE,
+        sampler=sampler,
+        observations=[Observation(choices=SPACE.choices_of(shape), value=value_of(shape)) for shape in evaluated],
+        pending=[first.choices],
+        seen={shape.key for shape in evaluated} | {first.shape.key},
+        number=6,
+        seed=0,
+        num_startup_trials=4,
+    )
+
+    assert second.shape != first.shape
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_the_observations_steer_the_proposal(sampler):
+    evaluated = draws(20)
+    towards_depth = [Observation(choices=SPACE.choices_of(shape), value=float(shape.num_hidden_layers)) for shape in evaluated]
+    away_from_depth = [Observation(choices=item.choices, value=-item.value) for item in towards_depth]
+    seen = {shape.key for shape in evaluated}
+
+    deep, shallow = (
+        [
+            propose(SPACE, sampler=sampler, observations=told, pending=[], seen=seen, number=n, seed=1, num_startup_trials=4).shape.num_hidden_layers
+            for n in range(5)
+        ]
+        for told in (towards_depth, away_from_depth)
+    )
+
+    assert np.mean(deep) > np.mean(shallow) + 1
+
+
+def test_choices_that_resolve_to_one_shape_are_told_alike():
+    shape = next(SPACE.shapes())
+    told = SPACE.choices_of(shape)
+    # A fill a little below the next MLP width snaps down to the same shape.
+    raw = Choices(**{**told.as_dict(), "mlp_fill": told.mlp_fill + 0.005})
+    assert SPACE.resolve(raw) == shape
+    others = [Observation(choices=SPACE.choices_of(other), value=value_of(other)) for other in draws(6)]
+
+    first, second = (
+        propose(
+            SPACE,
+            sampler="tpe",
+            observations=[*others, Observation(choices=choices, value=1.0)],
+            pending=[],
+            seen=set(),
+            number=7,
+            seed=0,
+            num_startup_trials=1,
+        )
+        for choices in (raw, told)
+    )
+
+    assert first == second
+
+
+def test_the_startup_draws_take_the_depths_in_turn():
+    depths = [ask(SPACE, sampler="gp", evaluated=[], number=number, startup=99).shape.num_hidden_layers for number in range(6)]
+
+    assert set(depths[:3]) == set(depths[3:]) == {3, 4, 5}
+
+
+def test_two_seeds_enumerate_in_two_orders():
+    first, second = (ask(SPACE, sampler="enumerate", evaluated=[], seed=seed).shape for seed in (0, 1))
+
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("spec", "space_size", "expected"),
+    [
+        (SamplerSpec(max_trials=24), 24, "enumerate"),
+        (SamplerSpec(max_trials=24), 25, "gp"),
+        (SamplerSpec(max_trials=150), 10**6, "gp"),
+        (SamplerSpec(max_trials=151), 10**6, "tpe"),
+        (SamplerSpec(name="random", max_trials=24), 10, "random"),
+        (SamplerSpec(name="tpe", max_trials=24), 10, "tpe"),
+    ],
+)
+def test_auto_decides_by_space_and_trials_and_a_named_sampler_stands(spec, space_size, expected):
+    assert choose_sampler(spec, space_size=space_size) == expected
+
+
+def test_importing_the_study_does_not_load_torch():
+    code = "import sys, nas.search.study, nas.search.ranking; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nas.cost import count_parameters, flops_per_token, kv_bytes_per_token, weight_bytes
+from nas.families import Architecture, read_architecture
+from nas.shape import Shape
+
+STORIES_260K = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+    "tie_word_embeddings": True,
+}
+LLAMA_31_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+
+
+@st.composite
+def architectures(draw: st.DrawFn) -> Architecture:
+    groups = draw(st.integers(1, 4))
+    heads = groups * draw(st.integers(1, 4))
+    shape = Shape(
+        num_hidden_layers=draw(st.integers(1, 3)),
+        hidden_size=heads * draw(st.integers(1, 6)),
+        intermediate_size=draw(st.integers(1, 70)),
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=2 * draw(st.integers(1, 8)),
+    )
+    return Architecture(
+        model_type="llama",
+        shape=shape,
+        vocab_size=draw(st.integers(1, 300)),
+        tie_word_embeddings=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+    )
+
+
+def build(architecture: Architecture) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        **architecture.shape.as_dict(),
+        vocab_size=architecture.vocab_size,
+        tie_word_embeddings=architecture.tie_word_embeddings,
+        attention_bias=architecture.attention_bias,
+        mlp_bias=architecture.mlp_bias,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.tie_weights()
+    return model
+
+
+@settings(max_examples=25, deadline=None)
+@given(architectures())
+def test_the_closed_form_equals_numel_of_the_model(architecture):
+    model = build(architecture)
+    embedding = {id(weight): weight.numel() for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+
+    count = count_parameters(architecture, architecture.shape)
+
+    assert count.total == sum(parameter.numel() for parameter in model.parameters())
+    assert count.embedding == sum(embedding.values())
+    assert count.non_embedding == count.total - count.embedding
+
+
+@settings(max_examples=25, deadline=None)
+@given(architectures())
+def test_the_table_names_the_tensors_of_the_model(architecture):
+    sides = {
+        weight.name.format(layer=layer): tuple(architecture.size(axis, architecture.shape) for axis in weight.axes)
+        for weight in architecture.weights
+        for layer in range(architecture.shape.num_hidden_layers if weight.per_layer else 1)
+    }
+
+    assert sides == {name: tuple(parameter.shape) for name, parameter in build(architecture).named_parameters()}
+
+
+@pytest.mark.parametrize(("config", "expected"), [(STORIES_260K, 260_032), (LLAMA_31_8B, 8_030_261_248)], ids=["stories260K", "Llama-3.1-8B"])
+def test_the_parameters_of_public_models_are_what_their_cards_say(config, expected):
+    architecture = read_architecture(config)
+
+    assert count_parameters(architecture, architecture.shape).total == expected
+
+
+def test_tied_embeddings_are_counted_once():
+    tied, untied = (read_architecture({**STORIES_260K, "tie_word_embeddings": tie}) for tie in (True, False))
+
+    assert count_parameters(untied, untied.shape).total - count_parameters(tied, tied.shape).total == 512 * 64
+    assert count_parameters(tied, tied.shape).non_embedding == count_parameters(untied, untied.shape).non_embedding
+
+
+def test_bytes_follow_from_the_numbers():
+    architecture = read_architecture(LLAMA_31_8B)
+
+    # Keys and values of 32 layers with 8 heads of 128, two bytes each: 128 KiB per token, the figure of the Llama 3 paper.
+    assert kv_bytes_per_token(architecture.shape, bytes_per_element=2) == 131_072
+    assert weight_bytes(architecture, architecture.shape, bytes_per_element=2) == 2 * 8_030_261_248
+
+
+def test_flops_are_two_per_multiplied_weight_plus_attention():
+    architecture = read_architecture(LLAMA_31_8B)
+    without_look_up = 8_030_261_248 - 128256 * 4096
+
+    assert flops_per_token(architecture, architecture.shape, context_length=0) == 2 * without_look_up
+    assert flops_per_token(architecture, architecture.shape, context_length=1000) == 2 * without_look_up + 4 * 1000 * 4096 * 32
+
+
+@pytest.mark.reference
+def test_the_closed_form_equals_numel_of_the_published_file():
+    if not os.environ.get("NAS_REFERENCE"):
+        pytest.skip("NAS_REFERENCE is not set: no reference models")
+    from safetensors import safe_open
+
+    folder = Path(os.environ["NAS_REFERENCE"]) / "models" / "stories260K"
+    architecture = read_architecture(json.loads((folder / "config.json").read_text()))
+    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+        numel = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118 (safe_open is not a mapping)
+
+    assert count_parameters(architecture, architecture.shape).total == numel

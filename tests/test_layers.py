@@ -1,0 +1,136 @@
+"""Who imports what. The house is drawn in ARCHITECTURE.md; this test holds its walls."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A module imports only from rows above its own. A package's row holds all its modules, which may import each other.
+ROWS = (
+    "nas.errors",
+    "nas.settings",
+    "nas.shape",
+    "nas.families",
+    "nas.cost",
+    "nas.spec",
+    "nas.space",
+    "nas.compress.manifest",
+    "nas.compress.teacher",
+    "nas.compress.corpus",
+    "nas.compress.importance",
+    "nas.compress.sorting",
+    "nas.compress.slicing",
+    "nas.compress.losses",
+    "nas.compress.distillation",
+    "nas.evaluate",
+    "nas.full_run",
+    "nas.search.results",
+    "nas.search.study",
+    "nas.search.rungs",
+    "nas.search.ranking",
+    "nas.search.trial",
+    "nas.search.prepare",
+    "nas.search.confirm",
+    "nas.store",
+    "nas.submission",
+    "nas.bundle",
+    "nas.client",
+    "nas.cli",
+    "nas.demo",
+)
+
+# Library -> the only place that may import it.
+OWNERS = {
+    "optuna": "nas.search.study",
+    "sqlalchemy": "nas.store",
+    "alembic": "nas.store",
+    "lm_eval": "nas.evaluate",
+    "ray": "workers",
+    "fastapi": "api",
+    "starlette": "api",
+    "uvicorn": "api",
+}
+
+HEAVY = ("torch", "transformers", "ray", "optuna", "lm_eval")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for package in ("nas", "api", "workers") for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def imports(module: str) -> Iterator[str]:
+    """Every module that a source file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(SOURCES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import; the house uses absolute ones"
+            base = node.module or ""
+            # `from nas.evaluate import harness` imports a module, `from nas.shape import Shape` a name.
+            yield from (f"{base}.{alias.name}" if f"{base}.{alias.name}" in SOURCES else base for alias in node.names)
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def row_of(module: str) -> int | None:
+    return next((index for index, row in enumerate(ROWS) if within(module, row)), None)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_packages_import_one_way(module):
+    forbidden = {"nas": ("api", "workers"), "api": ("workers",), "workers": ("api",)}[module.split(".")[0]]
+
+    assert [name for name in imports(module) if name.split(".")[0] in forbidden] == []
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_each_library_has_one_importer(module):
+    trespasses = [name for name in imports(module) if (owner := OWNERS.get(name.split(".")[0])) and not within(module, owner)]
+
+    assert trespasses == []
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("nas.")])
+def test_a_module_imports_only_from_rows_above_its_own(module):
+    own = row_of(module)
+    if own is None:
+        source = SOURCES[module].read_text(encoding="utf-8")
+        assert not source.strip() or any(row.startswith(module + ".") for row in ROWS), f"{module} has no row in ROWS: give it one, and ARCHITECTURE.md a line"
+        return
+    for name in imports(module):
+        if within(name, "nas"):
+            other = row_of(name)
+            assert other is not None, f"{module} imports {name}, which has no row"
+            assert other < own or (other == own and ROWS[own] != module), f"{module} imports {name}, which is not above it"
+
+
+def test_every_row_that_is_drawn_exists():
+    assert [row for row in ROWS if row not in SOURCES] == []
+
+
+def test_the_top_package_stays_empty():
+    assert SOURCES["nas"].read_text(encoding="utf-8").strip() == ""
+
+
+def test_importing_the_api_loads_nothing_heavy():
+    if "api.app" not in SOURCES:
+        pytest.skip("api/app.py does not exist yet")
+    code = f"import sys, api.app; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []

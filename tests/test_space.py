@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from nas.cost import count_parameters
+from nas.errors import BudgetInfeasible, InvalidSpec
+from nas.families import Architecture
+from nas.shape import Shape
+from nas.space import Choices, SearchSpace
+from nas.spec import AxisSpec, BudgetSpec, SpaceSpec
+
+TEACHER = Shape(num_hidden_layers=5, hidden_size=64, intermediate_size=172, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+ARCHITECTURE = Architecture(model_type="llama", shape=TEACHER, vocab_size=512, tie_word_embeddings=True, attention_bias=False, mlp_bias=False)
+
+
+def space(*, fraction: float = 0.6, architecture: Architecture = ARCHITECTURE, axes: SpaceSpec | None = None, **budget) -> SearchSpace:
+    return SearchSpace(architecture, space=axes or SpaceSpec(), budget=BudgetSpec(max_fraction=fraction, **budget))
+
+
+def counted(found: SearchSpace, shape: Shape) -> int:
+    count = count_parameters(found.architecture, shape)
+    return count.total if found.budget.counting == "total" else count.non_embedding
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> SearchSpace:
+    groups = draw(st.integers(1, 3))
+    heads = groups * draw(st.integers(1, 3))
+    architecture = Architecture(
+        model_type="llama",
+        shape=Shape(
+            num_hidden_layers=draw(st.integers(1, 6)),
+            hidden_size=heads * draw(st.integers(2, 8)),
+            intermediate_size=draw(st.integers(8, 90)),
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            head_dim=2 * draw(st.integers(1, 4)),
+        ),
+        vocab_size=draw(st.integers(2, 200)),
+        tie_word_embeddings=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+    )
+    budget = BudgetSpec(
+        max_fraction=draw(st.floats(0.3, 0.99)),
+        counting=draw(st.sampled_from(["total", "non_embedding"])),
+        min_use=draw(st.sampled_from([0.0, 0.8])),
+    )
+    axes = SpaceSpec(
+        hidden_size=AxisSpec(multiple=draw(st.sampled_from([None, 1, 2, 4]))),
+        intermediate_size=AxisSpec(multiple=draw(st.sampled_from([None, 1, 8]))),
+        min_mlp_fill=draw(st.floats(0.1, 1.0)),
+    )
+    try:
+        return SearchSpace(architecture, space=axes, budget=budget)
+    except InvalidSpec:
+        assume(False)
+        raise
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> Choices:
+    anything = st.integers(-3, 500)
+    return Choices(
+        num_hidden_layers=draw(anything),
+        hidden_size=draw(anything),
+        num_key_value_heads=draw(anything),
+        query_heads_per_kv=draw(anything),
+        mlp_fill=draw(st.floats(0.0, 1.0)),
+    )
+
+
+properties = settings(max_examples=40, deadline=None)
+
+
+@properties
+@given(spaces(), choices())
+def test_resolve_gives_a_legal_shape_for_any_choices_and_always_the_same(found, raw):
+    shape = found.resolve(raw)
+
+    assert found.explain(shape) == ()
+    assert found.budget.min_parameters <= counted(found, shape) <= found.budget.max_parameters
+    assert shape != found.architecture.shape
+    assert found.resolve(raw) == shape
+
+
+@properties
+@given(spaces())
+def test_a_legal_shape_resolves_to_itself(found):
+    for shape in list(found.shapes())[:200]:
+        assert found.resolve(found.choices_of(shape)) == shape
+
+
+@properties
+@given(spaces())
+def test_the_count_is_that_of_the_distinct_shapes_and_each_is_legal(found):
+    shapes = list(found.shapes())
+
+    assert found.count() == len(shapes) == len(set(shapes)) == len({shape.key for shape in shapes})
+    assert all(found.explain(shape) == () for shape in shapes)
+    assert all(counted(found, shape) >= found.budget.min_parameters for shape in shapes)
+    assert found.architecture.shape not in shapes
+
+
+@properties
+@given(spaces(), choices(), st.integers(0, 99))
+def test_resolved_and_drawn_shapes_are_among_those_listed(found, raw, seed):
+    assert {found.resolve(raw), found.draw(np.random.default_rng(seed))} <= set(found.shapes())
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.3, 0.95), st.floats(0.0, 0.04))
+def test_a_larger_budget_loses_no_architecture(fraction, more):
+    """Every combination of depth, width and heads stays; its MLP only grows."""
+    small, large = space(fraction=fraction), space(fraction=fraction + more)
+
+    def widest(found: SearchSpace) -> dict[tuple[int, ...], int]:
+        widths: dict[tuple[int, ...], int] = {}
+        for shape in found.shapes():
+            frame = (shape.num_hidden_layers, shape.hidden_size, shape.num_key_value_heads, shape.num_attention_heads)
+            widths[frame] = max(widths.get(frame, 0), shape.intermediate_size)
+        return widths
+
+    before, after = widest(small), widest(large)
+    assert all(after[frame] >= width for frame, width in before.items())
+
+
+def test_an_exhaustive_count_agrees_with_brute_force():
+    found = space()
+    legal = set()
+    for layers in found.axes["num_hidden_layers"]:
+        for hidden in found.axes["hidden_size"]:
+            for groups in found.axes["num_key_value_heads"]:
+                for queries in found.axes["query_heads_per_kv"]:
+                    frame = [
+                        Shape(
+                            num_hidden_layers=layers,
+                            hidden_size=hidden,
+                            intermediate_size=width,
+                            num_attention_heads=groups * queries,
+                            num_key_value_heads=groups,
+                            head_dim=8,
+                        )
+                        for width in found.intermediate_sizes
+                    ]
+                    legal |= {shape for shape in frame if not found.explain(shape) and _fills(found, shape)}
+
+    assert set(found.shapes()) == legal
+
+
+def _fills(found: SearchSpace, shape: Shape) -> bool:
+    """The MLP takes its least share of the room that the budget and the teacher leave it."""
+    empty, unit = (counted(found, replace(shape, intermediate_size=width)) for width in (1, 2))
+    room = min((found.budget.max_parameters - empty) // (unit - empty) + 1, found.intermediate_sizes[-1])
+    least = next((width for width in found.intermediate_sizes if width >= np.ceil(room * found.min_mlp_fill)), None)
+    widest = max(width for width in found.intermediate_sizes if width <= room)
+    return shape.intermediate_size >= min(least or widest, widest)
+
+
+def test_a_budget_nothing_fits_names_the_smallest_legal_shape_and_its_parameters():
+    smallest = min(space(fraction=0.99, axes=SpaceSpec(min_mlp_fill=1e-6)).shapes(), key=lambda shape: count_parameters(ARCHITECTURE, shape).total)
+    parameters = count_parameters(ARCHITECTURE, smallest).total
+
+    with pytest.raises(BudgetInfeasible) as caught:
+        SearchSpace(ARCHITECTURE, space=SpaceSpec(), budget=BudgetSpec(max_parameters=parameters - 1))
+
+    (problem,) = caught.value.problems
+    assert problem.field == "budget.max_parameters"
+    assert smallest.key in problem.expected
+    assert str(parameters) in problem.expected
+    assert problem.got == str(parameters - 1)
+    assert SearchSpace(ARCHITECTURE, space=SpaceSpec(), budget=BudgetSpec(max_parameters=parameters)).count() == 1
+
+
+def test_a_budget_that_is_not_below_the_teacher_is_refused():
+    with pytest.raises(InvalidSpec, match=r"budget\.max_parameters: expected below the teacher's 260032 total parameters, got 260032"):
+        SearchSpace(ARCHITECTURE, space=SpaceSpec(), budget=BudgetSpec(max_parameters=260_032))
+
+
+def test_a_share_of_the_budget_that_no_shape_reaches_is_refused():
+    coarse = SpaceSpec(num_hidden_layers=AxisSpec(max=3), hidden_size=AxisSpec(max=32))
+
+    with pytest.raises(BudgetInfeasible, match=r"budget.min_use: expected a share that some legal shape reaches \(ceiling 247030 total parameters\)"):
+        space(fraction=0.95, axes=coarse, min_use=0.99)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (SpaceSpec(hidden_size=AxisSpec(max=65)), "space.hidden_size.max: expected at most the teacher's 64, got 65"),
+        (SpaceSpec(num_hidden_layers=AxisSpec(min=9)), "space.num_hidden_layers: expected a multiple of 1 between 9 and 5, got none"),
+        (SpaceSpec(intermediate_size=AxisSpec(min=65, max=79, multiple=16)), "space.intermediate_size: expected a multiple of 16 between 65 and 79, got none"),
+        (SpaceSpec(hidden_size=AxisSpec(min=33, max=33)), "space.hidden_size: expected"),
+    ],
+)
+def test_a_range_without_a_value_is_refused_by_name(axes, message):
+    with pytest.raises(InvalidSpec, match=message):
+        space(axes=axes)
+
+
+def test_the_teachers_own_value_is_legal_whatever_the_multiple():
+    assert space().intermediate_sizes[-1] == 172
+    assert space(axes=SpaceSpec(intermediate_size=AxisSpec(max=171))).intermediate_sizes[-1] == 160
+
+
+def test_hidden_sizes_divide_by_the_heads_as_transformers_wants():
+    assert all(shape.hidden_size % shape.num_attention_heads == 0 for shape in space().shapes())
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"num_hidden_layers": 6}, "num_hidden_layers"),
+        ({"hidden_size": 72}, "hidden_size"),
+        ({"intermediate_size": 173}, "intermediate_size"),
+        ({"num_attention_heads": 12}, "query_heads_per_kv"),
+        ({"num_key_value_heads": 8}, "num_key_value_heads"),
+        ({"head_dim": 4}, "head_dim"),
+        ({"hidden_size": 60}, "hidden_size"),
+        ({}, "parameters"),
+    ],
+)
+def test_explain_says_why_a_shape_of_the_users_cannot_be_evaluated(change, field):
+    problems = space().explain(replace(TEACHER, **change))
+
+    assert field in [problem.field for problem in problems]
+
+
+def test_a_named_shape_may_lie_off_the_grid():
+    shape = replace(TEACHER, num_hidden_layers=2, intermediate_size=99)
+
+    assert shape not in set(space().shapes())
+    assert space().explain(shape) == ()
+
+
+@properties
+@given(spaces())
+def test_every_anchor_can_be_evaluated(found):
+    assert all(found.explain(shape) == () for shape in found.anchors().values())
+
+
+def test_the_anchors_are_what_their_names_say():
+    anchors = space().anchors()
+
+    assert anchors["depth_only"] == replace(TEACHER, num_hidden_layers=anchors["depth_only"].num_hidden_layers)
+    assert anchors["width_only"].num_hidden_layers == TEACHER.num_hidden_layers
+    assert anchors["width_only"].num_attention_heads == TEACHER.num_attention_heads
+    assert all(count_parameters(ARCHITECTURE, shape).total <= 0.6 * 260_032 for shape in anchors.values())
+
+
+def test_counting_without_the_embeddings_measures_another_budget():
+    found = space(counting="non_embedding")
+
+    assert found.budget.max_parameters == int(0.6 * (260_032 - 512 * 64))
+    assert max(counted(found, shape) for shape in found.shapes()) <= found.budget.max_parameters
