@@ -17,8 +17,6 @@ from nas.store.store import Store
 API_VERSION = "1.0"
 """Of the REST interface under /v1: it grows, and keeps what it has."""
 
-MAX_BODY_BYTES = 2**20
-
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 
 # plotly.js adds <style> elements of its own; nothing else in the pages is inline.
@@ -43,7 +41,6 @@ def create_app(*, store: Store, settings: Settings, allow_remote: bool = False) 
         description=openapi.DESCRIPTION,
         version=API_VERSION,
         openapi_tags=openapi.TAGS,
-        max_body_size=MAX_BODY_BYTES,
         # Both load their scripts from a CDN; `pages.py` has one that works offline.
         docs_url=None,
         redoc_url=None,
@@ -86,7 +83,7 @@ def read_readiness(request: Request) -> object:
 
 
 class Guard:
-    """Refuses requests of other sites' pages and bodies that are too large, and adds the security headers to every answer."""
+    """Refuses requests of other sites' pages, and adds the security headers to every answer."""
 
     def __init__(self, app: ASGIApp, *, allowed_hosts: frozenset[str] | None) -> None:
         self.app = app
@@ -113,16 +110,8 @@ class Guard:
         elif scope["method"] not in _SAFE_METHODS and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             detail = f"Sec-Fetch-Site: expected same-origin, got {headers['sec-fetch-site']!r}"
             await problem_response(Request(scope), "cross-site", detail=detail)(scope, receive, send_with_headers)
-        elif _declared_length(headers) > MAX_BODY_BYTES:
-            # The framework refuses these too, but in plain text.
-            await problem_response(Request(scope), "body-too-large", detail="the body has more than 1 MiB")(scope, receive, send_with_headers)
         else:
             await self.app(scope, receive, send_with_headers)
-
-
-def _declared_length(headers: Headers) -> int:
-    text = headers.get("content-length", "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 
 def _host_name(host: str) -> str | None:

@@ -122,10 +122,18 @@ def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
                 nested = schema.pop("$defs", {})
                 for key, value in {**nested, name: schema}.items():
                     schemas.setdefault(key, value)
-            # Derived by FastAPI for its own 422, which no route answers with.
-            schemas.pop("HTTPValidationError", None)
-            schemas.pop("ValidationError", None)
+            _drop_foreign_errors(document)
             app.openapi_schema = document
         return app.openapi_schema
 
     return build
+
+
+def _drop_foreign_errors(document: dict[str, Any]) -> None:
+    """FastAPI adds its own 422 to every route with a parameter; ours that can fail so have declared a problem in its place."""
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)

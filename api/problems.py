@@ -160,12 +160,9 @@ def _on_nas_error(request: Request, error: Exception) -> Response:
 def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _CODES_BY_STATUS.get(error.status_code, "bad-request" if error.status_code < 500 else "internal-error")
-    details = {
-        404: f"nothing is at {request.url.path}",
-        405: f"{request.method} is not allowed at {request.url.path}",
-        413: "the body has more than 1 MiB",
-    }
-    detail = details.get(error.status_code, error.detail) if error.detail in ("Not Found", "Method Not Allowed", "Content Too Large") else error.detail
+    # The router's own two say no more than their status.
+    details = {"Not Found": f"nothing is at {request.url.path}", "Method Not Allowed": f"{request.method} is not allowed at {request.url.path}"}
+    detail = details.get(error.detail, error.detail)
     return problem_response(request, code, detail=detail, headers=error.headers, status=error.status_code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -134,7 +135,9 @@ class Client:
                         raise _error(response)
                     for frame in httpx2.EventSource(response):
                         broken = 0
-                        event = frame.json()
+                        if not frame.data:  # a comment that keeps the connection open
+                            continue
+                        event: dict[str, Any] = json.loads(frame.data)
                         after = event["sequence"]
                         yield event
                 if self.search(search_id)["state"] in TERMINAL_STATES:

@@ -8,17 +8,18 @@ ever proposed. Optuna's soft constraints lost 1:5 against this in a synthetic te
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nas.cost import count_parameters, sum_parameters
 from nas.errors import BudgetInfeasible, InvalidSpec, Problem
-from nas.families import Architecture, Axis
+from nas.families import Architecture, Axis, read_architecture
 from nas.shape import Shape
-from nas.spec import AxisSpec, BudgetSpec, SpaceSpec
+from nas.spec import AxisSpec, BudgetSpec, SearchSpec, SpaceSpec
 
 MAX_FRAMES = 2_000_000
 """More combinations of depth, hidden size and heads than this are refused at submit; coarser multiples help."""
@@ -246,6 +247,11 @@ class SearchSpace:
                 anchors["depth_only"] = depth_only
                 break
         return anchors
+
+
+def build_space(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> SearchSpace:
+    """The search space of a stored search; `inputs` is the snapshot that the submission took."""
+    return SearchSpace(read_architecture(inputs["teacher"]["config"]), space=spec.space, budget=spec.budget)
 
 
 def _frame_of(shape: Shape) -> tuple[int, int, int, int]:

@@ -56,7 +56,7 @@ class TaskSpec:
     name: Name
     """Name under which the operator registered the task."""
     metric: str | None = None
-    """lm-eval metric without its filter: acc, acc_norm, bits_per_byte, ... None: the task's own first one."""
+    """lm-eval metric without its filter: acc, acc_norm, bits_per_byte, ... None: the first of acc_norm, acc, exact_match, bits_per_byte that the task has."""
     weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Weight in the objective, relative to the other tasks."""
     num_fewshot: Annotated[int, Field(ge=0, le=64)] = 0
@@ -290,7 +290,10 @@ def parse_spec(text: str | bytes) -> SearchSpec:
         # JSON mode: strict about types, yet an array is a tuple.
         return SPEC_ADAPTER.validate_json(json.dumps(values))
     except ValidationError as error:
-        raise InvalidSpec(*(_problem(dict(detail)) for detail in error.errors(include_url=False))) from error
+        details = error.errors(include_url=False)
+        # One wrong item also makes its tuple too short, since pydantic counts the valid ones: the item says it better.
+        told = [one for one in details if not any(other["loc"][: len(one["loc"])] == one["loc"] and len(other["loc"]) > len(one["loc"]) for other in details)]
+        raise InvalidSpec(*(_problem(dict(detail)) for detail in told)) from error
 
 
 def dump_spec(spec: SearchSpec) -> dict[str, Any]:
@@ -298,6 +301,12 @@ def dump_spec(spec: SearchSpec) -> dict[str, Any]:
     values = SPEC_ADAPTER.dump_python(spec, mode="json")
     assert isinstance(values, dict)
     return values
+
+
+def objective_metrics(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> dict[str, str]:
+    """The metric that the objective reads from each task: the spec's, or the task's own default. `inputs`: the submission's snapshot."""
+    cards = {task["name"]: task["card"] for task in inputs["tasks"]}
+    return {task.name: task.metric or cards[task.name]["default_metric"] for task in spec.tasks}
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

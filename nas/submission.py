@@ -5,7 +5,6 @@ The API calls `check_submission` before it stores anything; the controller rebui
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -65,17 +64,6 @@ def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
         "tasks": [{"name": task.name, "digest": task.digest, "folder": task.folder, "card": task.card} for task in tasks],
     }
     return Submission(inputs=inputs, plan=_plan(spec, space=space))
-
-
-def build_space(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> SearchSpace:
-    """The search space of a stored search."""
-    return SearchSpace(read_architecture(inputs["teacher"]["config"]), space=spec.space, budget=spec.budget)
-
-
-def task_metric(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> dict[str, str]:
-    """The metric that the objective reads from each task: the spec's, or the task's own first one."""
-    cards = {task["name"]: task["card"] for task in inputs["tasks"]}
-    return {task.name: task.metric or cards[task.name]["metrics"][0]["name"] for task in spec.tasks}
 
 
 def _look_up(spec: SearchSpec, *, store: Store) -> tuple[TeacherRecord, list[CorpusRecord], list[TaskRecord]]:

@@ -41,7 +41,9 @@ ROWS = (
     "nas.store",
     "nas.submission",
     "nas.bundle",
+    "nas.registration",
     "nas.client",
+    "nas.serve",
     "nas.cli",
     "nas.demo",
 )

@@ -20,7 +20,7 @@ from typing import Any
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec
 from nas.search.prepare import prepared_key
-from nas.search.ranking import board_as_dict
+from nas.search.ranking import CONTROL, board_as_dict
 from nas.search.results import RungResult
 from nas.search.trial import clear_below
 from nas.settings import Settings
@@ -358,7 +358,8 @@ class Controller:
             if len(adopted.running) >= run.spec.resources.max_parallel_trials:
                 return
             if number not in adopted.confirmations and number not in busy:
-                request = {"shape": run.trials[number].shape, "trial_folder": str(self._trial_folder(run.id, number))}
+                trial = run.trials[number]
+                request = {"shape": trial.shape, "trial_folder": str(self._trial_folder(run.id, number)), "with_reload": trial.origin != CONTROL}
                 self._start(adopted, stage="confirm", trial=number, request=request)
         if adopted.running:
             return
@@ -370,7 +371,7 @@ class Controller:
         self._start(adopted, stage="bundle", trial=winner, request=self._bundle_request(adopted, winner))
 
     def _winner(self, adopted: Adopted, finalists: list[int]) -> int | None:
-        searched = [number for number in finalists if adopted.run.trials[number].origin != "control"]
+        searched = [number for number in finalists if adopted.run.trials[number].origin != CONTROL]
         return next((number for number in searched if adopted.confirmations[number]["verified"]), None)
 
     def _bundle_request(self, adopted: Adopted, number: int) -> dict[str, Any]:

@@ -19,10 +19,9 @@ from nas.search.results import RungResult
 from nas.search.rungs import Standing, promotable
 from nas.search.study import Observation, choose_sampler, propose
 from nas.shape import Shape
-from nas.space import Choices
+from nas.space import Choices, build_space
 from nas.spec import parse_spec
 from nas.store.records import RungRecord, SearchRecord, TrialRecord, TrialState
-from nas.submission import build_space
 
 FORCED_ORIGINS = ("anchor", "user", CONTROL)
 """They reach the last rung whatever their results: the board compares with them at equal tokens."""
@@ -43,6 +42,16 @@ class Advance:
 
     trial: int
     rung: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """One rung of the ladder."""
+
+    rung: int
+    complete: bool
+    """Every sampled trial that will ever reach this rung has done so."""
+    promoted: tuple[int, ...]
 
 
 class SearchRun:
@@ -79,50 +88,50 @@ class SearchRun:
         for trial in self.trials.values():
             if trial.state == TrialState.WAITING and trial.rung is None:
                 return Advance(trial=trial.number, rung=0)
-        for rung in reversed(range(self.last_rung)):
-            for number in self._promoted(rung):
+        for standing in reversed(self._ladder()):
+            for number in standing.promoted:
                 trial = self.trials[number]
-                if trial.state == TrialState.WAITING and trial.rung == rung:
-                    return Advance(trial=number, rung=rung + 1)
+                if trial.state == TrialState.WAITING and trial.rung == standing.rung:
+                    return Advance(trial=number, rung=standing.rung + 1)
         return self._next_shape()
 
     def left_behind(self) -> list[int]:
         """Trials that wait at a rung from which no one will go up any more."""
-        numbers = []
-        for rung in range(self.last_rung):
-            if self._complete(rung):
-                promoted = self._promoted(rung)
-                waiting = [trial for trial in self.trials.values() if trial.state == TrialState.WAITING and trial.rung == rung]
-                numbers += [trial.number for trial in waiting if trial.number not in promoted]
-        return numbers
+        return [
+            trial.number
+            for standing in self._ladder()
+            if standing.complete
+            for trial in self.trials.values()
+            if trial.state == TrialState.WAITING and trial.rung == standing.rung and trial.number not in standing.promoted
+        ]
 
     def is_finished(self) -> bool:
         """No trial runs or waits, and no shape is left to propose."""
         return all(trial.state.is_terminal for trial in self.trials.values()) and self.next_action() is None
 
-    def _promoted(self, rung: int) -> tuple[int, ...]:
-        """Who goes on from a rung, those that already did among them."""
-        standings = [
-            Standing(trial=number, depth=self.shape_of(number).num_hidden_layers, kl=results[rung].kl, forced=self._is_forced(number))
-            for number, results in self.results.items()
-            if rung in results
-        ]
-        return promotable(rung, standings, spec=self.spec.rungs, complete=self._complete(rung))
+    def _ladder(self) -> list[_Step]:
+        """Every rung below the last: who goes on from it (those that already did among them), and whether more may still reach it."""
+        ladder: list[_Step] = []
+        live = [trial for trial in self.trials.values() if not self._is_forced(trial.number) and trial.state not in (TrialState.FAILED, TrialState.CANCELLED)]
+        complete = self._all_proposed()
+        coming = {trial.number for trial in live}
+        for rung in range(self.last_rung):
+            # A trial promoted early may no longer be among the promoted: while it is on its way up, the rung is not complete either.
+            on_the_way = {trial.number for trial in live if trial.state == TrialState.RUNNING and (-1 if trial.rung is None else trial.rung) < rung}
+            arrived = {trial.number for trial in live if trial.rung is not None and trial.rung >= rung}
+            complete = complete and not on_the_way and coming <= arrived
+            standings = [
+                Standing(trial=number, depth=self.shape_of(number).num_hidden_layers, kl=results[rung].kl, forced=self._is_forced(number))
+                for number, results in self.results.items()
+                if rung in results
+            ]
+            promoted = promotable(rung, standings, spec=self.spec.rungs, complete=complete)
+            ladder.append(_Step(rung=rung, complete=complete, promoted=promoted))
+            coming = {trial.number for trial in live if trial.number in promoted}
+        return ladder
 
     def _is_forced(self, number: int) -> bool:
         return self.trials[number].origin.split(":")[0] in FORCED_ORIGINS
-
-    def _complete(self, rung: int) -> bool:
-        """Whether every sampled trial that will ever reach this rung has done so."""
-        sampled = [
-            trial for trial in self.trials.values() if not self._is_forced(trial.number) and trial.state not in (TrialState.FAILED, TrialState.CANCELLED)
-        ]
-        if rung == 0:
-            return self._all_proposed() and all(trial.rung is not None for trial in sampled)
-        if not self._complete(rung - 1):
-            return False
-        promoted = set(self._promoted(rung - 1))
-        return all((trial.rung or 0) >= rung for trial in sampled if trial.number in promoted)
 
     # -- shapes ------------------------------------------------------------------------------------------------------------
 
@@ -188,25 +197,24 @@ class SearchRun:
         return choices if self.space.resolve(choices) == shape else None
 
     def _observations(self) -> list[Observation]:
-        """What the sampler learns from: the deepest trained rung that has enough results, never a mixture of rungs.
+        """What the sampler learns from: the deepest trained rung with num_startup_trials results, else the first, never a mixture of rungs.
 
         The value is -log KL on the held-out blocks. A failed shape counts as the worst seen: told as a failure, TPE asks for it again and again.
         """
-        enough = max(4, self.spec.sampler.num_startup_trials // 2)
+        searched = {number: choices for number in self.trials if self._is_searched(number) and (choices := self._choices(self.shape_of(number))) is not None}
         for rung in reversed(range(1, self.last_rung + 1)):
             values = {
-                number: -math.log(max(results[rung].kl.value, 1e-12))
-                for number, results in self.results.items()
-                if rung in results and self._is_searched(number)
+                number: -math.log(max(self.results[number][rung].kl.value, 1e-12))
+                for number in self.results
+                if number in searched and rung in self.results[number]
             }
-            if len(values) >= enough:
+            if len(values) >= self.spec.sampler.num_startup_trials:
                 break
-        else:
+        if not values:
             return []
         worst = min(values.values())
-        values |= {number: worst for number, trial in self.trials.items() if trial.state == TrialState.FAILED and self._is_searched(number)}
-        pairs = [(self._choices(self.shape_of(number)), value) for number, value in values.items()]
-        return [Observation(choices=choices, value=value) for choices, value in pairs if choices is not None]
+        values |= {number: worst for number in searched if self.trials[number].state == TrialState.FAILED}
+        return [Observation(choices=searched[number], value=value) for number, value in values.items()]
 
     def _is_searched(self, number: int) -> bool:
         return self.trials[number].origin != CONTROL

@@ -135,7 +135,8 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
                 return result.as_dict()
             case "confirm":
                 shape, trial_folder = Shape.from_dict(request["shape"]), Path(request["trial_folder"])
-                return confirm(spec, inputs=inputs, prepared=prepared, shape=shape, folder=trial_folder, device=device)
+                with_reload = request["with_reload"]
+                return confirm(spec, inputs=inputs, prepared=prepared, shape=shape, folder=trial_folder, device=device, with_reload=with_reload)
             case "bundle":
                 return write_bundle(request, spec=spec)
             case unknown:

@@ -191,15 +191,32 @@ def _score_task(lm: HFLM, *, task: Any, documents: Sequence[int]) -> TaskScore:
     first_filter = next(iter(samples.values()))
     assert tuple(sample["doc_id"] for sample in first_filter) == document_ids
     _refuse_non_finite(first_filter, task=task)
+    metrics, values = _read_metrics(result, samples=samples, task=task)
+    return TaskScore(
+        name=name,
+        metrics=metrics,
+        document_ids=document_ids,
+        documents=values,
+        likelihood=_likelihood(first_filter, task=task),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _read_metrics(
+    result: Mapping[str, Any], *, samples: Mapping[str, Sequence[Mapping[str, Any]]], task: Any
+) -> tuple[dict[str, MetricValue], dict[str, DocumentValues]]:
+    """lm-eval's numbers, and what each document adds to them, by our names of the metrics; a metric without a direction is left out."""
+    name = harness.task_name(task)
+    values_by_key, directions = result["results"][name], result["higher_is_better"][name]
     metrics: dict[str, MetricValue] = {}
     values: dict[str, DocumentValues] = {}
-    for key, value in result["results"][name].items():
+    for key, value in values_by_key.items():
         metric, comma, filter_name = key.partition(",")
-        higher_is_better = result["higher_is_better"][name].get(metric)
+        higher_is_better = directions.get(metric)
         if not comma or metric.endswith("_stderr") or not isinstance(higher_is_better, bool):
             continue
         our_name = harness.metric_name(metric, filter_name=filter_name, task=task)
-        standard_error = result["results"][name].get(f"{metric}_stderr,{filter_name}")
+        standard_error = values_by_key.get(f"{metric}_stderr,{filter_name}")
         if (contributions := _document_values(samples[filter_name], metric=metric, aggregation=task.aggregation().get(metric))) is not None:
             values[our_name] = contributions
             if task.aggregation()[metric] is not lm_eval_metrics.mean:
@@ -209,14 +226,7 @@ def _score_task(lm: HFLM, *, task: Any, documents: Sequence[int]) -> TaskScore:
             standard_error=float(standard_error) if isinstance(standard_error, float) else None,
             higher_is_better=higher_is_better,
         )
-    return TaskScore(
-        name=name,
-        metrics=metrics,
-        document_ids=document_ids,
-        documents=values,
-        likelihood=_likelihood(first_filter, task=task),
-        seconds=time.perf_counter() - started,
-    )
+    return metrics, values
 
 
 def _document_values(samples: Sequence[Mapping[str, Any]], *, metric: str, aggregation: Any) -> DocumentValues | None:

@@ -45,14 +45,18 @@ print(json.dumps({"difference": difference, "generated_tokens": text.shape[1] - 
 """
 
 
-def confirm(spec: SearchSpec, *, inputs: Mapping[str, Any], prepared: Path, shape: Shape, folder: Path, device: str) -> dict[str, Any]:
+def confirm(
+    spec: SearchSpec, *, inputs: Mapping[str, Any], prepared: Path, shape: Shape, folder: Path, device: str, with_reload: bool = True
+) -> dict[str, Any]:
     """Check and measure the model that the last rung left in the trial's folder.
 
+    Args:
+        with_reload: False for a control, which never wins: its file is counted, but not loaded in a fresh process.
     Returns:
         verified (bool) and why not (reason), parameters counted from the file, held-out result, latency.
     """
     student = folder / STUDENT
-    reason, parameters = verify(student, probe=folder, shape=shape, config=inputs["teacher"]["config"])
+    reason, parameters = verify(student, probe=folder, shape=shape, config=inputs["teacher"]["config"], with_reload=with_reload)
     model = load_model(student, dtype=spec.distillation.dtype if device != "cpu" else "float32", device=device)
     tokens = spec.rungs.tokens(spec.rungs.num_trained)
     result = measure(
@@ -76,7 +80,7 @@ def confirm(spec: SearchSpec, *, inputs: Mapping[str, Any], prepared: Path, shap
     return {"verified": reason is None, "reason": reason, "parameters": parameters, "held_out": result.as_dict(), "latency": latency.as_dict()}
 
 
-def verify(student: Path, *, probe: Path, shape: Shape, config: Mapping[str, Any]) -> tuple[str | None, int]:
+def verify(student: Path, *, probe: Path, shape: Shape, config: Mapping[str, Any], with_reload: bool) -> tuple[str | None, int]:
     """Why the saved student is not what it claims to be (None if it is), and its parameters counted from the file."""
     parameters = count_file(student)
     expected = count_parameters(read_architecture(config), shape).total
@@ -85,6 +89,8 @@ def verify(student: Path, *, probe: Path, shape: Shape, config: Mapping[str, Any
     saved = read_architecture(json.loads((student / "config.json").read_text(encoding="utf-8"))).shape
     if saved != shape:
         return f"config.json: expected shape {shape.key}, got {saved.key}", parameters
+    if not with_reload:
+        return None, parameters
     load_tensors(probe, name=PROBE)  # raises CorruptFile where the probe is damaged
     probe_file = probe / json.loads((probe / f"{PROBE}.json").read_text(encoding="utf-8"))["file"]
     process = subprocess.run(

@@ -25,8 +25,8 @@ from nas.compress.teacher import load_model, load_tokenizer, write_json
 from nas.evaluate.tasks import load_tasks, split_documents
 from nas.families import Architecture, read_architecture
 from nas.search.trial import BLOCKS, SORTED, SPLITS, load_shared, measure, teacher_dtype
-from nas.spec import SearchSpec, dump_spec
-from nas.submission import build_space, task_metric
+from nas.space import build_space
+from nas.spec import SearchSpec, dump_spec, objective_metrics
 
 PREPARED = "prepared.json"
 FORMAT = 1
@@ -41,7 +41,7 @@ def prepared_key(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> str:
         "teacher": inputs["teacher"]["digest"],
         "corpora": [corpus["digest"] for corpus in inputs["corpora"]],
         "tasks": [[task["digest"], task["name"]] for task in inputs["tasks"]],
-        "metrics": task_metric(spec, inputs=inputs),
+        "metrics": objective_metrics(spec, inputs=inputs),
         "depths": _depths(spec, inputs=inputs),
         "tokens": spec.rungs.tokens(spec.rungs.num_trained),
         "seed": spec.seed,

@@ -32,8 +32,7 @@ from nas.evaluate.scoring import TaskScore, score
 from nas.evaluate.tasks import load_tasks
 from nas.search.results import Metric, RungResult
 from nas.shape import Shape
-from nas.spec import SearchSpec
-from nas.submission import task_metric
+from nas.spec import SearchSpec, objective_metrics
 
 BLOCKS, SORTED, SPLITS = "blocks", "sorted", "splits.json"
 """Names inside a prepared folder."""
@@ -158,7 +157,7 @@ def measure(
         scores = score(
             model, tokenizer=shared.tokenizer, tasks=shared.tasks, documents=documents, batch_size=spec.evaluation.batch_size, max_length=shared.max_length
         )
-        for name, metric in task_metric(spec, inputs=inputs).items():
+        for name, metric in objective_metrics(spec, inputs=inputs).items():
             tasks[name] = paired_metric(scores.tasks[name], name=metric)
         details = {name: {key: asdict(value) for key, value in task.metrics.items()} for name, task in scores.tasks.items()}
     return RungResult(rung=rung, tokens=tokens, kl=kl, loss=loss, tasks=tasks, parameters=_count(model), seconds={}, details=details)

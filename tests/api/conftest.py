@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +32,6 @@ TEACHER_CONFIG = {
     "max_position_embeddings": 512,
 }
 SHAPE = {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
-
-
-def a_spec(**changes: Any) -> dict[str, Any]:
-    return {
-        "teacher": "tiny",
-        "corpus": {"parts": [{"name": "stories"}], "sequence_length": 128},
-        "tasks": [{"name": "pairs"}, {"name": "bits", "weight": 2.0}],
-        "budget": {"max_fraction": 0.6},
-        "rungs": {"first_tokens": 1000, "num_trained": 2},
-        **changes,
-    }
 
 
 def a_metric(value: float, *, higher_is_better: bool) -> dict[str, Any]:
@@ -92,8 +83,19 @@ class Service:
     client: TestClient
     settings: Settings
 
+    def spec(self, **changes: Any) -> dict[str, Any]:
+        """The JSON of a spec that can be run, with some fields changed."""
+        return {
+            "teacher": "tiny",
+            "corpus": {"parts": [{"name": "stories"}], "sequence_length": 128},
+            "tasks": [{"name": "pairs"}, {"name": "bits", "weight": 2.0}],
+            "budget": {"max_fraction": 0.6},
+            "rungs": {"first_tokens": 1000, "num_trained": 2},
+            **changes,
+        }
+
     def submit(self, **changes: Any) -> SearchRecord:
-        spec = parse_spec(json.dumps(a_spec(**changes)))
+        spec = parse_spec(json.dumps(self.spec(**changes)))
         submission = check_submission(spec, store=self.store)
         search, _ = self.store.create_search(spec=dump_spec(spec), inputs=submission.inputs, plan=submission.plan, label=spec.label)
         return search
@@ -101,8 +103,12 @@ class Service:
     def move(self, search: SearchRecord, to: SearchState, **values: Any) -> None:
         self.store.change_search(search.id, to=to, expected=[state for state in SearchState if not state.is_terminal], fence=None, **values)
 
-    def propose(self, search: SearchRecord, number: int, *, origin: str = "sampler", hidden_size: int = 48) -> dict[str, int]:
-        shape = {**SHAPE, "hidden_size": hidden_size, "intermediate_size": 96 + number}
+    def shape(self, number: int) -> dict[str, int]:
+        """The shape of a trial; each has its own."""
+        return {**SHAPE, "intermediate_size": 96 + number}
+
+    def propose(self, search: SearchRecord, number: int, *, origin: str = "sampler") -> dict[str, int]:
+        shape = self.shape(number)
         self.store.add_trial(search.id, number=number, origin=origin, shape=shape, choices=None, parameters=90000, fence=None)
         return shape
 
@@ -142,10 +148,19 @@ class Service:
         return self.store.get_search(search.id)
 
 
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database, migrated once: copying it is faster than migrating again."""
+    path = tmp_path_factory.mktemp("migrated") / "nas.db"
+    Store.open(f"sqlite:///{path}", migrate=True).close()
+    return path
+
+
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Service]:
+def service(tmp_path: Path, migrated_file: Path) -> Iterator[Service]:
     settings = Settings.from_environment({"NAS_DATA": str(tmp_path)})
-    store = Store.open(settings.database_url, migrate=True)
+    shutil.copy(migrated_file, tmp_path / "nas.db")
+    store = Store.open(settings.database_url)
     now = utc_now()
     store.add_teacher(TeacherRecord(name="tiny", digest="a" * 64, path="/secret/tiny", config=TEACHER_CONFIG, parameters=200000, added_at=now))
     store.add_corpus(CorpusRecord(name="stories", digest="b" * 64, files=("/secret/s.txt",), num_documents=10, num_bytes=1000, added_at=now))
@@ -156,3 +171,11 @@ def service(tmp_path: Path) -> Iterator[Service]:
     client = TestClient(create_app(store=store, settings=settings), base_url="http://127.0.0.1", raise_server_exceptions=False)
     yield Service(store=store, client=client, settings=settings)
     store.close()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A loopback port that nobody listened on a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

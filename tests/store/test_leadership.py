@@ -97,6 +97,7 @@ def test_a_stale_fence_writes_nothing(store: Store, new_search: Callable[..., Se
         lambda: store.lose_running_attempts(fence=stale),
         lambda: store.record_rung(attempt.id, fence=stale, **rung),
         lambda: store.add_points([point], fence=stale),
+        lambda: store.save_confirmation(None, search_id=search.id, trial=0, confirmation={"verified": False}, fence=stale),
     ]
     for write in writes:
         with pytest.raises(Fenced, match=f"leadership token: expected {current}, got {stale}"):

@@ -239,6 +239,28 @@ class TestResults:
         assert "documents" not in str(short.result)
 
 
+class TestConfirmations:
+    def test_a_confirmation_ends_its_attempt_and_leaves_the_trial_completed(self, store: Store, search: SearchRecord, trial: TrialRecord) -> None:
+        store.change_trial(search.id, 0, to=TrialState.COMPLETED, fence=None)
+        attempt = store.start_attempt(search.id, stage="confirm", trial=0, rung=None, fence=None)
+        confirmation = {"verified": True, "parameters": 1000}
+        store.save_confirmation(attempt.id, search_id=search.id, trial=0, confirmation=confirmation, fence=None)
+
+        after = store.get_trial(search.id, 0)
+        assert (after.state, after.confirmation) == (TrialState.COMPLETED, confirmation)
+        assert store.list_attempts(search.id)[0].state is AttemptState.SUCCEEDED
+        event = store.list_events(search.id)[-1]
+        assert (event.type, event.data) == ("trial.confirmed", {"trial": 0, "verified": True, "reason": None})
+
+    def test_one_of_an_attempt_that_was_lost_is_refused(self, store: Store, search: SearchRecord, trial: TrialRecord) -> None:
+        attempt = store.start_attempt(search.id, stage="confirm", trial=0, rung=None, fence=None)
+        store.lose_running_attempts(fence=None)
+
+        with pytest.raises(Conflict, match="expected a running one, got state lost"):
+            store.save_confirmation(attempt.id, search_id=search.id, trial=0, confirmation={"verified": True}, fence=None)
+        assert store.get_trial(search.id, 0).confirmation is None
+
+
 class TestPoints:
     def point(self, trial: TrialRecord, *, tokens: int, rung: int = 1, loss: float = 2.0) -> PointRecord:
         return PointRecord(search_id=trial.search_id, trial=0, rung=rung, tokens=tokens, loss=loss, learning_rate=1e-3, tokens_per_second=1e5)

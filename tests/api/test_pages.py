@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING
+
+import pytest
+
+from api.rendering import format_age, format_bytes, format_count, format_seconds
+from nas.store.records import SearchState, TrialState, utc_now
+
+if TYPE_CHECKING:
+    from tests.api.conftest import Service
+
+HOSTILE = "<script>alert('x')</script>\"' onload=alert(1) {{ 7 * 7 }}"
+
+
+class Elements(HTMLParser):
+    """Start tags with their attributes, and the text of the page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page(service: Service, path: str) -> str:
+    answer = service.client.get(path, headers={"Accept": "text/html"})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/html")
+    return str(answer.text)
+
+
+def rows(text: str) -> dict[str, str]:
+    """Id -> text of the table rows that have one."""
+    found = re.findall(r'<tr id="([^"]+)"[^>]*>(.*?)</tr>', text, flags=re.DOTALL)
+    return {name: " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split()) for name, body in found}
+
+
+def figure(text: str, name: str) -> dict[str, object]:
+    found = re.search(rf"""id="{name}" data-figure='([^']*)'""", text)
+    assert found is not None
+    values = json.loads(html.unescape(found.group(1)))
+    assert isinstance(values, dict)
+    return values
+
+
+@pytest.fixture
+def paths(service: Service) -> list[str]:
+    search = service.ranked_search()
+    return ["/", f"/searches/{search.id}", f"/searches/{search.id}/trials/1", f"/searches/{search.id}/trials/4", "/docs", "/problems/conflict"]
+
+
+def test_no_page_holds_inline_code_or_loads_anything_from_elsewhere(service: Service, paths: list[str]) -> None:
+    for path in paths:
+        for tag, attributes in Elements(page(service, path)).tags:
+            assert tag != "style"
+            assert tag != "script" or attributes.get("src")
+            assert not [name for name in attributes if name == "style" or name.startswith("on")], (path, tag, attributes)
+            for name in ("src", "href"):
+                assert not (attributes.get(name) or "").startswith(("http:", "https:", "//", "javascript:")), (path, attributes)
+
+
+def test_everything_that_a_page_loads_or_links_is_there(service: Service, paths: list[str]) -> None:
+    links = {
+        link.partition("?")[0].partition("#")[0]
+        for path in paths
+        for _, attributes in Elements(page(service, path)).tags
+        for name in ("src", "href")
+        if (link := attributes.get(name) or "").startswith("/")
+    }
+
+    assert [link for link in sorted(links) if service.client.get(link).status_code != 200] == []
+
+
+def test_every_page_forbids_foreign_code(service: Service, paths: list[str]) -> None:
+    for path in paths:
+        policy = service.client.get(path).headers["content-security-policy"]
+        assert "default-src 'self'" in policy
+        assert "script-src" not in policy
+        assert "unsafe-eval" not in policy
+
+
+def test_a_hostile_label_is_only_text(service: Service) -> None:
+    search = service.submit(label=HOSTILE)
+    service.propose(search, 0)
+    service.move(search, SearchState.FAILED, error={"message": HOSTILE})
+
+    for path in ("/", f"/searches/{search.id}", f"/searches/{search.id}/trials/0"):
+        text = page(service, path)
+        elements = Elements(text)
+        assert "<script>alert" not in text
+        assert HOSTILE in elements.text
+        assert not [tag for tag, attributes in elements.tags if "onload" in attributes]
+
+
+def test_without_searches_the_list_says_what_to_do(service: Service) -> None:
+    text = page(service, "/")
+
+    assert "No searches yet" in text
+    assert "nas submit" in text
+
+
+def test_the_list_shows_state_progress_and_best_score(service: Service) -> None:
+    search = service.ranked_search()
+
+    row = rows(page(service, "/"))[f"row-{search.id}"]
+
+    for part in ("ranked", "searching", "tiny", "60% of teacher", "5 of", "1 failed", "0.700 ± 0.020", "just now"):
+        assert part in row
+
+
+def test_the_board_marks_ranks_ties_origins_and_what_is_not_ranked(service: Service) -> None:
+    text = page(service, f"/searches/{service.ranked_search().id}")
+    found = rows(text)
+
+    assert list(found) == ["trial-0", "trial-1", "trial-2", "trial-3"]
+    assert found["trial-0"].startswith("1 = #0 leads uniform Pareto")
+    assert found["trial-1"].startswith("1 = #1 3 48 97")
+    assert found["trial-2"].startswith("3 #2 random control")
+    assert found["trial-3"].startswith("– #3")
+    assert "0.690 ± 0.020" in found["trial-1"]
+    assert "Not at the last rung" in text
+
+
+def test_the_leader_is_called_the_winner_once_there_is_one(service: Service) -> None:
+    search = service.ranked_search()
+    service.store.save_winner(search.id, {"bundle": "w.tar", "bundle_sha256": "0" * 64}, fence=None)
+
+    text = page(service, f"/searches/{search.id}")
+
+    assert rows(text)["trial-0"].startswith("1 = #0 winner")
+    assert f"/v1/searches/{search.id}/winner/bundle" in text
+
+
+def test_a_trial_that_the_board_does_not_have_yet_is_listed(service: Service) -> None:
+    search = service.ranked_search()
+    service.propose(search, 9, origin="user")
+
+    assert rows(page(service, f"/searches/{search.id}"))["trial-9"].startswith("– #9 yours 3 48 105 8 / 4")
+
+
+def test_failures_are_grouped_with_their_reason(service: Service) -> None:
+    text = page(service, f"/searches/{service.ranked_search().id}")
+
+    assert "out_of_memory" in text
+    assert "no room" in text
+
+
+def test_the_score_figure_has_points_of_the_last_rung_the_teacher_and_the_budget(service: Service) -> None:
+    search = service.ranked_search()
+
+    values = figure(page(service, f"/searches/{search.id}"), "plot-score")
+
+    points = values["points"]
+    assert isinstance(points, list)
+    assert [(point["number"], point["kind"], point["tied"], point["y"]) for point in points] == [
+        (0, "anchor", True, 0.7),
+        (1, "sampler", True, 0.69),
+        (2, "control", False, 0.5),
+    ]
+    assert (values["teacher"], values["budget"]) == (search.plan["teacher_parameters"], search.plan["max_parameters"])
+
+
+def test_the_curve_has_the_points_and_the_rungs(service: Service) -> None:
+    values = figure(page(service, f"/searches/{service.ranked_search().id}/trials/1"), "plot-curve")
+
+    assert values["x"] == [500, 1000, 2000, 4000]
+    assert [rung["tokens"] for rung in values["rungs"]] == [0, 1000, 4000]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        (SearchState.QUEUED, "Waiting for the controller"),
+        (SearchState.PREPARING, "Preparing"),
+        (SearchState.SEARCHING, "No shape has been proposed yet"),
+        (SearchState.CANCELLED, "No shape was evaluated"),
+    ],
+)
+def test_a_search_without_trials_says_why(service: Service, state: SearchState, text: str) -> None:
+    search = service.submit()
+    if state is not SearchState.QUEUED:
+        service.move(search, state)
+
+    assert text in page(service, f"/searches/{search.id}")
+
+
+def test_a_page_follows_the_search_only_while_it_runs(service: Service) -> None:
+    search = service.ranked_search()
+    running = page(service, f"/searches/{search.id}")
+    service.move(search, SearchState.SUCCEEDED)
+
+    assert f"events/stream?after={search.version}" in running
+    assert "data-stream" not in page(service, f"/searches/{search.id}")
+
+
+def test_a_failed_search_says_why(service: Service) -> None:
+    search = service.submit()
+    service.move(search, SearchState.FAILED, error={"stage": "prepare", "message": "digest differs"})
+
+    text = page(service, f"/searches/{search.id}")
+
+    assert "The search failed at prepare" in text
+    assert "digest differs" in text
+
+
+def test_a_failed_trial_says_why(service: Service) -> None:
+    text = page(service, f"/searches/{service.ranked_search().id}/trials/4")
+
+    for part in ("out_of_memory", "no room", "after 3 attempts"):
+        assert part in text
+
+
+def test_one_running_trial_without_results_has_pages(service: Service) -> None:
+    search = service.submit()
+    service.move(search, SearchState.SEARCHING)
+    service.propose(search, 0)
+    service.store.start_attempt(search.id, stage="rung", trial=0, rung=0, fence=None)
+
+    assert "1 running" in page(service, f"/searches/{search.id}")
+    assert "data-refresh-seconds" in page(service, f"/searches/{search.id}/trials/0")
+    assert service.store.get_trial(search.id, 0).state is TrialState.RUNNING
+
+
+def test_a_browser_gets_a_page_for_what_does_not_exist_and_the_api_never_does(service: Service) -> None:
+    html_answer = service.client.get("/searches/srch_0", headers={"Accept": "text/html"})
+    api_answer = service.client.get("/v1/searches/srch_0", headers={"Accept": "text/html"})
+
+    assert (html_answer.status_code, html_answer.headers["content-type"]) == (404, "text/html; charset=utf-8")
+    assert api_answer.headers["content-type"] == "application/problem+json"
+
+
+def test_the_docs_show_every_operation_with_its_example(service: Service) -> None:
+    text = page(service, "/docs")
+    document = service.client.get("/openapi.json").json()
+
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            assert f'id="{operation["operationId"]}"' in text
+    assert "&#34;max_fraction&#34;: 0.6" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0, "0"), (999, "999"), (999.6, "1.00K"), (260032, "260K"), (999_600, "1.00M"), (1_600_000, "1.60M"), (8030261248, "8.03B")],
+)
+def test_counts_are_written_in_three_digits(value: float | None, text: str) -> None:
+    assert format_count(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.31, "0.3 s"), (59.7, "1 min 00 s"), (3599.6, "1 h 00 min"), (7500, "2 h 05 min"), (200000, "2 d 07 h")])
+def test_durations_are_written_in_two_units(value: float, text: str) -> None:
+    assert format_seconds(value) == text
+
+
+def test_a_clock_that_is_behind_makes_no_negative_age() -> None:
+    now = utc_now()
+
+    assert format_age(now.replace(year=now.year + 1), now=now) == "just now"
+    assert format_bytes(1500) == "1.5 kB"
