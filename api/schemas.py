@@ -221,6 +221,8 @@ class TrialAnswer(Answer):
     rung: int | None
     """The deepest rung that it has finished."""
     failure: dict[str, Any] | None
+    confirmation: dict[str, Any] | None
+    """Of a finalist: verified, the reason if not, parameters of the file, the held-out result, latency."""
     created_at: datetime
     updated_at: datetime
 

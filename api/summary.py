@@ -123,6 +123,7 @@ def describe_trial(trial: TrialRecord) -> TrialAnswer:
         state=trial.state,
         rung=trial.rung,
         failure=trial.failure,
+        confirmation=trial.confirmation,
         created_at=trial.created_at,
         updated_at=trial.updated_at,
     )

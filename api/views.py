@@ -31,6 +31,8 @@ class Row:
     tie_group: int | None = None
     """Only for groups of two rows and more."""
     is_winner: bool = False
+    is_verified: bool | None = None
+    """Whether a finalist's file proved to be the model that was scored; None for a trial that was not checked."""
     is_pareto: bool = False
     rung: int | None = None
     tokens: int | None = None
@@ -51,6 +53,7 @@ def board_rows(search: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Se
             **{name: row[name] for name in ("number", "origin", "parameters", "share_of_teacher", "rank", "rung", "tokens", "score", "standard_error")},
             **{name: row[name] for name in ("kl", "kl_standard_error", "tasks")},
             state=by_number[row["number"]].state,
+            is_verified=_verified(by_number[row["number"]]),
             shape=Shape.from_dict(row["shape"]),
             tie_group=row["tie_group"] if sizes[row["tie_group"]] > 1 else None,
             is_winner=row["number"] == board.get("winner"),
@@ -66,6 +69,10 @@ def board_rows(search: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Se
         if trial.number not in listed and trial.state is not TrialState.FAILED:
             rows.append(_unranked(trial, latest=latest.get(trial.number), teacher_parameters=teacher))
     return rows
+
+
+def _verified(trial: TrialRecord) -> bool | None:
+    return None if trial.confirmation is None else bool(trial.confirmation["verified"])
 
 
 def _unranked(trial: TrialRecord, *, latest: RungRecord | None, teacher_parameters: int | None) -> Row:

@@ -540,3 +540,7 @@ def _cell(value: Any, *, name: str) -> str:
     if isinstance(value, dict):
         return "  ".join(f"{key}={_cell(item, name=key)}" for key, item in value.items())
     return str(value)
+
+
+if __name__ == "__main__":
+    main()

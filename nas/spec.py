@@ -196,7 +196,7 @@ class DistillationSpec:
     """Sequences per forward pass; None: the batch size. Halved by itself when a device runs out of memory."""
     warmup_tokens: Annotated[int, Field(ge=0, le=2**53)] = 0
     """Linear warm-up at the start of the trunk."""
-    decay_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    decay_share: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """The last share of a rung's tokens is a linear decay to zero, a branch off the constant trunk that the next rung resumes."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"

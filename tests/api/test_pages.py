@@ -149,6 +149,24 @@ def test_a_trial_that_the_board_does_not_have_yet_is_listed(service: Service) ->
     assert rows(page(service, f"/searches/{search.id}"))["trial-9"].startswith("– #9 yours 3 48 105 8 / 4")
 
 
+@pytest.mark.parametrize(("verified", "text"), [(True, "✓ verified"), (False, "✗ not verified")])
+def test_a_finalist_is_marked_as_verified_or_not(service: Service, verified: bool, text: str) -> None:
+    search = service.ranked_search()
+    metric = {"value": 0.625, "standard_error": 0.03, "higher_is_better": True}
+    confirmation = {
+        "verified": verified,
+        "reason": None if verified else "the logits differ",
+        "held_out": {"kl": metric, "loss": metric, "tasks": {"pairs": metric}},
+    }
+    service.store.save_confirmation(None, search_id=search.id, trial=1, confirmation=confirmation, fence=None)
+
+    assert text in rows(page(service, f"/searches/{search.id}"))["trial-1"]
+    trial = page(service, f"/searches/{search.id}/trials/1")
+    assert text in trial
+    assert "0.625" in trial
+    assert ("the logits differ" in trial) is not verified
+
+
 def test_failures_are_grouped_with_their_reason(service: Service) -> None:
     text = page(service, f"/searches/{service.ranked_search().id}")
 
