@@ -166,6 +166,8 @@ class EvaluationSpec:
     documents_per_task: Annotated[int, Field(ge=2, le=10_000_000)] = 200
     """Documents of each task on which the rungs are scored, the same for every trial; at most half of the task.
     The others are held out: no rung sees them, and the finalists are scored on them."""
+    held_out_documents: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
+    """Held-out documents of each task on which finalists, anchors and controls are scored, drawn once by the seed; None: all of them."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 64
     """Requests per forward pass."""
     latency_prompt_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128

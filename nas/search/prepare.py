@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def prepared_key(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> str:
         "seed": spec.seed,
         **{name: values[name] for name in ("corpus", "compression")},
         "fewshot": [task.num_fewshot for task in spec.tasks],
-        "documents": spec.evaluation.documents_per_task,
+        "documents": [spec.evaluation.documents_per_task, spec.evaluation.held_out_documents],
         "dtype": spec.distillation.dtype,
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
@@ -115,11 +116,14 @@ def prepare(
         )
     with step("tasks"):
         tasks = load_tasks([Path(task["folder"]) for task in inputs["tasks"]], num_fewshot={task.name: task.num_fewshot for task in spec.tasks})
-        splits = {task.name: split_documents(tasks[task.name], documents_per_task=spec.evaluation.documents_per_task, seed=spec.seed) for task in spec.tasks}
-        write_json({name: {"search": list(split.search), "held_out": list(split.held_out)} for name, split in splits.items()}, target=folder / SPLITS)
+        documents: dict[str, dict[str, list[int]]] = {}
+        for task in spec.tasks:
+            split = split_documents(tasks[task.name], documents_per_task=spec.evaluation.documents_per_task, seed=spec.seed)
+            documents[task.name] = {"search": list(split.search), "held_out": _held_out(split.held_out, spec=spec)}
+        write_json(documents, target=folder / SPLITS)
     facts = {
         "layers": {str(depth): list(kept) for depth, kept in layers.items()},
-        "documents": {name: {"search": len(split.search), "held_out": len(split.held_out)} for name, split in splits.items()},
+        "documents": {name: {part: len(ids) for part, ids in split.items()} for name, split in documents.items()},
         "blocks": blocks.facts,
     }
     del teacher  # the trials' own copy takes its place
@@ -146,6 +150,12 @@ def random_model(architecture: Architecture, *, config: Mapping[str, Any], seed:
         values = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version", "dtype", "torch_dtype")}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture.model_type, **values), dtype=torch.float32)
     return model.to(device).eval()
+
+
+def _held_out(documents: Sequence[int], *, spec: SearchSpec) -> list[int]:
+    """The held-out documents that are scored: all, or as many as the spec asks for, drawn by its seed."""
+    limit = spec.evaluation.held_out_documents
+    return list(documents) if limit is None or limit >= len(documents) else sorted(Random(spec.seed).sample(documents, limit))
 
 
 def _depths(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> list[int]:
