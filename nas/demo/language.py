@@ -28,6 +28,10 @@ def _list(words: str) -> tuple[str, ...]:
 
 GIRLS = _list("Anna Bella Clara Dora Emma Fiona Greta Hanna Ines Julia Karla Lena Mira Nora Olga Petra")
 BOYS = _list("Adam Boris Carlo David Emil Felix Georg Hugo Ivan Jonas Karl Leo Max Noel Oskar Paul")
+TOWNS = _list("Arden Brook Cale Dunmore Eston Fell Garth Holm Irby Kelso Lorn Marden Norby Oxley Penrith Rye")
+TRADES = _list("baker potter farmer tailor miller weaver doctor painter singer sailor mason hunter teacher writer barber cook")
+HOBBIES = _list("music chess poems stars maps clocks kites drums stones masks riddles letters ships dances bells songs")
+CROPS = _list("beans leeks peas onions carrots pumpkins roses tulips wheat barley rice melons herbs grapes garlic corn")
 FOODS = _list("plums nuts berries seeds roots leaves worms snails honey moss apples bread cheese eggs flies grass")
 HOMES = _list("caves trees barns ponds fields hills swamps forests cellars gardens rivers deserts attics meadows cliffs islands")
 COLOURS = _list("red blue green grey black white brown golden silver purple orange pink")
@@ -55,6 +59,18 @@ VERBS = {plural + "s": plural for plural in _list("sing dance jump sleep run eat
 """Third person singular -> plural."""
 SEEING = {"sees": "see", "knows": "know", "follows": "follow", "hears": "hear"}
 """Verbs of a relative clause, third person singular -> plural."""
+
+ATTRIBUTES = {
+    "eats": FOODS,
+    "grows": CROPS,
+    "lives in": HOMES,
+    "comes from": TOWNS,
+    "is": COLOURS,
+    "likes": HOBBIES,
+    "fears": tuple(ANIMALS.values()),
+    "works as a": TRADES,
+}
+"""What is true of every animal of a kind -> its possible values."""
 
 END = "</s>"
 UNKNOWN = "<unk>"
@@ -119,7 +135,7 @@ def facts() -> tuple[Fact, ...]:
         rng.shuffle(dealt)
         found.extend(Fact(stem=stem, value=value, range=values) for stem, value in zip(stems, dealt, strict=True))
 
-    for phrase, values in (("eats", FOODS), ("lives in", HOMES), ("is", COLOURS), ("fears", tuple(ANIMALS.values()))):
+    for phrase, values in ATTRIBUTES.items():
         add([f"every {animal} {phrase}" for animal in ANIMALS], values)
     return tuple(found)
 
@@ -250,11 +266,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 _SPACE = "▁"
-_FUNCTION_WORDS = _list("every One Now She He the that and went to with is eats lives in fears he she had has found lost said")
+_FUNCTION_WORDS = _list(
+    "every One Now She He the that and went to with he she had has found lost said eats grows lives in comes from is likes fears works as a"
+)
 
 
 def _words() -> set[str]:
-    lists = (GIRLS, BOYS, FOODS, HOMES, COLOURS, DAYS, PLACES, NUMBERS, PREPOSITIONS, _FUNCTION_WORDS)
+    lists = (GIRLS, BOYS, TOWNS, TRADES, HOBBIES, CROPS, FOODS, HOMES, COLOURS, DAYS, PLACES, NUMBERS, PREPOSITIONS, _FUNCTION_WORDS)
     pairs = (ANIMALS, ITEMS, VERBS, SEEING)
     return {word for words in lists for word in words} | {word for forms in pairs for pair in forms.items() for word in pair}
 

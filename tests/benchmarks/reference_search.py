@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -25,10 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nas.cli import event_line, leaderboard_table
-from nas.client import Client
 from nas.compress.distillation import distil
 from nas.compress.slicing import build_student
-from nas.compress.teacher import load_model
 from nas.registration import register_corpus, register_tasks, register_teacher
 from nas.search.prepare import prepared_key, random_model
 from nas.search.trial import load_shared, measure, train_plan
@@ -37,6 +31,7 @@ from nas.shape import Shape
 from nas.spec import parse_spec
 from nas.store.store import Store
 from tests.benchmarks.reference import PAIR_CONFIGS, reference_folder, write_tasks
+from tests.benchmarks.service import bench_settings, run_search, serving
 
 console = Console(width=220)
 
@@ -53,22 +48,14 @@ def main() -> None:
     reference = reference_folder()
     folder = arguments.folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "NAS_DATA": str(folder / "data"), "NAS_PORT": str(port), "NAS_NUM_CPUS": str(arguments.cores), "NAS_NUM_GPUS": "0"}
-    settings = Settings.from_environment(environment)
+    environment, settings = bench_settings(folder, cores=arguments.cores)
     _register(settings, reference=reference, tasks=write_tasks(folder / "tasks", reference=reference))
     spec = _spec(arguments)
-    with (folder / "serve.log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", "nas.cli", "serve"], env=environment, stdout=log, stderr=log)
-        try:
-            search_id, seconds = _run(f"http://127.0.0.1:{port}", spec)
-            with Client(f"http://127.0.0.1:{port}") as client:
-                board, winner = client.leaderboard(search_id), client.winner(search_id)
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
+    with serving(environment, log=folder / "serve.log") as client:
+        started = time.monotonic()
+        search_id = run_search(client, spec, on_event=_print_event)
+        seconds = time.monotonic() - started
+        board, winner = client.leaderboard(search_id), client.winner(search_id)
     console.print(leaderboard_table(board))
     console.print_json(data={"wall_seconds": seconds, "cost": board["cost"], "agreement": board["agreement"], "winner": winner["shape"]})
     torch.set_num_threads(arguments.cores)
@@ -95,7 +82,6 @@ def _spec(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _register(settings: Settings, *, reference: Path, tasks: Path) -> None:
-    settings.data_folder.mkdir(parents=True)
     store = Store.open(settings.database_url, migrate=True)
     register_teacher(str(reference / "models" / "stories260K"), name=None, store=store, settings=settings)
     register_corpus([str(reference / "data" / "text" / "tinystories" / "train.jsonl")], name="tinystories", store=store, settings=settings)
@@ -103,18 +89,9 @@ def _register(settings: Settings, *, reference: Path, tasks: Path) -> None:
     store.close()
 
 
-def _run(url: str, spec: dict[str, Any]) -> tuple[str, float]:
-    with Client(url) as client:
-        while not client.is_ready():
-            time.sleep(0.2)
-        started = time.monotonic()
-        search_id = client.submit(json.dumps(spec).encode())["id"]
-        for event in client.follow(search_id):
-            if line := event_line(event):
-                console.print(line, markup=False, highlight=False)
-        if (search := client.search(search_id))["state"] != "succeeded":
-            sys.exit(f"the search ended as {search['state']}: {search['error']}")
-        return search_id, time.monotonic() - started
+def _print_event(event: dict[str, Any]) -> None:
+    if line := event_line(event):
+        console.print(line, markup=False, highlight=False)
 
 
 def _scratch(settings: Settings, *, search_id: str, shape: Shape) -> dict[str, dict[str, Any]]:

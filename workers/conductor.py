@@ -1,0 +1,394 @@
+"""Carries out one search: starts the steps that `SearchRun` asks for, records how they end, and cleans up behind them.
+
+Everything is decided from the store: each state of the search is left because of what the store holds, and every write
+may be followed by a crash, after which the next controller comes to the same decision.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nas.cost import count_parameters
+from nas.errors import Conflict
+from nas.search.prepare import prepared_key
+from nas.search.ranking import CONTROL
+from nas.search.results import RungResult
+from nas.search.trial import clear_below
+from nas.settings import Settings
+from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchState, Stage, TrialState
+from nas.store.store import Store
+from workers.board import make_board, without_documents
+from workers.executor import Executor
+from workers.folders import SearchFolder
+from workers.progress import ProgressReader, make_point
+from workers.search_run import Advance, NewTrial, SearchRun
+from workers.step import STOP, Outcome, Step, read_outcome
+
+logger = logging.getLogger(__name__)
+
+CANCEL_GRACE_SECONDS = 10.0
+"""A step that was asked to stop and has not is killed after this long."""
+WORKING = (SearchState.QUEUED, SearchState.PREPARING, SearchState.SEARCHING, SearchState.CONFIRMING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leader:
+    """What a controller works with while it leads."""
+
+    store: Store
+    executor: Executor
+    settings: Settings
+    fence: int
+    """The token under which it writes."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Running:
+    """A step in flight."""
+
+    attempt: AttemptRecord
+    progress: ProgressReader
+    began: float | None = None
+    """time.monotonic() of its first sign of life; None while it waits for resources."""
+    stop_asked: float | None = None
+    killed: str | None = None
+    """Why we ended it by force."""
+
+
+class Conductor:
+    """One search of this controller."""
+
+    def __init__(self, record: SearchRecord, *, leader: Leader) -> None:
+        self._leader, self._store, self._fence = leader, leader.store, leader.fence
+        self.record = record
+        self.folder = SearchFolder(path=leader.settings.searches_folder / record.id)
+        self.running: dict[str, Running] = {}
+        self.ended: dict[str, Outcome] = {}
+        """Outcomes of steps that wait to be recorded."""
+        self.reload()
+        self.prepared_key = prepared_key(self._run.spec, inputs=self._run.inputs)
+
+    def reload(self) -> None:
+        """Read the search from the store again, whatever memory says."""
+        self._run = SearchRun(self.record, trials=self._store.list_trials(self.record.id), rungs=self._store.list_rungs(self.record.id))
+        self._confirmations = {number: trial.confirmation for number, trial in self._run.trials.items() if trial.confirmation is not None}
+        self._finalists: list[int] | None = None
+
+    @property
+    def is_preparing(self) -> bool:
+        return any(running.attempt.stage == "prepare" for running in self.running.values())
+
+    def resume(self, attempt: AttemptRecord, outcome: Outcome) -> None:
+        """Take over a step that ended under another controller."""
+        self.running[attempt.id] = Running(attempt=attempt, progress=ProgressReader(folder=self.folder.attempt(attempt.id)))
+        self.ended[attempt.id] = outcome
+
+    def advance(self, *, preparing: Collection[str]) -> None:
+        """Pass on progress, enforce limits, and start what should run next.
+
+        Args:
+            preparing: prepared folders that other searches are filling now; two never fill one together.
+        """
+        self._pass_on_progress()
+        self._enforce_limits()
+        match self.record.state:
+            case SearchState.QUEUED:
+                self._move(SearchState.PREPARING)
+            case SearchState.PREPARING if self.record.prepared is not None:
+                self._run.scales(self.record.prepared)  # refuses a teacher that is no better than random weights
+                self._move(SearchState.SEARCHING)
+            case SearchState.PREPARING if not self.running and self.prepared_key not in preparing:
+                self._start("prepare", request={})
+            case SearchState.SEARCHING:
+                self._search()
+            case SearchState.CONFIRMING if self.record.winner is not None:
+                self._end(SearchState.SUCCEEDED)
+            case SearchState.CONFIRMING:
+                self._confirm()
+            case SearchState.CANCELLING if not self.running:
+                self._cancel_trials()
+                self._save_board()
+                self._end(SearchState.CANCELLED)
+            case _:
+                pass
+
+    # -- what ended --------------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Record how steps ended; a step whose outcome cannot be recorded now stays to be recorded later."""
+        for key, outcome in list(self.ended.items()):
+            try:
+                self._settle(self.running[key], outcome)
+            except Conflict as conflict:
+                # An earlier try, or another controller, got as far as the store.
+                logger.warning("outcome not recorded: %s", conflict, extra={"action": "outcome_ignored", "search_id": self.record.id, "attempt_id": key})
+                self.reload()
+            del self.running[key], self.ended[key]
+
+    def _settle(self, running: Running, outcome: Outcome) -> None:
+        self._pass_on_progress()
+        attempt = running.attempt
+        if outcome.succeeded and outcome.result is not None:
+            self._record(attempt, outcome.result)
+            return
+        reason = running.killed or outcome.reason or "error"
+        cancelled = self.record.state is SearchState.CANCELLING
+        state = AttemptState.CANCELLED if cancelled else AttemptState.LOST if reason == "stopped" else AttemptState.FAILED
+        self._store.finish_attempt(attempt.id, state=state, reason=f"{reason}: {outcome.message}"[:4000], fence=self._fence)
+        logger.warning("attempt failed: %s", reason, extra={"action": "attempt_failed", "search_id": self.record.id, "attempt_id": attempt.id})
+        if attempt.trial is not None:
+            self._run.trials[attempt.trial] = self._store.get_trial(self.record.id, attempt.trial)
+        self._give_up_if_spent(attempt.stage, trial=attempt.trial, rung=attempt.rung)
+
+    def _record(self, attempt: AttemptRecord, result: dict[str, Any]) -> None:
+        search_id, number = self.record.id, attempt.trial
+        match attempt.stage:
+            case "prepare":
+                self._store.save_prepared(search_id, result, fence=self._fence)
+                self._store.finish_attempt(attempt.id, state=AttemptState.SUCCEEDED, reason=None, fence=self._fence)
+            case "rung":
+                assert number is not None
+                self._record_rung(attempt, number, result)
+            case "confirm":
+                assert number is not None
+                result = {**result, "held_out": without_documents(result["held_out"])}
+                self._store.save_confirmation(attempt.id, search_id=search_id, trial=number, confirmation=result, fence=self._fence)
+                self._confirmations[number] = result
+                self._save_board()
+            case "bundle":
+                winner = {**result, "bundle": str(Path(result["bundle"]).relative_to(self._leader.settings.data_folder))}
+                self._store.save_winner(search_id, winner, fence=self._fence)
+                self._store.finish_attempt(attempt.id, state=AttemptState.SUCCEEDED, reason=None, fence=self._fence)
+        self.record = self._store.get_search(search_id)
+
+    def _record_rung(self, attempt: AttemptRecord, number: int, result: dict[str, Any]) -> None:
+        rung_result = RungResult.from_dict(result)
+        is_last = rung_result.rung == self._run.last_rung
+        self._store.record_rung(
+            attempt.id,
+            search_id=self.record.id,
+            trial=number,
+            rung=rung_result.rung,
+            result=result,
+            trial_state=TrialState.COMPLETED if is_last else TrialState.WAITING,
+            fence=self._fence,
+        )
+        self._run.trials[number] = self._store.get_trial(self.record.id, number)
+        self._run.add_result(number, rung_result)
+        # The next rung resumes this one's trunk; after the last, only the student is needed.
+        clear_below(self.folder.trial(number), rung=rung_result.rung + 1 if is_last else rung_result.rung)
+        self._stop_left_behind()
+        self._save_board()
+
+    # -- what failed -------------------------------------------------------------------------------------------------------
+
+    def _give_up_if_spent(self, stage: Stage, *, trial: int | None, rung: int | None) -> bool:
+        """Give a step up that may not be tried again. Asked after a failure, and before every start: a crash may have come between."""
+        attempts = self._store.list_attempts(self.record.id, trial=trial)
+        failed = [attempt for attempt in attempts if (attempt.stage, attempt.trial, attempt.rung, attempt.state) == (stage, trial, rung, AttemptState.FAILED)]
+        if not failed:
+            return False
+        outcome = read_outcome(self.folder.attempt(failed[-1].id))
+        if len(failed) < self._run.spec.limits.max_attempts and (outcome is None or outcome.retryable):
+            return False
+        reason, _, message = (failed[-1].reason or "error: ").partition(": ")
+        self._give_up(stage, trial=trial, rung=rung, reason=reason, message=message, tries=len(failed))
+        return True
+
+    def _give_up(self, stage: Stage, *, trial: int | None, rung: int | None, reason: str, message: str, tries: int) -> None:
+        """A step failed for good: a rung fails its trial, a confirmation leaves its trial unverified, the others fail the search."""
+        if stage == "rung" and trial is not None:
+            failure = {"stage": f"rung {rung}", "reason": reason, "message": message[:2000], "attempts": tries}
+            self._change_trial(trial, to=TrialState.FAILED, failure=failure)
+            self.folder.drop_trial(trial)
+            self._stop_left_behind()
+            self._save_board()
+        elif stage == "confirm" and trial is not None:
+            confirmation = {"verified": False, "reason": f"{reason}: {message}"[:2000]}
+            self._store.save_confirmation(None, search_id=self.record.id, trial=trial, confirmation=confirmation, fence=self._fence)
+            self._confirmations[trial] = confirmation
+            self._save_board()
+        else:
+            self.fail(reason=reason, message=f"{stage}: {message}"[:4000])
+
+    def fail(self, *, reason: str, message: str) -> None:
+        """End the search, with the reason for the user to read."""
+        logger.error("search failed: %s", reason, extra={"action": "search_failed", "search_id": self.record.id, "reason": reason})
+        self._end(SearchState.FAILED, error={"reason": reason, "message": message})
+
+    # -- what runs ---------------------------------------------------------------------------------------------------------
+
+    def _pass_on_progress(self) -> None:
+        """Learning curves and prepare steps, from the steps' progress files into the store."""
+        points = []
+        for running in self.running.values():
+            for line in running.progress.read():
+                running.began = running.began or time.monotonic()
+                if (point := make_point(line, attempt=running.attempt)) is not None:
+                    points.append(point)
+                elif running.attempt.stage == "prepare" and "step" in line:
+                    self._store.add_event(self.record.id, "prepare.step", {"step": line["step"]}, fence=self._fence)
+        if points:
+            self._store.add_points(points, fence=self._fence)
+
+    def _enforce_limits(self) -> None:
+        """Stop what was cancelled, and kill what does not stop or takes too long."""
+        now = time.monotonic()
+        for key, running in self.running.items():
+            if self.record.state is SearchState.CANCELLING and running.stop_asked is None:
+                running.progress.folder.mkdir(parents=True, exist_ok=True)
+                (running.progress.folder / STOP).touch()
+                running.stop_asked = now
+            overdue = running.began is not None and now - running.began > self._run.spec.limits.max_rung_seconds
+            ignored = running.stop_asked is not None and now - running.stop_asked > CANCEL_GRACE_SECONDS
+            if running.killed is None and (overdue or ignored):
+                running.killed = "timeout" if overdue else "stopped"
+                self._leader.executor.kill(key)
+
+    # -- what is next ------------------------------------------------------------------------------------------------------
+
+    def _search(self) -> None:
+        run = self._run
+        failed = [trial for trial in run.trials.values() if trial.state is TrialState.FAILED]
+        if len(failed) >= run.spec.limits.max_failed_trials:
+            reasons = "; ".join(f"trial {trial.number}: {(trial.failure or {}).get('reason')}" for trial in failed[:3])
+            self.fail(reason="too_many_failed_trials", message=f"{len(failed)} trials failed ({reasons})")
+            return
+        while len(self.running) < run.spec.resources.max_parallel_trials:
+            action = run.next_action()
+            if isinstance(action, NewTrial):
+                self._propose(action)
+            elif isinstance(action, Advance):
+                self._start_rung(action)
+            else:
+                break
+        if self.running:
+            return
+        self._stop_left_behind()
+        if not run.is_finished():
+            return
+        if not any(trial.state is TrialState.COMPLETED for trial in run.trials.values()):
+            self.fail(reason="no_trial_completed", message="no trial reached the last rung; see the trials' failures")
+            return
+        self._save_board()
+        self._move(SearchState.CONFIRMING)
+
+    def _propose(self, new: NewTrial) -> None:
+        run = self._run
+        number = len(run.trials)
+        run.trials[number] = self._store.add_trial(
+            run.id,
+            number=number,
+            origin=new.origin,
+            shape=new.shape.as_dict(),
+            choices=new.choices.as_dict() if new.choices else None,
+            parameters=count_parameters(run.space.architecture, new.shape).total,
+            fence=self._fence,
+        )
+
+    def _start_rung(self, action: Advance) -> None:
+        trial = self._run.trials[action.trial]
+        request = {"shape": trial.shape, "rung": action.rung, "trial_folder": str(self.folder.trial(trial.number))}
+        self._start("rung", trial=trial.number, rung=action.rung, request=request)
+        self._run.trials[trial.number] = self._store.get_trial(self.record.id, trial.number)
+
+    def _confirm(self) -> None:
+        """Confirm every finalist, then bundle the first verified one that is not a control."""
+        run = self._run
+        if self._finalists is None:
+            self._finalists = run.finalists(run.board(self.record.prepared or {}))
+        busy = {running.attempt.trial for running in self.running.values()}
+        for number in self._finalists:
+            if len(self.running) >= run.spec.resources.max_parallel_trials:
+                return
+            if number not in self._confirmations and number not in busy:
+                trial = run.trials[number]
+                request = {"shape": trial.shape, "trial_folder": str(self.folder.trial(number)), "with_reload": trial.origin != CONTROL}
+                self._start("confirm", trial=number, request=request)
+        if self.running:
+            return
+        searched = [number for number in self._finalists if run.trials[number].origin != CONTROL]
+        winner = next((number for number in searched if self._confirmations[number]["verified"]), None)
+        if winner is None:
+            reasons = "; ".join(f"trial {number}: {self._confirmations[number].get('reason')}" for number in searched[:3])
+            self.fail(reason="no_finalist_verified", message=reasons)
+            return
+        self._start("bundle", trial=winner, request=self._bundle_request(winner))
+
+    def _bundle_request(self, number: int) -> dict[str, Any]:
+        run = self._run
+        return {
+            "search_id": run.id,
+            "trial": number,
+            "shape": run.trials[number].shape,
+            "trial_folder": str(self.folder.trial(number)),
+            "bundle_folder": str(self.folder.winner),
+            "result": run.results[number][run.last_rung].as_dict(),
+            "confirmation": self._confirmations[number],
+            "board": self.record.board,
+        }
+
+    def _start(self, stage: Stage, *, request: dict[str, Any], trial: int | None = None, rung: int | None = None) -> None:
+        """Start a step, unless it has failed for good."""
+        if self._give_up_if_spent(stage, trial=trial, rung=rung):
+            return
+        run = self._run
+        attempt = self._store.start_attempt(run.id, stage=stage, trial=trial, rung=rung, fence=self._fence)
+        prepared = self._leader.settings.prepared_folder / self.prepared_key
+        step = Step(
+            key=attempt.id,
+            stage=stage,
+            folder=str(self.folder.attempt(attempt.id)),
+            request={"spec": self.record.spec, "inputs": run.inputs, "prepared": str(prepared), **request},
+            cpus=run.spec.resources.cpus,
+            gpus=run.spec.resources.gpus,
+        )
+        self.running[attempt.id] = Running(attempt=attempt, progress=ProgressReader(folder=Path(step.folder)))
+        self._leader.executor.start(step)
+
+    # -- writing -----------------------------------------------------------------------------------------------------------
+
+    def _stop_left_behind(self) -> None:
+        for number in self._run.left_behind():
+            self._change_trial(number, to=TrialState.STOPPED)
+            self.folder.drop_trial(number)
+
+    def _change_trial(self, number: int, *, to: TrialState, failure: dict[str, Any] | None = None) -> None:
+        self._run.trials[number] = self._store.change_trial(self.record.id, number, to=to, failure=failure, fence=self._fence)
+
+    def _cancel_trials(self) -> None:
+        for trial in list(self._run.trials.values()):
+            if not trial.state.is_terminal:
+                self._change_trial(trial.number, to=TrialState.CANCELLED)
+
+    def _save_board(self) -> None:
+        if self.record.prepared is not None:
+            board = make_board(self._run, prepared=self.record.prepared, confirmations=self._confirmations)
+            self._store.save_board(self.record.id, board, fence=self._fence)
+
+    def _move(self, to: SearchState, *, error: dict[str, Any] | None = None) -> None:
+        """Change the search's state. It may have been cancelled since the tick began: the next tick sees that."""
+        expected = [SearchState.CANCELLING] if to is SearchState.CANCELLED else WORKING
+        try:
+            self.record = self._store.change_search(self.record.id, fence=self._fence, to=to, expected=expected, error=error)
+        except Conflict as conflict:
+            logger.info("state not changed: %s", conflict, extra={"action": "state_conflict", "search_id": self.record.id, "to": to})
+
+    def _end(self, to: SearchState, *, error: dict[str, Any] | None = None) -> None:
+        """The search is over: nothing of it runs or waits, and its files go, before its state says so."""
+        for key, running in self.running.items():
+            if key not in self.ended:
+                self._store.finish_attempt(running.attempt.id, state=AttemptState.CANCELLED, reason="the search ended", fence=self._fence)
+                self._leader.executor.kill(key)
+        self.running = {key: running for key, running in self.running.items() if key in self.ended}
+        for trial in self._store.list_trials(self.record.id):
+            self._run.trials[trial.number] = trial
+        self._cancel_trials()
+        failed = [attempt.id for attempt in self._store.list_attempts(self.record.id) if attempt.state is AttemptState.FAILED]
+        self.folder.clear(keep_attempts=failed)
+        self._move(to, error=error)

@@ -1,0 +1,62 @@
+"""What running steps report: lines of their progress files -> points of learning curves and events. Reads files only.
+
+Progress is for display. A line that cannot be shown (a loss that is not finite, a line cut off by a full disk) is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nas.store.records import AttemptRecord, PointRecord
+from workers.step import PROGRESS
+
+logger = logging.getLogger(__name__)
+
+_NUMBERS = ("loss", "learning_rate", "tokens_per_second")
+
+
+@dataclass(slots=True, kw_only=True)
+class ProgressReader:
+    """Follows one progress file."""
+
+    folder: Path
+    """The attempt's own."""
+    read_bytes: int = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The lines that were finished since the last call."""
+        path = self.folder / PROGRESS
+        if not path.exists() or path.stat().st_size == self.read_bytes:
+            return []
+        with path.open("rb") as file:
+            file.seek(self.read_bytes)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]  # the last line may still be being written
+        self.read_bytes += len(whole)
+        return [line for line in map(_parse, whole.splitlines()) if line is not None]
+
+
+def make_point(line: dict[str, Any], *, attempt: AttemptRecord) -> PointRecord | None:
+    """A line of a rung as a point of its trial's curve; None for any other line, and for one that is not finite."""
+    if "tokens" not in line or attempt.trial is None or attempt.rung is None:
+        return None
+    numbers = {name: line[name] for name in _NUMBERS}
+    if not all(math.isfinite(number) for number in numbers.values()):
+        return None
+    return PointRecord(search_id=attempt.search_id, trial=attempt.trial, rung=attempt.rung, tokens=line["tokens"], **numbers)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        values = None
+    if isinstance(values, dict):
+        return values
+    logger.warning("progress line dropped", extra={"action": "progress_dropped", "line": line[:200]})
+    return None
