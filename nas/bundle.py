@@ -20,9 +20,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nas.compress.manifest import write_json
 from nas.compress.slicing import build_student, kept_indices
 from nas.compress.sorting import load_sorting
-from nas.compress.teacher import write_checkpoint, write_json
+from nas.compress.teacher import write_checkpoint
 from nas.cost import count_parameters
 from nas.full_run import Recipe
 from nas.search.trial import SORTED, STUDENT

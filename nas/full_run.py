@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from nas.compress.corpus import Part, build_blocks, check_corpus
 from nas.compress.distillation import HeldOut, Progress, TrainPlan, distil, evaluate_kl
 from nas.compress.importance import measure_importance
+from nas.compress.manifest import write_json
 from nas.compress.slicing import build_student, kept_indices
 from nas.compress.sorting import layer_damage, load_sorting, make_order, save_sorted, select_layers, sort_teacher
-from nas.compress.teacher import check_teacher, load_model, load_tokenizer, write_checkpoint, write_json
+from nas.compress.teacher import check_teacher, load_model, load_tokenizer, write_checkpoint
 from nas.errors import InvalidSpec, Problem
 from nas.shape import Shape
 

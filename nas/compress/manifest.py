@@ -1,4 +1,4 @@
-"""Tensors on disk that survive a kill and show a flipped bit: one safetensors file and a JSON manifest with its sha256.
+"""Files that survive a kill, and tensors that show a flipped bit: one safetensors file and a JSON manifest with its sha256.
 
 The tensors' file is named after its content and the manifest is renamed into place last, so a reader sees the old pair or
 the new pair, never a mixture. Does not know what the tensors mean.
@@ -25,12 +25,10 @@ def save_tensors(folder: Path, *, name: str, tensors: Mapping[str, torch.Tensor]
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.{os.getpid()}.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
-    digest = _sha256(temporary)
+    digest = file_digest(temporary)
     weights = folder / f"{name}-{digest[:16]}.safetensors"
-    _move(temporary, weights)
-    temporary = folder / f".{name}.{os.getpid()}.json"
-    temporary.write_text(json.dumps({"file": weights.name, "sha256": digest, "facts": dict(facts)}, indent=1, sort_keys=True), encoding="utf-8")
-    _move(temporary, folder / f"{name}.json")
+    publish(temporary, target=weights)
+    write_json({"file": weights.name, "sha256": digest, "facts": dict(facts)}, target=folder / f"{name}.json")
     for stale in folder.glob(f"{name}-{'[0-9a-f]' * 16}.safetensors"):
         if stale != weights:
             stale.unlink()
@@ -49,7 +47,7 @@ def load_tensors(folder: Path, *, name: str) -> tuple[dict[str, torch.Tensor], d
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         weights, expected, facts = folder / content["file"], content["sha256"], content["facts"]
-        found = _sha256(weights)
+        found = file_digest(weights)
         if found != expected:
             raise CorruptFile(f"{weights}: expected sha256 {expected}, got {found}")
         return load_file(weights), facts
@@ -57,18 +55,26 @@ def load_tensors(folder: Path, *, name: str) -> tuple[dict[str, torch.Tensor], d
         raise CorruptFile(f"{manifest}: expected a manifest and the file it names, got {error!r}") from error
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def write_json(value: Any, *, target: Path) -> None:
+    """One JSON file, written under a temporary name and renamed: whole or absent."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    publish(temporary, target=target)
 
 
-def _move(temporary: Path, final: Path) -> None:
-    """Rename after the content, and before the name, is on the disk: without it a power cut may leave an empty file."""
+def publish(temporary: Path, *, target: Path) -> None:
+    """Give a finished file its name; what a crash leaves behind is the old file or the new one."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
-    temporary.replace(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
+    temporary.replace(target)
+    directory = os.open(target.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(directory)
     finally:
-        os.close(descriptor)
+        os.close(directory)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of one file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

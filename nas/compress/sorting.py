@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nas.compress.importance import Importance, layer_modules
-from nas.compress.manifest import load_tensors, save_tensors
-from nas.compress.teacher import CONFIG_FILE, WEIGHTS_FILE, checkpoint_weights, file_digest, write_checkpoint
+from nas.compress.manifest import file_digest, load_tensors, save_tensors
+from nas.compress.teacher import CONFIG_FILE, WEIGHTS_FILE, checkpoint_weights, write_checkpoint
 from nas.errors import CorruptFile
 from nas.families import Architecture, Axis, read_architecture
 from nas.shape import Shape

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from nas.compress.manifest import file_digest, publish, write_json
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem, TeacherUnavailable
 from nas.families import Architecture, Weight, read_architecture
@@ -190,31 +191,6 @@ def write_checkpoint(state_dict: Mapping[str, Tensor], *, config: Mapping[str, A
     write_json(
         {**config, **_legacy_rope(config), **architecture.shape.as_dict(), "dtype": str(dtypes.pop()).removeprefix("torch.")}, target=folder / CONFIG_FILE
     )
-
-
-def write_json(value: Any, *, target: Path) -> None:
-    """One JSON file, written under a temporary name and renamed: whole or absent."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    publish(temporary, target=target)
-
-
-def publish(temporary: Path, *, target: Path) -> None:
-    """Give a finished file its name; what a crash leaves behind is the old file or the new one."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(target)
-    directory = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of one file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_json(folder: Path, *, name: str) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nas.compress.corpus import Part, build_blocks
 from nas.compress.importance import Importance, measure_importance
+from nas.compress.manifest import write_json
 from nas.compress.sorting import layer_damage, make_order, save_sorted, select_layers, sort_teacher
-from nas.compress.teacher import load_model, load_tokenizer, write_json
+from nas.compress.teacher import load_model, load_tokenizer
 from nas.evaluate.tasks import load_tasks, split_documents
 from nas.families import Architecture, read_architecture
 from nas.search.trial import BLOCKS, SORTED, SPLITS, load_shared, measure, teacher_dtype
