@@ -17,8 +17,9 @@ from typing import Any
 from safetensors import safe_open
 
 from nas.compress.manifest import load_tensors
-from nas.compress.teacher import load_model
+from nas.compress.teacher import CONFIG_FILE, WEIGHTS_FILE, load_model
 from nas.cost import count_parameters
+from nas.errors import CorruptFile, TeacherUnavailable
 from nas.evaluate.latency import measure_latency
 from nas.families import read_architecture
 from nas.search.trial import PROBE, STUDENT, measure
@@ -40,8 +41,8 @@ tensors = load_file(probe)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True).eval()
 with torch.no_grad():
     difference = (model(tensors["tokens_BT"]).logits - tensors["logits_BTV"]).abs().max().item()
-    text = model.generate(tensors["tokens_BT"][:, :8], max_new_tokens=4, do_sample=False)
-print(json.dumps({"difference": difference, "generated_tokens": text.shape[1] - 8}))
+    model.generate(tensors["tokens_BT"][:, :8], max_new_tokens=4, do_sample=False)
+print(json.dumps({"difference": difference}))
 """
 
 
@@ -54,10 +55,15 @@ def confirm(
         with_reload: False for a control, which never wins: its file is counted, but not loaded in a fresh process.
     Returns:
         verified (bool) and why not (reason), parameters counted from the file, held-out result, latency.
+    Raises:
+        CorruptFile: the student is not what it claims to be, so much so that it cannot be measured.
     """
     student = folder / STUDENT
     reason, parameters = verify(student, probe=folder, shape=shape, config=inputs["teacher"]["config"], with_reload=with_reload)
-    model = load_model(student, dtype=spec.distillation.dtype if device != "cpu" else "float32", device=device)
+    try:
+        model = load_model(student, dtype=spec.distillation.dtype if device != "cpu" else "float32", device=device)
+    except TeacherUnavailable as unloadable:
+        raise CorruptFile(reason or str(unloadable)) from unloadable
     tokens = spec.rungs.tokens(spec.rungs.num_trained)
     result = measure(
         spec,
@@ -82,11 +88,14 @@ def confirm(
 
 def verify(student: Path, *, probe: Path, shape: Shape, config: Mapping[str, Any], with_reload: bool) -> tuple[str | None, int]:
     """Why the saved student is not what it claims to be (None if it is), and its parameters counted from the file."""
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (student / name).is_file()]
+    if missing:
+        raise CorruptFile(f"{student}: expected {' and '.join(missing)}, got no such file")
     parameters = count_file(student)
     expected = count_parameters(read_architecture(config), shape).total
     if parameters != expected:
         return f"parameters: expected {expected} for shape {shape.key}, got {parameters} in the file", parameters
-    saved = read_architecture(json.loads((student / "config.json").read_text(encoding="utf-8"))).shape
+    saved = read_architecture(json.loads((student / CONFIG_FILE).read_text(encoding="utf-8"))).shape
     if saved != shape:
         return f"config.json: expected shape {shape.key}, got {saved.key}", parameters
     if not with_reload:
@@ -97,7 +106,7 @@ def verify(student: Path, *, probe: Path, shape: Shape, config: Mapping[str, Any
         [sys.executable, "-c", _RELOAD, str(student), str(probe_file)], capture_output=True, text=True, timeout=RELOAD_SECONDS, check=False
     )
     if process.returncode != 0:
-        return f"reload: expected plain transformers to load {student.name}, got exit code {process.returncode}: {process.stderr[-500:]}", parameters
+        return f"reload: expected plain transformers to load and generate, got exit code {process.returncode}: {process.stderr.strip()[-500:]}", parameters
     answer = json.loads(process.stdout.strip().splitlines()[-1])
     if not answer["difference"] <= MAX_LOGIT_DIFFERENCE:
         return f"reload: expected the trained student's logits within {MAX_LOGIT_DIFFERENCE}, got a difference of {answer['difference']}", parameters

@@ -2,30 +2,35 @@
 
 corpus -> packed blocks; teacher -> importance -> sorted teacher and kept layers per depth; tasks -> the documents of the
 rungs and the held-out ones; teacher and random weights scored on both. Knows no store; trial.py reads the folder it leaves.
+Killed and run again, it takes up the blocks and the sorted teacher where they are whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from nas.compress.corpus import Part, build_blocks
+from nas.compress.corpus import Blocks, Part, build_blocks, check_corpus, load_blocks
 from nas.compress.importance import Importance, measure_importance
 from nas.compress.manifest import write_json
-from nas.compress.sorting import layer_damage, make_order, save_sorted, select_layers, sort_teacher
-from nas.compress.teacher import load_model, load_tokenizer
+from nas.compress.sorting import Sorting, layer_damage, load_sorting, make_order, save_sorted, select_layers, sort_teacher
+from nas.compress.teacher import check_teacher, load_model, load_tokenizer
+from nas.errors import CorpusUnavailable, CorruptFile, NotFound, TeacherUnavailable
 from nas.evaluate.tasks import load_tasks, split_documents
 from nas.families import Architecture, read_architecture
+from nas.full_run import DEPTH_TOKENS
 from nas.search.trial import BLOCKS, SORTED, SPLITS, load_shared, measure, teacher_dtype
 from nas.space import build_space
 from nas.spec import SearchSpec, dump_spec, objective_metrics
@@ -33,79 +38,152 @@ from nas.spec import SearchSpec, dump_spec, objective_metrics
 PREPARED = "prepared.json"
 FORMAT = 1
 """Raise it when the content of a prepared folder changes meaning, so that old ones are not reused."""
+REPORT_SECONDS = 5.0
+"""Between two reports of one step."""
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Report = Callable[[dict[str, Any]], None]
+ShouldStop = Callable[[], bool]
 
 
 def prepared_key(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> str:
     """Digest of all that the prepare step depends on; equal keys share one folder."""
     values = dump_spec(spec)
+    metrics = objective_metrics(spec, inputs=inputs)
     depends = {
         "format": FORMAT,
         "teacher": inputs["teacher"]["digest"],
-        "corpora": [corpus["digest"] for corpus in inputs["corpora"]],
-        "tasks": [[task["digest"], task["name"]] for task in inputs["tasks"]],
-        "metrics": objective_metrics(spec, inputs=inputs),
+        "corpora": [[corpus["digest"], part.weight] for part, corpus in zip(spec.corpus.parts, inputs["corpora"], strict=True)],
+        "corpus": {name: value for name, value in values["corpus"].items() if name != "parts"},
+        "tasks": [[task.name, entry["digest"], metrics[task.name], task.num_fewshot] for task, entry in zip(spec.tasks, inputs["tasks"], strict=True)],
         "depths": _depths(spec, inputs=inputs),
         "tokens": spec.rungs.tokens(spec.rungs.num_trained),
         "seed": spec.seed,
-        **{name: values[name] for name in ("corpus", "compression")},
-        "fewshot": [task.num_fewshot for task in spec.tasks],
+        "compression": values["compression"],
         "documents": [spec.evaluation.documents_per_task, spec.evaluation.held_out_documents],
         "dtype": spec.distillation.dtype,
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def prepare(
-    spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, device: str, report: Callable[[dict[str, Any]], None], should_stop: Callable[[], bool]
-) -> dict[str, Any]:
+def prepare(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, device: str, report: Report, should_stop: ShouldStop) -> dict[str, Any]:
     """Fill `folder`, or find it filled; returns what the leaderboard needs of it.
 
     Raises:
-        TeacherUnavailable, CorpusUnavailable, TaskUnavailable: what the search refers to cannot be used; the message says why.
+        TeacherUnavailable, CorpusUnavailable, TaskUnavailable: what the search refers to cannot be used, or is no longer what was registered.
+        StoppedEarly: asked to; what was finished stays.
     """
     if (folder / PREPARED).exists():
         facts = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
         assert isinstance(facts, dict)
         return facts
     folder.mkdir(parents=True, exist_ok=True)
-    seconds: dict[str, float] = {}
-    teacher_folder = Path(inputs["teacher"]["path"])
+    steps = _Steps(report=report, should_stop=should_stop)
+    with steps.step("check"):
+        _check_digests(inputs)
+    with steps.step("corpus"):
+        blocks = _found(folder / BLOCKS, load=load_blocks) or _build_blocks(spec, inputs=inputs, folder=folder)
+    sorting = _found(folder / SORTED, load=load_sorting) or _sort(spec, inputs=inputs, folder=folder, blocks=blocks, device=device, steps=steps)
+    with steps.step("tasks"):
+        documents = _split_tasks(spec, inputs=inputs, folder=folder)
+    facts = {"layers": {str(depth): list(kept) for depth, kept in sorting.layers.items()}, "documents": documents, "blocks": blocks.facts}
+    with steps.step("baselines"):
+        facts |= _measure_baselines(spec, inputs=inputs, folder=folder, device=device)
+    facts["seconds"] = steps.seconds
+    write_json(facts, target=folder / PREPARED)
+    return facts
+
+
+class StoppedEarly(Exception):
+    """The prepare step was asked to stop."""
+
+
+class _Steps:
+    """The parts of the prepare step: their seconds, told to the controller as they begin, left where it asks to stop."""
+
+    def __init__(self, *, report: Report, should_stop: ShouldStop) -> None:
+        self.seconds: dict[str, float] = {}
+        self._report, self._should_stop = report, should_stop
+        self._name = ""
+        self._reported = 0.0
 
     @contextmanager
-    def step(name: str) -> Iterator[None]:
-        if should_stop():
-            raise StoppedEarly(name)
-        report({"step": name})
+    def step(self, name: str) -> Iterator[None]:
+        self._name = name
+        self._check()
+        self._tell({"step": name})
         started = time.perf_counter()
         yield
-        seconds[name] = time.perf_counter() - started
+        self.seconds[name] = time.perf_counter() - started
 
-    with step("load"):
+    def progress(self, done: int, of: int) -> None:
+        """Inside a long step: how far it is."""
+        self._check()
+        if time.monotonic() - self._reported >= REPORT_SECONDS:
+            self._tell({"step": self._name, "done": done, "of": of})
+
+    def _check(self) -> None:
+        if self._should_stop():
+            raise StoppedEarly(self._name)
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        self._report(line)
+        self._reported = time.monotonic()
+
+
+def _check_digests(inputs: Mapping[str, Any]) -> None:
+    """Files lie where the operator left them: one that was changed since would make every digest in the winner's bundle a lie."""
+    teacher = inputs["teacher"]
+    if (found := check_teacher(Path(teacher["path"])).digest) != teacher["digest"]:
+        raise TeacherUnavailable(f"teacher {teacher['name']}: expected the digest {teacher['digest']}, with which it was registered, got {found}")
+    for corpus in inputs["corpora"]:
+        if (found := check_corpus([Path(file) for file in corpus["files"]]).digest) != corpus["digest"]:
+            raise CorpusUnavailable(f"corpus {corpus['name']}: expected the digest {corpus['digest']}, with which it was registered, got {found}")
+
+
+def _found(folder: Path, *, load: Callable[[Path], T]) -> T | None:
+    """What an earlier attempt left whole; None where it has to be made."""
+    try:
+        return load(folder)
+    except (NotFound, CorruptFile) as missing:
+        logger.info("%s has to be made", folder.name, extra={"action": "prepare", "reason": str(missing)})
+        return None
+
+
+def _build_blocks(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path) -> Blocks:
+    length = spec.corpus.sequence_length
+    return build_blocks(
+        [
+            Part(name=part.name, files=tuple(Path(file) for file in corpus["files"]), weight=part.weight)
+            for part, corpus in zip(spec.corpus.parts, inputs["corpora"], strict=True)
+        ],
+        tokenizer=load_tokenizer(Path(inputs["teacher"]["path"])),
+        sequence_length=length,
+        train_tokens=spec.rungs.tokens(spec.rungs.num_trained),
+        calibration_tokens=spec.corpus.calibration_tokens,
+        # Two equal halves of whole blocks: one compares the rungs, the other is kept for the confirmation.
+        validation_tokens=2 * length * math.ceil(spec.corpus.validation_tokens / length),
+        seed=spec.seed,
+        folder=folder / BLOCKS,
+    )
+
+
+def _sort(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, blocks: Blocks, device: str, steps: _Steps) -> Sorting:
+    """Importance, the layers of every depth, and the sorted teacher on disk."""
+    teacher_folder = Path(inputs["teacher"]["path"])
+    architecture = read_architecture(inputs["teacher"]["config"])
+    batch_size = spec.distillation.micro_batch_size or spec.distillation.batch_size
+    with steps.step("importance"):
         teacher = load_model(teacher_folder, dtype=teacher_dtype(spec, device=device), device=device)
-        tokenizer = load_tokenizer(teacher_folder)
-        architecture = read_architecture(inputs["teacher"]["config"])
-    with step("corpus"):
-        blocks = build_blocks(
-            [
-                Part(name=part.name, files=tuple(Path(file) for file in corpus["files"]), weight=part.weight)
-                for part, corpus in zip(spec.corpus.parts, inputs["corpora"], strict=True)
-            ],
-            tokenizer=tokenizer,
-            sequence_length=spec.corpus.sequence_length,
-            train_tokens=spec.rungs.tokens(spec.rungs.num_trained),
-            calibration_tokens=spec.corpus.calibration_tokens,
-            # One half compares the rungs, the other is kept for the confirmation.
-            validation_tokens=2 * spec.corpus.validation_tokens,
-            seed=spec.seed,
-            folder=folder / BLOCKS,
-        )
-    with step("importance"):
-        batch_size = spec.distillation.micro_batch_size or spec.distillation.batch_size
         importance = measure_importance(teacher, blocks_BT=blocks.calibration_NT, method=spec.compression.importance, batch_size=batch_size)
         order = make_order(importance, architecture.shape)
-    with step("depth"):
-        layers = _select_depths(spec, inputs=inputs, teacher=teacher, importance=importance, blocks_BT=blocks.calibration_NT, batch_size=batch_size)
-    with step("sort"):
+    with steps.step("depth"):
+        layers = _select_depths(
+            spec, inputs=inputs, teacher=teacher, importance=importance, blocks_BT=blocks.calibration_NT, batch_size=batch_size, report=steps.progress
+        )
+    with steps.step("sort"):
         save_sorted(
             folder / SORTED,
             state=sort_teacher(teacher, order=order, architecture=architecture),
@@ -115,33 +193,30 @@ def prepare(
             layers=layers,
             tokenizer_from=teacher_folder,
         )
-    with step("tasks"):
-        tasks = load_tasks([Path(task["folder"]) for task in inputs["tasks"]], num_fewshot={task.name: task.num_fewshot for task in spec.tasks})
-        documents: dict[str, dict[str, list[int]]] = {}
-        for task in spec.tasks:
-            split = split_documents(tasks[task.name], documents_per_task=spec.evaluation.documents_per_task, seed=spec.seed)
-            documents[task.name] = {"search": list(split.search), "held_out": _held_out(split.held_out, spec=spec)}
-        write_json(documents, target=folder / SPLITS)
-    facts = {
-        "layers": {str(depth): list(kept) for depth, kept in layers.items()},
-        "documents": {name: {part: len(ids) for part, ids in split.items()} for name, split in documents.items()},
-        "blocks": blocks.facts,
-    }
-    del teacher  # the trials' own copy takes its place
-    with step("baselines"):
-        shared = load_shared(spec, inputs=inputs, prepared=folder, device=device)
-        random = random_model(architecture, config=inputs["teacher"]["config"], seed=spec.seed, device=device)
-        for name, model in (("teacher", shared.teacher), ("random", random)):
-            for held_out in (False, True):
-                result = measure(spec, inputs=inputs, prepared=folder, model=model, device=device, rung=0, tokens=0, held_out=held_out, with_tasks=True)
-                facts[f"{name}_held_out" if held_out else name] = result.as_dict()
-    facts["seconds"] = seconds
-    write_json(facts, target=folder / PREPARED)
-    return facts
+    return load_sorting(folder / SORTED)
 
 
-class StoppedEarly(Exception):
-    """The prepare step was asked to stop between two of its parts."""
+def _split_tasks(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path) -> dict[str, dict[str, int]]:
+    """Which documents the rungs see and which are held out, into the folder; returns how many."""
+    tasks = load_tasks([Path(task["folder"]) for task in inputs["tasks"]], num_fewshot={task.name: task.num_fewshot for task in spec.tasks})
+    documents: dict[str, dict[str, list[int]]] = {}
+    for task in spec.tasks:
+        split = split_documents(tasks[task.name], documents_per_task=spec.evaluation.documents_per_task, seed=spec.seed)
+        documents[task.name] = {"search": list(split.search), "held_out": _held_out(split.held_out, spec=spec)}
+    write_json(documents, target=folder / SPLITS)
+    return {name: {part: len(ids) for part, ids in split.items()} for name, split in documents.items()}
+
+
+def _measure_baselines(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, device: str) -> dict[str, Any]:
+    """The teacher and random weights, as if they were trials, on the rungs' documents and on the held-out ones."""
+    shared = load_shared(spec, inputs=inputs, prepared=folder, device=device)
+    random = random_model(shared.sorting.architecture, config=inputs["teacher"]["config"], seed=spec.seed, device=device)
+    measured = {}
+    for name, model in (("teacher", shared.teacher), ("random", random)):
+        for held_out in (False, True):
+            result = measure(spec, inputs=inputs, prepared=folder, model=model, device=device, rung=0, tokens=0, held_out=held_out, with_tasks=True)
+            measured[f"{name}_held_out" if held_out else name] = result.as_dict()
+    return measured
 
 
 def random_model(architecture: Architecture, *, config: Mapping[str, Any], seed: int, device: str) -> PreTrainedModel:
@@ -168,7 +243,14 @@ def _depths(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> list[int]:
 
 
 def _select_depths(
-    spec: SearchSpec, *, inputs: Mapping[str, Any], teacher: PreTrainedModel, importance: Importance, blocks_BT: Tensor, batch_size: int
+    spec: SearchSpec,
+    *,
+    inputs: Mapping[str, Any],
+    teacher: PreTrainedModel,
+    importance: Importance,
+    blocks_BT: Tensor,
+    batch_size: int,
+    report: Callable[[int, int], None],
 ) -> dict[int, tuple[int, ...]]:
     """For every depth of the space the layers that stay."""
     num_hidden_layers = inputs["teacher"]["config"]["num_hidden_layers"]
@@ -176,6 +258,6 @@ def _select_depths(
     if spec.compression.depth == "block_influence":
         ranked = torch.argsort(importance.block_influence_L, descending=True, stable=True).tolist()
         return {depth: tuple(sorted(ranked[:depth])) for depth in depths}
-    # A quarter of the calibration text is enough to order layer sets, and there are many of them.
-    few_BT = blocks_BT[: max(1, len(blocks_BT) // 4)]
-    return select_layers(num_hidden_layers=num_hidden_layers, depths=depths, damage=layer_damage(teacher, blocks_BT=few_BT, batch_size=batch_size))
+    few_BT = blocks_BT[: max(1, DEPTH_TOKENS // blocks_BT.shape[1])]
+    damage = layer_damage(teacher, blocks_BT=few_BT, batch_size=batch_size)
+    return select_layers(num_hidden_layers=num_hidden_layers, depths=depths, damage=damage, report=report)

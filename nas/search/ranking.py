@@ -105,7 +105,7 @@ class Row:
     rung: int
     tokens: int
     score: float | None
-    """None at rung 0, which is scored on no task. Scores of different rungs are not comparable."""
+    """None at a rung that is scored on no task. Scores of different rungs are not comparable."""
     standard_error: float | None
     kl: float
     kl_standard_error: float
@@ -245,7 +245,7 @@ def _is_tied(better: CompletedTrial, worse: CompletedTrial, *, scales: Sequence[
 
 def _row(trial: CompletedTrial, *, rank: int | None, tie_group: int | None, scales: Sequence[TaskScale], teacher_parameters: int) -> Row:
     result = trial.deepest
-    score = objective(result, scales=scales) if trial.rung > 0 else None
+    score = objective(result, scales=scales) if result.tasks else None
     return Row(
         rank=rank,
         tie_group=tie_group,
@@ -262,7 +262,7 @@ def _row(trial: CompletedTrial, *, rank: int | None, tie_group: int | None, scal
         kl=result.kl.value,
         kl_standard_error=result.kl.standard_error,
         loss=result.loss.value,
-        tasks={scale.name: _cell(result.tasks[scale.name], scale=scale) for scale in scales} if trial.rung > 0 else {},
+        tasks={scale.name: _cell(result.tasks[scale.name], scale=scale) for scale in scales} if result.tasks else {},
         state=trial.state,
     )
 

@@ -57,11 +57,11 @@ class RungResult:
     loss: Metric
     """Cross-entropy per token on the held-out blocks, nats."""
     tasks: Mapping[str, Metric]
-    """Per task the metric that the spec asks for. Empty at rung 0, which is compared on KL alone."""
+    """Per task the metric that the spec asks for. Empty at a rung that is compared on KL alone."""
     parameters: int
     """Counted from the tensors, not from the shape."""
     seconds: Mapping[str, float]
-    """Wall seconds by step: slice, distil, evaluate, save."""
+    """Wall seconds by step: load (teacher and blocks), slice, distil, evaluate, save."""
     details: Mapping[str, Any]
     """All metrics that lm-eval returned, by task, for display."""
 

@@ -23,12 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nas.compress.corpus import Blocks, load_blocks
 from nas.compress.distillation import Diverged, Progress, TrainPlan, TrainState, distil, evaluate_kl, load_trunk
-from nas.compress.manifest import save_tensors
+from nas.compress.manifest import load_tensors, save_tensors
 from nas.compress.slicing import build_student
 from nas.compress.sorting import Sorting, load_sorting
 from nas.compress.teacher import load_model, load_tokenizer, write_checkpoint
 from nas.errors import CorruptFile, NotFound, TaskUnavailable
-from nas.evaluate.scoring import TaskScore, score
+from nas.evaluate.scoring import MetricValue, TaskScore, score
 from nas.evaluate.tasks import load_tasks
 from nas.search.results import Metric, RungResult
 from nas.shape import Shape
@@ -84,27 +84,27 @@ def run_rung(
     Raises:
         Diverged: the loss or a score is not finite. Stopped: asked to; the state is saved.
     """
-    shared = load_shared(spec, inputs=inputs, prepared=prepared, device=device)
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
+    shared = load_shared(spec, inputs=inputs, prepared=prepared, device=device)
+    clock.lap("load")
     student = build_student(shared.sorting, shape, dtype="float32", device=device)
     clock.lap("slice")
     tokens = 0
     if rung > 0:
-        checkpoint = folder / f"rung{rung}"
         distilled = distil(
             student,
             teacher=shared.teacher,
             blocks_NT=shared.blocks.train_NT,
             plan=train_plan(spec, tokens=spec.rungs.tokens(rung)),
             state=_trunk_below(folder, rung=rung),
-            checkpoint=checkpoint,
+            checkpoint=_sound_checkpoint(folder / f"rung{rung}"),
             report=report,
             should_stop=should_stop,
         )
         tokens = distilled.tokens
     clock.lap("distil")
-    result = measure(spec, inputs=inputs, prepared=prepared, model=student, device=device, rung=rung, tokens=tokens, held_out=False, with_tasks=rung > 0)
+    result = measure(spec, inputs=inputs, prepared=prepared, model=student, device=device, rung=rung, tokens=tokens, held_out=False, with_tasks=spec.scores_tasks(rung))
     clock.lap("evaluate")
     if rung == spec.rungs.num_trained:
         _save_student(student, shared=shared, folder=folder)
@@ -121,6 +121,20 @@ def _trunk_below(folder: Path, *, rung: int) -> TrainState | None:
     except (NotFound, CorruptFile) as damaged:
         logger.warning("trunk of rung %d is lost, training from the start", rung - 1, extra={"action": "trunk_lost", "reason": str(damaged)})
         return None
+
+
+def _sound_checkpoint(checkpoint: Path) -> Path:
+    """The rung's own checkpoint folder, emptied where a file is damaged: the rung is then trained again, to the same student."""
+    for state in ("trunk", "branch"):
+        try:
+            load_tensors(checkpoint, name=state)
+        except NotFound:
+            continue
+        except CorruptFile as damaged:
+            logger.warning("checkpoint is damaged, the rung starts again", extra={"action": "checkpoint_lost", "reason": str(damaged)})
+            shutil.rmtree(checkpoint)
+            break
+    return checkpoint
 
 
 def clear_below(folder: Path, *, rung: int) -> None:
@@ -149,7 +163,7 @@ def measure(
     kl = Metric.from_documents(tuple(likelihood.kl_N.tolist()), higher_is_better=False)
     loss = Metric.from_documents(tuple(likelihood.loss_N.tolist()), higher_is_better=False)
     if not torch.isfinite(torch.tensor([kl.value, loss.value])).all():
-        raise Diverged(step=0, tokens=tokens)
+        raise Diverged(step=0, tokens=tokens, what="KL or loss on the validation blocks")
     tasks: dict[str, Metric] = {}
     details: dict[str, Any] = {}
     if with_tasks:
@@ -159,8 +173,15 @@ def measure(
         )
         for name, metric in objective_metrics(spec, inputs=inputs).items():
             tasks[name] = paired_metric(scores.tasks[name], name=metric)
-        details = {name: {key: asdict(value) for key, value in task.metrics.items()} for name, task in scores.tasks.items()}
+            if not math.isfinite(tasks[name].value):
+                raise Diverged(step=0, tokens=tokens, what=f"{metric} of task {name}")
+        details = {name: {key: _finite(value) for key, value in task.metrics.items()} for name, task in scores.tasks.items()}
     return RungResult(rung=rung, tokens=tokens, kl=kl, loss=loss, tasks=tasks, parameters=_count(model), seconds={}, details=details)
+
+
+def _finite(value: MetricValue) -> dict[str, Any]:
+    """A metric as plain JSON, which has no NaN; a metric that the objective does not read may be one (f1 without a hit)."""
+    return {name: None if isinstance(number, float) and not math.isfinite(number) else number for name, number in asdict(value).items()}
 
 
 def paired_metric(score: TaskScore, *, name: str) -> Metric:
