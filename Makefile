@@ -1,5 +1,5 @@
 # Every target makes its environment first; nothing needs to be installed but Python 3.11.
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

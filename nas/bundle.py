@@ -13,14 +13,15 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nas.compress.manifest import write_json
+from nas.compress.manifest import publish, write_json
 from nas.compress.slicing import build_student, kept_indices
 from nas.compress.sorting import load_sorting
 from nas.compress.teacher import write_checkpoint
@@ -127,54 +128,77 @@ def _recipe(spec: SearchSpec, *, provenance: Mapping[str, Any]) -> dict[str, Any
 
 def _card(*, shape: Shape, parameters: int, teacher: int, scores: Mapping[str, Any], provenance: Mapping[str, Any], board: Any) -> str:
     """The model card: what it is, how good it was measured to be, and what it is not."""
-    held_out = scores["confirmation"]["held_out"]
-    rows = "\n".join(
-        f"| {name} | {metric['value']:.4f} | {metric['standard_error']:.4f} |"
-        for name, metric in [("loss (nats/token)", held_out["loss"]), *held_out["tasks"].items()]
-    )
-    numbers = "\n".join(f"| {name} | {value} |" for name, value in shape.as_dict().items())
+    name = provenance["teacher"]["name"]
     taught = (board or {}).get("cost", {}).get("tokens")
+    chosen = f" by a search that distilled {taught:,} tokens in all" if taught else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [pruned, distilled, nas]
 ---
 
-# {provenance["teacher"]["name"]}, compressed to {parameters:,} parameters ({parameters / teacher:.1%} of the teacher)
+# {name}, compressed to {parameters:,} parameters ({parameters / teacher:.1%} of the teacher)
 
-Cut out of `{provenance["teacher"]["name"]}` (digest `{provenance["teacher"]["digest"][:16]}`) by importance and distilled for
-{scores["search"]["tokens"]:,} tokens (forward KL on the logits). It was chosen by a search that distilled {taught or 0:,} tokens in all
-(search `{provenance["search_id"]}`, trial {provenance["trial"]}, seed {provenance["seed"]}). This is the start of a full distillation, not its end:
-`nas distill recipe.json --teacher TEACHER --corpus CORPUS --out FOLDER` runs it.
+Cut out of `{name}` ({teacher:,} parameters, digest `{provenance["teacher"]["digest"][:16]}`) by importance, then distilled from it for
+{scores["search"]["tokens"]:,} tokens (forward KL on the logits). This shape was chosen{chosen} (search `{provenance["search_id"]}`,
+trial {provenance["trial"]}, seed {provenance["seed"]}). It is the start of a full distillation, not its end:
 
-| shape | |
+    nas distill FOLDER --teacher TEACHER --corpus CORPUS --out RESULT
+
+with this folder as FOLDER; `recipe.json` says how. The folder itself loads with `AutoModelForCausalLM.from_pretrained`, and a fresh process
+reproduced the trained model's logits. `pruned/` holds the same shape before any distillation.
+
+## Shape
+
+| | |
 |---|---|
-{numbers}
+{chr(10).join(f"| {field} | {value} |" for field, value in shape.as_dict().items())}
 
-Measured on documents that the search did not use (lm-eval {provenance["versions"].get("lm-eval")}):
+## Measured
 
-| | value | standard error |
-|---|---|---|
-{rows}
+On text and documents that the search did not use, with lm-eval {provenance["versions"].get("lm-eval")}; ± one standard error.
 
-The folder loads with `AutoModelForCausalLM.from_pretrained`; a fresh process reproduced the trained model's logits. `pruned/` holds
-the same shape before any distillation. Licence and limits of use are the teacher's.
+{_measured(scores["confirmation"]["held_out"], teacher=((board or {}).get("teacher") or {}).get("held_out"))}
+
+## Limits
+
+Licence and limits of use are the teacher's. What was removed from it was chosen on {_names(provenance["corpora"])} and measured on
+{_names(provenance["tasks"])}; other uses were not looked at.
 """
 
 
+def _measured(student: Mapping[str, Any], *, teacher: Mapping[str, Any] | None) -> str:
+    """A table of the held-out metrics, the teacher's beside them where they are known."""
+    rows = [("KL to the teacher (nats per token)", "kl"), ("loss (nats per token)", "loss"), *((name, name) for name in student["tasks"])]
+    lines = ["| | this model | teacher |", "|---|---|---|"] if teacher else ["| | this model |", "|---|---|"]
+    for title, key in rows:
+        cells = [_with_error(model["tasks"][key] if key in model["tasks"] else model[key]) for model in (student, teacher) if model]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _with_error(metric: Mapping[str, Any]) -> str:
+    return f"{metric['value']:.4f} ± {metric['standard_error']:.4f}"
+
+
+def _names(entries: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"`{entry['name']}`" for entry in entries)
+
+
 def _write_tar(folder: Path, *, tar: Path) -> str:
-    """A tar with no times and owners in it, so that equal bundles have equal digests."""
+    """A tar with no times, owners and modes in it, so that equal bundles have equal digests."""
 
     def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.mtime = entry.uid = entry.gid = 0
         entry.uname = entry.gname = ""
+        entry.mode = 0o755 if entry.isdir() else 0o644  # the umask of the machine says nothing about the bundle
         return entry
 
-    temporary = tar.with_suffix(".partial")
+    temporary = tar.with_suffix(f".{os.getpid()}.partial")
     with tarfile.open(temporary, "w") as archive:
         for path in sorted(folder.rglob("*")):
             archive.add(path, arcname=str(Path(BUNDLE) / path.relative_to(folder)), recursive=False, filter=plain)
-    temporary.replace(tar)
+    publish(temporary, target=tar)
     with tar.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,16 +1,18 @@
 """The `nas` command. Heavy imports happen inside the commands, so that `nas --help` is quick.
 
-Exit codes: 0 done · 1 the search failed, or an unexpected error · 2 wrong request or input · 3 not found · 4 not possible in
-this state · 5 the service cannot be reached.
+Results go to standard output, everything else to standard error, so that `--json` can be piped. A mistake of the user's is
+one message and an exit code; a traceback is a bug of ours.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,43 +28,63 @@ from nas.settings import Settings
 if TYPE_CHECKING:
     from nas.store.store import Store
 
-FAILED, WRONG_INPUT, MISSING, CONFLICT, UNREACHABLE = 1, 2, 3, 4, 5
-_CODE_OF_STATUS = {400: WRONG_INPUT, 404: MISSING, 409: CONFLICT, 413: WRONG_INPUT, 422: WRONG_INPUT}
+FAILED, WRONG_INPUT, MISSING, CONFLICT, UNREACHABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
 
-app = typer.Typer(help=__doc__.splitlines()[0], no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+_HELP = """Which compressed shape of this language model should I pay to distil?
+
+Register a teacher, a corpus and lm-eval tasks; submit a search to `nas serve`; read the leaderboard; distil the winner.
+"""
+_EXIT_CODES = (
+    "Exit codes: 0 done, 1 the search (or the training) failed, 2 wrong input, 3 not found, "
+    "4 not possible in this state, 5 the service cannot be reached, 130 interrupted."
+)
+
+app = typer.Typer(help=_HELP, epilog=_EXIT_CODES, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 teachers_app = typer.Typer(help="Teachers that searches may name.", no_args_is_help=True)
 corpora_app = typer.Typer(help="Corpora that searches may name.", no_args_is_help=True)
 tasks_app = typer.Typer(help="lm-eval tasks that searches may name.", no_args_is_help=True)
 for name, group in (("teachers", teachers_app), ("corpora", corpora_app), ("tasks", tasks_app)):
     app.add_typer(group, name=name)
 
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
 Url = Annotated[str | None, typer.Option(envvar="NAS_URL", help="The service; default: the address of NAS_HOST and NAS_PORT.")]
 SearchId = Annotated[str, typer.Argument(help="Id of a search: srch_...")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")]
 
-out = Console()
+_PIPE_COLUMNS = 200
+"""Width of a table that no terminal shows, such as in a pipe or a file."""
+
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_COLUMNS)
 err = Console(stderr=True)
 
 
 def main() -> None:
-    """Entry point: errors of ours become one message and an exit code."""
+    """Entry point: errors of ours, and files that cannot be used, become one message and an exit code."""
     try:
         app()
-    except ApiError as error:
-        _exit(error, code=_CODE_OF_STATUS.get(error.status, FAILED) if error.status else UNREACHABLE)
-    except NotFound as error:
-        _exit(error, code=MISSING)
-    except Conflict as error:
-        _exit(error, code=CONFLICT)
-    except NasError as error:
-        _exit(error, code=WRONG_INPUT)
+    except BrokenPipeError:  # `nas ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (NasError, OSError, FloatingPointError) as error:
+        err.print(f"nas: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(exit_code(error))
 
 
-def _exit(error: Exception, *, code: int) -> None:
-    err.print(f"nas: {error}", style="red", markup=False, highlight=False)
-    sys.exit(code)
+def exit_code(error: Exception) -> int:
+    """The command's exit code for an error; `nas --help` lists them."""
+    if isinstance(error, ApiError):
+        if error.status is None:
+            return UNREACHABLE
+        return {404: MISSING, 409: CONFLICT}.get(error.status, WRONG_INPUT if error.status < 500 else FAILED)
+    if isinstance(error, FloatingPointError):
+        return FAILED
+    return MISSING if isinstance(error, NotFound) else CONFLICT if isinstance(error, Conflict) else WRONG_INPUT
+
+
+def _say(text: str) -> None:
+    """A remark, on standard error."""
+    err.print(f"nas: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 # -- the service -----------------------------------------------------------------------------------------------------------
@@ -79,6 +101,7 @@ def serve(
     num_gpus: Annotated[int | None, typer.Option(help="GPUs of the local cluster (NAS_NUM_GPUS).")] = None,
 ) -> None:
     """Run the API, the controller and a local Ray cluster until Ctrl-C."""
+    from nas.serve import check_port
     from nas.serve import serve as run
 
     options = {
@@ -92,7 +115,8 @@ def serve(
     }
     os.environ.update({name: str(value) for name, value in options.items() if value is not None})
     settings = Settings.from_environment(os.environ)
-    err.print(f"nas: serving http://{settings.host}:{settings.port}, data in {settings.data_folder}", markup=False, highlight=False)
+    check_port(settings)
+    _say(f"serving http://{settings.host}:{settings.port}, data in {settings.data_folder}")
     sys.exit(run())
 
 
@@ -105,7 +129,12 @@ def _store() -> Iterator[tuple[Store, Settings]]:
 
     settings = Settings.from_environment(os.environ)
     settings.data_folder.mkdir(parents=True, exist_ok=True)
-    store = Store.open(settings.database_url, migrate=True)
+    try:
+        store = Store.open(settings.database_url, migrate=True)
+    except NasError:
+        raise
+    except Exception as error:  # a driver's own types, which differ from database to database
+        raise InvalidSpec(Problem(field="NAS_DATABASE_URL", expected="a database that can be opened", got=str(error).splitlines()[0])) from error
     try:
         yield store, settings
     finally:
@@ -199,23 +228,38 @@ def submit(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Submit a search."""
+    """Submit a search; prints its id.
+
+    The least that a spec says, all else has a default (see /docs of the service):
+
+    \b
+    {"teacher": "NAME", "corpus": {"parts": [{"name": "NAME"}]},
+     "tasks": [{"name": "NAME"}], "budget": {"max_fraction": 0.6}}
+    """
     try:
         body = sys.stdin.buffer.read() if str(spec) == "-" else spec.read_bytes()
     except OSError as error:
         raise InvalidSpec(Problem(field="spec", expected="a readable file", got=str(error))) from error
     with _client(url) as client:
         if preview:
-            _print_facts(client.preview(body)["plan"], as_json=as_json)
+            plan = client.preview(body)["plan"]
+            _print_facts(plan if as_json else _readable_plan(plan), as_json=as_json)
             return
         search = client.submit(body, idempotency_key=idempotency_key)
+        if not as_json:
+            sys.stdout.write(search["id"] + "\n")
+            sys.stdout.flush()
+            _say(f"{search['plan']['legal_shapes']:,} legal shapes; follow with: nas watch {search['id']}")
+        state = _follow(client, search["id"], show=not as_json) if wait else search["state"]
         if as_json:
-            _print_json(search)
-        else:
-            out.print(search["id"])
-            err.print(f"nas: {search['plan']['legal_shapes']} legal shapes; follow with: nas watch {search['id']}", highlight=False)
-        if wait:
-            _follow(client, search["id"], as_json=as_json)
+            _print_json(client.search(search["id"]) if wait else search)
+    _exit_unless_well(state)
+
+
+def _readable_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan with one line per anchor."""
+    anchors = {f"anchor {name}": f"{anchor['parameters']:,} parameters: {_cell(anchor['shape'], name='')}" for name, anchor in plan["anchors"].items()}
+    return {**{name: value for name, value in plan.items() if name != "anchors"}, **anchors}
 
 
 @app.command("list")
@@ -226,15 +270,30 @@ def list_searches(state: Annotated[str | None, typer.Option(help="Only searches 
     if as_json:
         _print_json(searches)
         return
-    rows = [{"id": s["id"], "label": s["label"], "state": s["state"], "teacher": s["teacher"], "created": s["created_at"]} for s in searches]
+    rows = [
+        {
+            "id": search["id"],
+            "state": search["state"],
+            "trials": f"{search['progress']['settled']}/{search['progress']['planned']}",
+            "created": search["created_at"][:16].replace("T", " "),
+            "teacher": search["teacher"],
+            "label": search["label"],
+        }
+        for search in searches
+    ]
     _print_rows(rows, as_json=False)
 
 
 @app.command()
 def watch(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
-    """Follow a search until it ends; exit code 1 if it did not succeed."""
+    """Follow a search until it ends; exit code 1 if it did not succeed. With --json: its events, one per line."""
     with _client(url) as client:
-        _follow(client, search_id, as_json=as_json)
+        if as_json:
+            for event in client.follow(search_id):
+                sys.stdout.write(json.dumps(event) + "\n")
+                sys.stdout.flush()
+        state = client.search(search_id)["state"] if as_json else _follow(client, search_id, show=True)
+    _exit_unless_well(state)
 
 
 @app.command()
@@ -245,6 +304,8 @@ def leaderboard(
     as_json: Json = False,
 ) -> None:
     """The leaderboard of a search. Rows that share a rank cannot be told apart."""
+    if csv and as_json:
+        raise InvalidSpec(Problem(field="--csv", expected="one of --csv and --json", got="both"))
     with _client(url) as client:
         if csv:
             sys.stdout.write(client.leaderboard_csv(search_id))
@@ -252,14 +313,16 @@ def leaderboard(
         board = client.leaderboard(search_id)
     if as_json:
         _print_json(board)
+    elif not board["rows"]:
+        _say("no trial has been measured yet")
     else:
-        out.print(leaderboard_table(board))
+        out.print(leaderboard_table(board, width=out.width))
 
 
 @app.command()
 def winner(
     search_id: SearchId,
-    bundle: Annotated[Path | None, typer.Option(help="Save the bundle (a tar file) here.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Save the bundle (a tar file) here, or as bundle.tar in this folder.")] = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -267,8 +330,8 @@ def winner(
     with _client(url) as client:
         document = client.winner(search_id)
         if bundle is not None:
-            client.download_bundle(search_id, target=bundle)
-            err.print(f"nas: saved {bundle}", markup=False, highlight=False)
+            saved = client.download_bundle(search_id, target=bundle / "bundle.tar" if bundle.is_dir() else bundle)
+            _say(f"saved {saved}")
     if as_json:
         _print_json(document)
     else:
@@ -284,14 +347,29 @@ def cancel(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
     _print_facts({"id": search["id"], "state": search["state"]}, as_json=as_json)
 
 
-def _follow(client: Client, search_id: str, *, as_json: bool) -> None:
-    for event in client.follow(search_id):
-        if as_json:
-            sys.stdout.write(json.dumps(event) + "\n")
-            sys.stdout.flush()
-        elif line := event_line(event):
-            out.print(line, markup=False, highlight=False)
-    state = client.search(search_id)["state"]
+def _follow(client: Client, search_id: str, *, show: bool) -> str:
+    """Wait for the end of a search; returns its state. On a terminal its last line says where the search stands."""
+    shown = out if show else Console(quiet=True)
+    looked = 0.0
+    with shown.status("", spinner="dots") as status:
+        for event in client.follow(search_id):
+            if line := event_line(event):
+                shown.print(line, markup=False, highlight=False, soft_wrap=True)
+            if shown.is_terminal and time.monotonic() - looked > 1.0:
+                status.update(status_line(client.search(search_id)))
+                looked = time.monotonic()
+    return str(client.search(search_id)["state"])
+
+
+def status_line(search: Mapping[str, Any]) -> str:
+    """Where a search stands, in one line."""
+    progress, best = search["progress"], search["best"]
+    rungs = "  ".join(f"rung {rung['rung']}: {rung['finished']}" + (f"+{rung['running']}" if rung["running"] else "") for rung in search["rungs"])
+    lead = f"  best: trial {best['trial']}, score {_plus_minus(best['score'], best['standard_error'])}" if best else ""
+    return f"{search['state']}  trials {progress['settled']}/{progress['planned']}  {rungs}{lead}"
+
+
+def _exit_unless_well(state: str) -> None:
     if state in TERMINAL_STATES and state != "succeeded":
         raise typer.Exit(FAILED)
 
@@ -304,15 +382,17 @@ def event_line(event: Mapping[str, Any]) -> str | None:
         case "trial.proposed":
             return f"{at}  trial {data['trial']} proposed ({data['origin']}), {data['parameters']:,} parameters"
         case "trial.rung_finished":
-            return f"{at}  trial {data['trial']} rung {data['rung']}: {data['tokens']:,} tokens, held-out KL {data['kl']:.4f}"
+            return f"{at}  trial {data['trial']} rung {data['rung']}: {data['tokens']:,} tokens, KL {data['kl']:.4f}"
         case "trial.failed":
             return f"{at}  trial {data['trial']} failed: {data['failure']['reason']}"
         case "trial.confirmed":
             return f"{at}  trial {data['trial']} {'confirmed' if data['verified'] else 'NOT verified: ' + str(data['reason'])}"
         case "prepare.step":
-            return f"{at}  prepare: {data['step']}"
+            return f"{at}  prepare: {data['step']}" + (f" {data['done']} of {data['of']}" if "done" in data else "")
         case "attempt.failed" | "attempt.lost":
             return f"{at}  attempt of {data['stage']} {kind.split('.')[1]}: {(data.get('reason') or '')[:200]}"
+        case "search.winner":
+            return f"{at}  winner: trial {data['trial']}" if "trial" in data else f"{at}  winner chosen"
         case _ if kind.startswith("search."):
             error = data.get("error") or {}
             return f"{at}  search {kind.split('.')[1]}" + (f": {error.get('reason')}: {error.get('message')}" if error else "")
@@ -320,34 +400,43 @@ def event_line(event: Mapping[str, Any]) -> str | None:
             return None
 
 
-def leaderboard_table(board: Mapping[str, Any]) -> Table:
-    """The board for a terminal."""
+def leaderboard_table(board: Mapping[str, Any], *, width: int | None = None) -> Table:
+    """The board for a terminal. Where it is narrow, the columns that say least are left out; --csv and --json have them all."""
     rows = board["rows"]
     tasks = sorted({task for row in rows for task in row["tasks"]})
-    table = Table(
-        "rank", "trial", "origin", "L", "D", "F", "H", "KV", "parameters", "%", "tokens", "score", "KL", *tasks, "state", box=None, header_style="bold"
-    )
-    for row in rows:
-        shape = row["shape"]
-        cells = [_plus_minus(row["tasks"].get(task, {}).get("value"), row["tasks"].get(task, {}).get("standard_error")) for task in tasks]
-        sizes = [str(shape[n]) for n in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")]
-        rank = "" if row["rank"] is None else str(row["rank"])
-        score = _plus_minus(row["score"], row["standard_error"])
-        share = f"{100 * row['share_of_teacher']:.1f}"
-        table.add_row(
-            rank,
-            str(row["number"]),
-            row["origin"],
-            *sizes,
-            f"{row['parameters']:,}",
-            share,
-            f"{row['tokens']:,}",
-            score,
-            f"{row['kl']:.4f}",
-            *cells,
-            row["state"],
-        )
+    columns: dict[str, list[str]] = {
+        "rank": ["" if row["rank"] is None else str(row["rank"]) for row in rows],
+        "trial": [str(row["number"]) for row in rows],
+        "origin": [row["origin"].removeprefix("anchor:") for row in rows],
+        **{short: [str(row["shape"][name]) for row in rows] for short, name in _SHORT_AXES.items()},
+        "parameters": [f"{row['parameters']:,}" for row in rows],
+        "%": [f"{100 * row['share_of_teacher']:.1f}" for row in rows],
+        "tokens": [f"{row['tokens']:,}" for row in rows],
+        "score": [_plus_minus(row["score"], row["standard_error"]) for row in rows],
+        "KL": [f"{row['kl']:.4f}" for row in rows],
+        **{task: [_plus_minus(row["tasks"].get(task, {}).get("value"), row["tasks"].get(task, {}).get("standard_error")) for row in rows] for task in tasks},
+        "state": [row["state"] for row in rows],
+    }
+    left_out = []
+    for name in (*reversed(tasks), "tokens", "state", "%", "KL"):
+        if width is None or sum(max(map(len, (title, *cells))) + 2 for title, cells in columns.items()) <= width:
+            break
+        left_out.append(name)
+        del columns[name]
+    caption = f"left out: {', '.join(left_out)}; --csv and --json have all columns" if left_out else None
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0), caption=caption, caption_justify="left")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
     return table
+
+
+_SHORT_AXES = {
+    "L": "num_hidden_layers",
+    "D": "hidden_size",
+    "F": "intermediate_size",
+    "H": "num_attention_heads",
+    "KV": "num_key_value_heads",
+}
 
 
 def _plus_minus(value: float | None, error: float | None) -> str:
@@ -366,16 +455,16 @@ def prune(
     corpus: Annotated[list[str], typer.Option(help="Text on which importance is measured.")],
     out_folder: Annotated[Path, typer.Option("--out", help="Folder of the student; plain transformers loads it.")],
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per calibration block.")] = 512,
-    calibration_tokens: Annotated[int, typer.Option(min=256)] = 131_072,
+    calibration_tokens: Annotated[int, typer.Option(min=256, help="Tokens on which importance and depth are measured.")] = 131_072,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Cut one shape out of a teacher."""
+    """Cut one shape out of a teacher; needs no service."""
     from nas.full_run import prune_teacher
     from nas.shape import Shape
 
-    _prepare_torch(threads)
+    _prepare_torch(threads, device=device)
     summary = prune_teacher(
         teacher=_fetched_teacher(teacher),
         shape=Shape.from_dict(_read_shape(shape)),
@@ -402,48 +491,96 @@ def distill(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """The full distillation of a student. Run again after a kill, it goes on from its last checkpoint."""
+    """The full distillation of a student; needs no service.
+
+    Killed and run again with the same arguments, it goes on from its last checkpoint (one a minute, and one at Ctrl-C).
+    """
+    from nas.compress.distillation import Diverged, Stopped
     from nas.full_run import Recipe, distil_fully
 
-    _prepare_torch(threads)
+    _prepare_torch(threads, device=device)
     path = recipe / "recipe.json" if recipe.is_dir() else recipe
     if not path.is_file():
         raise InvalidSpec(Problem(field="recipe", expected="a recipe.json or a bundle's folder", got=str(recipe)))
     plan = Recipe.read(path, tokens=tokens, learning_rate=learning_rate, batch_size=batch_size)
     started = time.monotonic()
-
-    def report(progress: Any) -> None:
-        left = (plan.tokens - progress.tokens) / progress.tokens_per_second if progress.tokens_per_second else 0.0
-        err.print(
-            f"{progress.tokens:>12,} / {plan.tokens:,} tokens  loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s  {left:,.0f} s left",
-            highlight=False,
-        )
-
-    summary = distil_fully(
-        plan, student=student or path.parent, teacher=_fetched_teacher(teacher), corpus=_fetched_corpus(corpus), out=out_folder, device=device, report=report
-    )
+    try:
+        with _interruptible() as should_stop, _progress(tokens=plan.tokens) as report:
+            summary = distil_fully(
+                plan,
+                student=student or path.parent,
+                teacher=_fetched_teacher(teacher),
+                corpus=_fetched_corpus(corpus),
+                out=out_folder,
+                device=device,
+                report=report,
+                should_stop=should_stop,
+            )
+    except (Stopped, Diverged) as ended:
+        _say(str(ended))
+        raise typer.Exit(INTERRUPTED if isinstance(ended, Stopped) else FAILED) from ended
     _print_facts({**summary, "wall_seconds": time.monotonic() - started, "folder": str(out_folder)}, as_json=as_json)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C (or SIGTERM) asks to stop after a checkpoint; the second is a Ctrl-C like any other."""
+    asked: list[int] = []
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(signum: int, _: Any) -> None:
+        _say("stopping after a checkpoint; run the same command again to go on")
+        asked.append(signum)
+        signal.signal(signum, before[signal.Signals(signum)])
+
+    for signum in before:
+        signal.signal(signum, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def _progress(*, tokens: int) -> Iterator[Callable[[Any], None]]:
+    """Where the training stands: one live line on a terminal, else a line every ten seconds."""
+    said = -math.inf
+    with err.status("measuring the student as it is", spinner="dots") as status:
+
+        def report(progress: Any) -> None:
+            nonlocal said
+            left = max(0.0, (tokens - progress.tokens) / progress.tokens_per_second) if progress.tokens_per_second else 0.0
+            speed = f"{progress.tokens_per_second:,.0f} tokens/s  {left:,.0f} s left"
+            line = f"{progress.tokens:,} / {tokens:,} tokens  loss {progress.loss:.4f}  {speed}"
+            status.update(line)
+            if not err.is_terminal and (time.monotonic() - said >= 10.0 or progress.tokens >= tokens):
+                said = time.monotonic()
+                err.print(line, highlight=False, soft_wrap=True)
+
+        yield report
 
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a model.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a model, or Hugging Face id.")],
     task: Annotated[list[str], typer.Option(help="Registered task (repeat for more), or a folder of task YAML.")],
-    num_fewshot: Annotated[int, typer.Option(min=0)] = 0,
+    num_fewshot: Annotated[int, typer.Option(min=0, help="Worked examples in front of each document.")] = 0,
     limit: Annotated[int | None, typer.Option(min=2, help="Documents per task; default: all.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass.")] = 64,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Score a checkpoint with lm-eval."""
+    """Score a checkpoint with lm-eval; needs no service."""
     import tempfile
 
     from nas.compress.teacher import load_model, load_tokenizer
     from nas.evaluate.scoring import score
     from nas.evaluate.tasks import add_task, load_tasks
 
-    _prepare_torch(threads)
+    _prepare_torch(threads, device=device)
+    folder = _fetched_teacher(checkpoint)
     folders: list[Path] = []
     with tempfile.TemporaryDirectory() as temporary:
         for entry in task:
@@ -456,8 +593,8 @@ def evaluate(
         if num_fewshot:
             tasks = load_tasks(folders, num_fewshot=dict.fromkeys(tasks, num_fewshot))
         documents = {name: range(len(loaded.eval_docs))[:limit] for name, loaded in tasks.items()}
-        model = load_model(checkpoint, dtype="float32", device=device)
-        scores = score(model, tokenizer=load_tokenizer(checkpoint), tasks=tasks, documents=documents, batch_size=batch_size, max_length=None)
+        model = load_model(folder, dtype="float32", device=device)
+        scores = score(model, tokenizer=load_tokenizer(folder), tasks=tasks, documents=documents, batch_size=batch_size, max_length=None)
     rows = [
         {"task": name, "metric": metric, "value": value.value, "standard_error": value.standard_error, "documents": result.num_documents}
         for name, result in scores.tasks.items()
@@ -466,11 +603,16 @@ def evaluate(
     _print_rows(rows, as_json=as_json)
 
 
-def _prepare_torch(threads: int | None) -> None:
+def _prepare_torch(threads: int | None, *, device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise InvalidSpec(Problem(field="device", expected="cpu or cuda", got=device))
     import torch
     from transformers.utils import logging as transformers_logging
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidSpec(Problem(field="device", expected="cpu, as torch finds no CUDA device here", got=device))
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     if threads is not None:
         torch.set_num_threads(threads)
 
@@ -510,9 +652,11 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
         _print_json(list(rows))
         return
     if not rows:
-        err.print("nas: none", highlight=False)
+        _say("none")
         return
-    table = Table(*rows[0], box=None, header_style="bold")
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for index, name in enumerate(rows[0]):
+        table.add_column(name, no_wrap=index == 0, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value, name=name) for name, value in row.items()))
     out.print(table)
@@ -523,7 +667,7 @@ def _print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
         _print_json(facts)
         return
     for name, value in facts.items():
-        out.print(f"{name:<34} {_cell(value, name=name)}", markup=False, highlight=False)
+        out.print(f"{name:<34} {_cell(value, name=name)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _cell(value: Any, *, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +15,8 @@ import httpx2
 from nas.errors import CorruptFile, NasError
 
 TERMINAL_STATES = ("succeeded", "failed", "cancelled")
-RECONNECTS = 20
-"""Event streams that break in a row before `follow` gives up."""
+RECONNECT_SECONDS = (0.2, 0.5, 1.0, *(2.0 for _ in range(45)))
+"""Waits between the tries of `follow` to take a broken stream up again: a restart of the service takes a few of them."""
 
 
 class ApiError(NasError):
@@ -98,9 +99,10 @@ class Client:
         """Save the winner's bundle (a tar file) and check its digest.
 
         Raises:
-            CorruptFile: what arrived is not what the service announced.
+            CorruptFile: what arrived is not what the service announced. OSError: the target cannot be written.
         """
         expected = self.winner(search_id)["bundle_sha256"]
+        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
         digest = hashlib.sha256()
         try:
@@ -114,6 +116,7 @@ class Client:
         except httpx2.TransportError as error:
             raise self._unreachable(error) from error
         if digest.hexdigest() != expected:
+            partial.unlink()
             raise CorruptFile(f"bundle of {search_id}: expected sha256 {expected}, got {digest.hexdigest()}")
         return partial.replace(target)
 
@@ -126,7 +129,8 @@ class Client:
         Raises:
             ApiError: no such search, or the service stays away.
         """
-        broken = 0
+        self.search(search_id)  # a wrong id or address is told at once, not after all the waits
+        waits = iter(RECONNECT_SECONDS)
         while True:
             try:
                 with self._http.stream("GET", f"/v1/searches/{search_id}/events/stream", params={"after": after}, timeout=60.0) as response:
@@ -134,7 +138,7 @@ class Client:
                         response.read()
                         raise _error(response)
                     for frame in httpx2.EventSource(response):
-                        broken = 0
+                        waits = iter(RECONNECT_SECONDS)
                         if not frame.data:  # a comment that keeps the connection open
                             continue
                         event: dict[str, Any] = json.loads(frame.data)
@@ -142,10 +146,17 @@ class Client:
                         yield event
                 if self.search(search_id)["state"] in TERMINAL_STATES:
                     return
-            except (httpx2.TransportError, ApiError) as error:
-                broken += 1
-                if broken > RECONNECTS or (isinstance(error, ApiError) and error.status is not None and error.status < 500):
-                    raise error if isinstance(error, ApiError) else self._unreachable(error) from error
+                last = ApiError(f"the event stream of {search_id} ends again and again", status=None, problem={})
+            except httpx2.TransportError as error:
+                last = self._unreachable(error)
+            except ApiError as error:
+                if error.status is not None and error.status < 500:
+                    raise
+                last = error
+            wait = next(waits, None)
+            if wait is None:
+                raise last
+            time.sleep(wait)
 
     def _pages(self, path: str, **parameters: Any) -> Iterator[dict[str, Any]]:
         while True:
@@ -156,8 +167,13 @@ class Client:
             parameters["after"] = page["next_cursor"]
 
     def _ask(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
-        answer = self._send(method, path, **arguments).json()
-        assert isinstance(answer, dict)
+        response = self._send(method, path, **arguments)
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise ApiError(f"{self._url} answered no JSON object to {method} {path}; is it the address of `nas serve`?", status=None, problem={})
         return answer
 
     def _send(self, method: str, path: str, **arguments: Any) -> httpx2.Response:
@@ -165,7 +181,7 @@ class Client:
             response = self._http.request(method, path, **arguments)
         except httpx2.TransportError as error:
             raise self._unreachable(error) from error
-        if response.status_code >= 400:
+        if response.status_code >= 300:
             raise _error(response)
         return response
 

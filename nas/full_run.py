@@ -8,25 +8,32 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nas.compress.corpus import Part, build_blocks, check_corpus
+from nas.compress.corpus import Blocks, Corpus, Part, build_blocks, check_corpus, load_blocks
 from nas.compress.distillation import HeldOut, Progress, TrainPlan, distil, evaluate_kl
 from nas.compress.importance import measure_importance
 from nas.compress.manifest import write_json
 from nas.compress.slicing import build_student, kept_indices
 from nas.compress.sorting import layer_damage, load_sorting, make_order, save_sorted, select_layers, sort_teacher
-from nas.compress.teacher import check_teacher, load_model, load_tokenizer, write_checkpoint
-from nas.errors import InvalidSpec, Problem
+from nas.compress.teacher import Teacher, check_teacher, load_model, load_tokenizer, write_checkpoint
+from nas.errors import Conflict, CorruptFile, InvalidSpec, NotFound, Problem
 from nas.shape import Shape
 
 WORK = ".work"
 """Inside the output folder: blocks and checkpoints, removed at the end."""
+RUN = "run.json"
+"""Inside the work folder: what the run depends on, so that another one does not go on from it."""
+CHECKPOINT = "checkpoint"
+SUMMARY, PRUNING = "distillation.json", "pruning.json"
+"""What a finished run leaves in its folder."""
+DEPTH_TOKENS = 16_384
+"""Calibration tokens that order layer sets: each of many sets is a pass over them, and a difference worth acting on shows in far fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,20 +54,55 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_size", "sequence_length", "validation_tokens"):
-            if getattr(self, name) < 1:
-                raise InvalidSpec(Problem(field=name, expected="an integer of at least 1", got=str(getattr(self, name))))
-        if not 0 < self.learning_rate <= 1:
-            raise InvalidSpec(Problem(field="learning_rate", expected="a number in (0, 1]", got=str(self.learning_rate)))
+        problems = [
+            Problem(field=name, expected=f"an integer of at least {least}", got=repr(value))
+            for name, least in _INTEGERS.items()
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int) or value < least
+        ]
+        problems += [
+            Problem(field=name, expected=f"a number in {interval}", got=repr(value))
+            for name, (interval, holds) in _NUMBERS.items()
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, (int, float)) or not holds(value)
+        ]
+        if self.micro_batch_size is not None and (not isinstance(self.micro_batch_size, int) or self.micro_batch_size < 1):
+            problems.append(Problem(field="micro_batch_size", expected="null or an integer of at least 1", got=repr(self.micro_batch_size)))
+        if self.dtype not in ("float32", "bfloat16"):
+            problems.append(Problem(field="dtype", expected="float32 or bfloat16", got=repr(self.dtype)))
+        if problems:
+            raise InvalidSpec(*problems)
 
     @classmethod
     def read(cls, path: Path, **overrides: Any) -> Recipe:
-        """A recipe file, with what the caller says on top; what is not a recipe's field is a note for people and is left out."""
-        values = json.loads(path.read_text(encoding="utf-8"))["distillation"]
-        unknown = [name for name in values if name not in {field.name for field in fields(cls)}]
-        if unknown:
-            raise InvalidSpec(*(Problem(field=f"distillation.{name}", expected="no such field", got=repr(values[name])) for name in unknown))
-        return replace(cls(**values), **{name: value for name, value in overrides.items() if value is not None})
+        """A recipe file, with what the caller says on top; what is beside `distillation` in the file is a note for people.
+
+        Raises:
+            InvalidSpec: no recipe, an unknown or missing field, or one out of range.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))["distillation"]
+            values = {**values, **{name: value for name, value in overrides.items() if value is not None}}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            expected = "a JSON file with the object `distillation`, such as a bundle's recipe.json"
+            raise InvalidSpec(Problem(field=str(path), expected=expected, got=f"{type(error).__name__}: {error}")) from error
+        known = {field.name: field for field in fields(cls)}
+        problems = [Problem(field=f"distillation.{name}", expected="no such field", got=repr(value)) for name, value in values.items() if name not in known]
+        problems += [
+            Problem(field=f"distillation.{name}", expected="a value", got="nothing")
+            for name, field in known.items()
+            if field.default is MISSING and name not in values
+        ]
+        if problems:
+            raise InvalidSpec(*problems)
+        return cls(**values)
+
+
+_INTEGERS = {"tokens": 1, "batch_size": 1, "sequence_length": 8, "warmup_tokens": 0, "validation_tokens": 1, "seed": 0}
+"""Least value of every integer of a recipe."""
+_NUMBERS: Mapping[str, tuple[str, Callable[[float], bool]]] = {
+    "learning_rate": ("(0, 1]", lambda value: 0 < value <= 1),
+    "decay_share": ("[0, 1)", lambda value: 0 <= value < 1),
+    "weight_decay": ("[0, 10]", lambda value: 0 <= value <= 10),
+}
 
 
 def distil_fully(
@@ -76,33 +118,123 @@ def distil_fully(
 ) -> dict[str, Any]:
     """Distil a student checkpoint into `out`, a folder that plain transformers loads.
 
-    Run again after a kill, it goes on from its last checkpoint.
+    Run again after a kill, it goes on from its last checkpoint; run again when it is done, it returns what it returned then.
 
     Returns:
         tokens, seconds, and held-out KL and loss before and after, with standard errors.
     Raises:
-        TeacherUnavailable, CorpusUnavailable: an input cannot be used. Diverged: the loss is not finite. Stopped: asked to.
+        TeacherUnavailable, CorpusUnavailable: an input cannot be used. InvalidSpec: student, teacher and recipe do not fit each other.
+        Conflict: `out` holds something else, or a run with another recipe or other inputs. Diverged: the loss is not finite. Stopped: asked to.
     """
-    teacher_folder, student_folder = check_teacher(teacher).path, check_teacher(student).path
-    tokenizer = load_tokenizer(teacher_folder)
-    work = out / WORK
-    part = Part(name="corpus", files=check_corpus(corpus).files)
-    blocks = build_blocks(
-        [part],
-        tokenizer=tokenizer,
-        sequence_length=recipe.sequence_length,
-        train_tokens=recipe.tokens,
-        calibration_tokens=recipe.sequence_length,
-        validation_tokens=recipe.validation_tokens,
-        seed=recipe.seed,
-        folder=work / "blocks",
-    )
-    teacher_model = load_model(teacher_folder, dtype=recipe.dtype if device != "cpu" else "float32", device=device)
+    checked_teacher, checked_student, checked_corpus = check_teacher(teacher), check_teacher(student), check_corpus(corpus)
+    _check_pair(recipe, student=checked_student, teacher=checked_teacher)
+    digests = {"teacher": checked_teacher.digest, "student": checked_student.digest, "corpus": checked_corpus.digest}
+    work = _claim(out, mark=SUMMARY, facts={"recipe": asdict(recipe), "digests": digests}, inputs=(teacher, student))
+    if (out / SUMMARY).exists():
+        shutil.rmtree(work, ignore_errors=True)
+        return _read_object(out / SUMMARY)
+    blocks = _blocks(recipe, corpus=checked_corpus, teacher=checked_teacher, folder=work / "blocks")
+    teacher_model = load_model(checked_teacher.path, dtype=recipe.dtype if device != "cpu" else "float32", device=device)
     teacher_model.requires_grad_(False)
-    model = load_model(student_folder, dtype="float32", device=device)
+    model = load_model(checked_student.path, dtype="float32", device=device)
     batch_size = recipe.micro_batch_size or recipe.batch_size
     before = evaluate_kl(model, teacher=teacher_model, blocks_NT=blocks.validation_NT, batch_size=batch_size)
-    plan = TrainPlan(
+    distilled = distil(
+        model,
+        teacher=teacher_model,
+        blocks_NT=blocks.train_NT,
+        plan=_train_plan(recipe),
+        checkpoint=work / CHECKPOINT,
+        report=report,
+        should_stop=should_stop,
+    )
+    after = evaluate_kl(model, teacher=teacher_model, blocks_NT=blocks.validation_NT, batch_size=batch_size)
+    write_checkpoint(model.state_dict(), config=model.config.to_dict(), tokenizer_from=checked_student.path, folder=out)
+    summary = {
+        "recipe": asdict(recipe),
+        "digests": digests,
+        "tokens": distilled.tokens,
+        "seconds": distilled.seconds,
+        "held_out_before": _held_out(before),
+        "held_out_after": _held_out(after),
+    }
+    write_json(summary, target=out / SUMMARY)
+    shutil.rmtree(work)
+    return summary
+
+
+def _check_pair(recipe: Recipe, *, student: Teacher, teacher: Teacher) -> None:
+    problems = []
+    if student.architecture.vocab_size != teacher.architecture.vocab_size:
+        expected = f"the teacher's vocabulary of {teacher.architecture.vocab_size} (a student is distilled by the teacher that it was cut out of)"
+        problems.append(Problem(field="student", expected=expected, got=f"one of {student.architecture.vocab_size}"))
+    for name, model in (("teacher", teacher), ("student", student)):
+        context = model.config.get("max_position_embeddings")
+        if isinstance(context, int) and recipe.sequence_length > context:
+            problems.append(Problem(field="sequence_length", expected=f"at most the {name}'s context of {context}", got=str(recipe.sequence_length)))
+    if problems:
+        raise InvalidSpec(*problems)
+
+
+def _claim(out: Path, *, mark: str, facts: Mapping[str, Any], inputs: Sequence[Path]) -> Path:
+    """The work folder inside `out`, once it is sure that `out` is free, or holds this very run, begun or done.
+
+    Args:
+        mark: file in `out` that a finished run leaves.
+        facts: all that the result depends on.
+    """
+    if out.resolve() in {path.resolve() for path in inputs}:
+        raise Conflict(f"out: expected a folder of its own, got the folder of an input: {out}")
+    work = out / WORK
+    done, begun = (out / mark).exists(), (work / RUN).exists()
+    if not done and not begun and out.exists() and any(path.name != WORK for path in out.iterdir()):
+        raise Conflict(f"out: expected a new or empty folder, or one of an earlier run, got one with other files: {out}")
+    differences = _differences(facts, _read_object(out / mark if done else work / RUN)) if done or begun else []
+    if differences and (done or (work / CHECKPOINT).exists()):
+        raise Conflict(f"out: {out} holds another run; " + "; ".join(differences) + "; give it another folder")
+    if differences:  # nothing was trained: an attempt that failed at once does not bind the next one
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(facts, target=work / RUN)
+    return work
+
+
+def _differences(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """What is not the same in two runs, as `field: expected what is there, got what is wanted`."""
+    found = []
+    for name, value in wanted.items():
+        if isinstance(value, Mapping) and isinstance(there.get(name), Mapping):
+            found += _differences(value, there[name])
+        elif json.loads(json.dumps(value)) != there.get(name):
+            found.append(f"{name}: expected {there.get(name)}, with which it was begun, got {value}")
+    return found
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(values, dict)
+    return values
+
+
+def _blocks(recipe: Recipe, *, corpus: Corpus, teacher: Teacher, folder: Path) -> Blocks:
+    """The run's blocks, those of an earlier call where they are whole."""
+    try:
+        return load_blocks(folder)
+    except (NotFound, CorruptFile):
+        return build_blocks(
+            [Part(name=corpus.files[0].name, files=corpus.files)],
+            tokenizer=load_tokenizer(teacher.path),
+            sequence_length=recipe.sequence_length,
+            train_tokens=recipe.tokens,
+            calibration_tokens=recipe.sequence_length,
+            validation_tokens=recipe.validation_tokens,
+            seed=recipe.seed,
+            folder=folder,
+        )
+
+
+def _train_plan(recipe: Recipe) -> TrainPlan:
+    return TrainPlan(
         tokens=recipe.tokens,
         learning_rate=recipe.learning_rate,
         batch_size=recipe.batch_size,
@@ -113,21 +245,6 @@ def distil_fully(
         dtype=recipe.dtype,
         micro_batch_size=recipe.micro_batch_size,
     )
-    distilled = distil(
-        model, teacher=teacher_model, blocks_NT=blocks.train_NT, plan=plan, checkpoint=work / "checkpoint", report=report, should_stop=should_stop
-    )
-    after = evaluate_kl(model, teacher=teacher_model, blocks_NT=blocks.validation_NT, batch_size=batch_size)
-    write_checkpoint(model.state_dict(), config=model.config.to_dict(), tokenizer_from=student_folder, folder=out)
-    summary = {
-        "recipe": asdict(recipe),
-        "tokens": distilled.tokens,
-        "seconds": distilled.seconds,
-        "held_out_before": _held_out(before),
-        "held_out_after": _held_out(after),
-    }
-    write_json(summary, target=out / "distillation.json")
-    shutil.rmtree(work)
-    return summary
 
 
 def prune_teacher(
@@ -147,19 +264,28 @@ def prune_teacher(
 
     Raises:
         TeacherUnavailable, CorpusUnavailable: an input cannot be used. InvalidSpec: the shape cannot be cut out of this teacher.
+        Conflict: `out` holds something else, or another pruned student.
     """
-    checked = check_teacher(teacher)
+    checked, checked_corpus = check_teacher(teacher), check_corpus(corpus)
     _check_cut(shape, teacher=checked.architecture.shape)
+    facts = {
+        "shape": shape.as_dict(),
+        "digests": {"teacher": checked.digest, "corpus": checked_corpus.digest},
+        "importance": importance,
+        "sequence_length": sequence_length,
+        "calibration_tokens": calibration_tokens,
+        "seed": seed,
+    }
+    work = _claim(out, mark=PRUNING, facts=facts, inputs=(teacher,))
     model = load_model(checked.path, dtype="float32", device=device)
-    work = out / WORK
     blocks_BT = _calibration_blocks(
-        checked.path, corpus=corpus, sequence_length=sequence_length, calibration_tokens=calibration_tokens, seed=seed, folder=work / "blocks"
+        checked.path, corpus=checked_corpus, sequence_length=sequence_length, calibration_tokens=calibration_tokens, seed=seed, folder=work / "blocks"
     )
     measured = measure_importance(model, blocks_BT=blocks_BT, method=importance, batch_size=batch_size)
     layers = select_layers(
         num_hidden_layers=checked.architecture.shape.num_hidden_layers,
         depths=[shape.num_hidden_layers],
-        damage=layer_damage(model, blocks_BT=blocks_BT[: max(1, len(blocks_BT) // 4)], batch_size=batch_size),
+        damage=layer_damage(model, blocks_BT=blocks_BT[: max(1, DEPTH_TOKENS // sequence_length)], batch_size=batch_size),
     )
     order = make_order(measured, shape=checked.architecture.shape)
     state = sort_teacher(model, order=order, architecture=checked.architecture)
@@ -168,6 +294,7 @@ def prune_teacher(
     student: PreTrainedModel = build_student(sorting, shape, dtype="float32", device="cpu")
     write_checkpoint(student.state_dict(), config=student.config.to_dict(), tokenizer_from=checked.path, folder=out)
     write_json(kept_indices(sorting, shape), target=out / "kept_indices.json")
+    write_json(facts, target=out / PRUNING)
     shutil.rmtree(work)
     return {"shape": shape.as_dict(), "parameters": sum(p.numel() for p in student.parameters()), "teacher_parameters": checked.parameters}
 
@@ -179,14 +306,18 @@ def _check_cut(shape: Shape, *, teacher: Shape) -> None:
         for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_key_value_heads", "num_attention_heads")
         if getattr(shape, name) > getattr(teacher, name)
     ]
+    if shape.head_dim != teacher.head_dim:
+        problems.append(Problem(field="head_dim", expected=f"the teacher's {teacher.head_dim}", got=str(shape.head_dim)))
+    if not problems and shape.query_heads_per_kv > teacher.query_heads_per_kv:
+        expected = f"at most the teacher's {teacher.query_heads_per_kv} query heads per KV head"
+        problems.append(Problem(field="num_attention_heads", expected=expected, got=f"{shape.num_attention_heads} for {shape.num_key_value_heads} KV heads"))
     if problems:
         raise InvalidSpec(*problems)
 
 
-def _calibration_blocks(teacher: Path, *, corpus: Sequence[Path], sequence_length: int, calibration_tokens: int, seed: int, folder: Path) -> Tensor:
-    part = Part(name="corpus", files=check_corpus(corpus).files)
+def _calibration_blocks(teacher: Path, *, corpus: Corpus, sequence_length: int, calibration_tokens: int, seed: int, folder: Path) -> Tensor:
     blocks = build_blocks(
-        [part],
+        [Part(name=corpus.files[0].name, files=corpus.files)],
         tokenizer=load_tokenizer(teacher),
         sequence_length=sequence_length,
         train_tokens=sequence_length,

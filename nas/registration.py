@@ -5,28 +5,35 @@ A search names what is registered here; it can name nothing else, so no request 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from nas.compress.corpus import check_corpus, fetch_corpus
 from nas.compress.teacher import check_teacher, fetch_teacher
+from nas.errors import InvalidSpec, Problem
 from nas.evaluate.tasks import add_task
 from nas.settings import Settings
 from nas.store.records import CorpusRecord, TaskRecord, TeacherRecord, utc_now
 from nas.store.store import Store
+
+MAX_NAME = 96
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}")
+"""`spec.Name`: a thing with another name could be registered, but no search could name it."""
 
 
 def register_teacher(source: str, *, name: str | None, store: Store, settings: Settings) -> TeacherRecord:
     """Register a local folder or a Hugging Face id.
 
     Raises:
-        TeacherUnavailable: it cannot be used. Conflict: the name stands for another teacher.
+        TeacherUnavailable: it cannot be used. Conflict: the name stands for another teacher. InvalidSpec: no spec could say the name.
     """
+    name = _checked_name(name, source=source)
     folder = fetch_teacher(source, cache=settings.registry_folder / "teachers").absolute()
     teacher = check_teacher(folder)
     return store.add_teacher(
         TeacherRecord(
-            name=name or _default_name(source),
+            name=name,
             digest=teacher.digest,
             path=str(folder),
             config=teacher.config,
@@ -40,13 +47,14 @@ def register_corpus(sources: Sequence[str], *, name: str | None, store: Store, s
     """Register text, jsonl or parquet files, folders of them, or a Hugging Face dataset id.
 
     Raises:
-        CorpusUnavailable: it cannot be used. Conflict: the name stands for another corpus.
+        CorpusUnavailable: it cannot be used. Conflict: the name stands for another corpus. InvalidSpec: no spec could say the name.
     """
+    name = _checked_name(name, source=sources[0])
     files = [path.absolute() for source in sources for path in fetch_corpus(source, cache=settings.registry_folder / "corpora")]
     corpus = check_corpus(files)
     return store.add_corpus(
         CorpusRecord(
-            name=name or _default_name(sources[0]),
+            name=name,
             digest=corpus.digest,
             files=tuple(str(file) for file in corpus.files),
             num_documents=corpus.num_documents,
@@ -69,7 +77,13 @@ def register_tasks(source: str, *, dataset_path: Path | None, store: Store, sett
     ]
 
 
-def _default_name(source: str) -> str:
-    """The last part of a path or id, without the ending of a file."""
-    path = Path(source.rstrip("/"))
-    return path.stem if path.is_file() else path.name
+def _checked_name(name: str | None, *, source: str) -> str:
+    """The given name, or the last part of a path or id without the ending of a file, in the characters that a spec may use."""
+    if name is None:
+        path = Path(source).expanduser()
+        path = path.resolve() if path.exists() else path
+        return re.sub(r"[^A-Za-z0-9._-]", "-", path.stem if path.is_file() else path.name).lstrip("._-")[:MAX_NAME] or "unnamed"
+    if not _NAME.fullmatch(name):
+        expected = f"at most {MAX_NAME} letters, digits, dots, dashes and underscores, the first a letter or digit"
+        raise InvalidSpec(Problem(field="name", expected=expected, got=repr(name)))
+    return name

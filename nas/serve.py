@@ -8,10 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+
+from nas.errors import InvalidSpec, Problem
+from nas.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,22 @@ class _Child:
     started: float = 0.0
     delay: float = 0.0
     due: float = 0.0
+
+
+def check_port(settings: Settings) -> None:
+    """Whether the API can listen where it is told to; its own failure would only be seen as a child that dies again and again.
+
+    Raises:
+        InvalidSpec: another program listens there, or the address is none of this machine's.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        raise InvalidSpec(Problem(field="NAS_HOST, NAS_PORT", expected="an address that nobody else listens on", got=f"{where} ({error.strerror})")) from error
 
 
 def serve() -> int:

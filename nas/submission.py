@@ -40,13 +40,7 @@ def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
     """
     teacher, corpora, tasks = _look_up(spec, store=store)
     problems = [*_duplicates("corpus.parts", [part.name for part in spec.corpus.parts]), *_duplicates("tasks", [task.name for task in spec.tasks])]
-    context = teacher.config.get("max_position_embeddings")
-    if isinstance(context, int) and spec.corpus.sequence_length > context:
-        problems.append(Problem(field="corpus.sequence_length", expected=f"at most the teacher's context of {context}", got=str(spec.corpus.sequence_length)))
-    for index, (task, record) in enumerate(zip(spec.tasks, tasks, strict=True)):
-        metrics = [metric["name"] for metric in record.card["metrics"]]
-        if task.metric is not None and task.metric not in metrics:
-            problems.append(Problem(field=f"tasks.{index}.metric", expected=f"one of {task.name}'s metrics: {', '.join(metrics)}", got=task.metric))
+    problems += [*_lengths(spec, context=teacher.config.get("max_position_embeddings")), *_metrics(spec, tasks=tasks)]
     if problems:
         raise InvalidSpec(*problems)
     architecture = read_architecture(teacher.config)
@@ -85,6 +79,28 @@ def _find(records: list[_Record], *, name: str, field: str, problems: list[Probl
     known = ", ".join(sorted(record.name for record in records)[:20]) or "none yet"
     problems.append(Problem(field=field, expected=f"a registered name ({known})", got=name))
     return None
+
+
+def _lengths(spec: SearchSpec, *, context: object) -> list[Problem]:
+    """Lengths that the teacher's context, or each other, forbid."""
+    corpus, new_tokens, problems = spec.corpus, spec.evaluation.latency_new_tokens, []
+    if isinstance(context, int) and corpus.sequence_length > context:
+        problems.append(Problem(field="corpus.sequence_length", expected=f"at most the teacher's context of {context}", got=str(corpus.sequence_length)))
+    if isinstance(context, int) and new_tokens >= context:
+        problems.append(Problem(field="evaluation.latency_new_tokens", expected=f"less than the teacher's context of {context}", got=str(new_tokens)))
+    if corpus.validation_tokens < 2 * corpus.sequence_length:
+        expected = f"at least two blocks of sequence_length={corpus.sequence_length}, whose spread is the standard error"
+        problems.append(Problem(field="corpus.validation_tokens", expected=expected, got=str(corpus.validation_tokens)))
+    return problems
+
+
+def _metrics(spec: SearchSpec, *, tasks: list[TaskRecord]) -> list[Problem]:
+    problems = []
+    for index, (task, record) in enumerate(zip(spec.tasks, tasks, strict=True)):
+        metrics = [metric["name"] for metric in record.card["metrics"]]
+        if task.metric is not None and task.metric not in metrics:
+            problems.append(Problem(field=f"tasks.{index}.metric", expected=f"one of {task.name}'s metrics: {', '.join(metrics)}", got=task.metric))
+    return problems
 
 
 def _duplicates(field: str, names: list[str]) -> list[Problem]:

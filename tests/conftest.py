@@ -13,6 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 _skipped: dict[str, list[str]] = {}
@@ -39,3 +45,109 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def _required() -> list[str]:
     return [part for part in os.environ.get("NAS_REQUIRED", "").split(",") if part]
+
+
+# -- the smallest input of a whole search ----------------------------------------------------------------------------------
+
+_WORDS = ["the", "cat", "dog", "sun", "sat", "ran", "shone", "on", "a", "mat", "hill", "day", "red", "big", "old"]
+_CHOICES = (" cat", " dog", " sun", " hill")
+
+
+@pytest.fixture(scope="session")
+def tiny_sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random Llama of 25 thousand parameters, a corpus, and a task whose right answers are those that this teacher prefers."""
+    folder = tmp_path_factory.mktemp("sources")
+    generator = random.Random(0)
+    corpus = folder / "corpus.jsonl"
+    stories = (" ".join(generator.choices(_WORDS, k=30)) for _ in range(800))
+    corpus.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories), encoding="utf-8")
+    model, tokenizer = _save_tiny_teacher(folder / "teacher")
+    task = folder / "tasks"
+    task.mkdir()
+    questions = [" ".join(generator.choices(_WORDS, k=6)) for _ in range(48)]
+    rows = [{"text": question, "choices": list(_CHOICES), "gold": _preferred(model, tokenizer, question)} for question in questions]
+    (task / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (task / "choice.yaml").write_text(
+        "task: choice\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\noutput_type: multiple_choice\n"
+        'target_delimiter: ""\ndoc_to_text: "{{text}}"\ndoc_to_choice: choices\ndoc_to_target: gold\nmetric_list: [{metric: acc}]\n',
+        encoding="utf-8",
+    )
+    return {"teacher": folder / "teacher", "corpus": corpus, "tasks": task}
+
+
+@pytest.fixture(scope="session")
+def register_tiny(tiny_sources: dict[str, Path]) -> Callable[..., None]:
+    """Registers the tiny teacher, corpus and task, all under their names in `tiny_spec`."""
+
+    def register(*, store: Any, settings: Any) -> None:
+        from nas.registration import register_corpus, register_tasks, register_teacher
+
+        register_teacher(str(tiny_sources["teacher"]), name="tiny", store=store, settings=settings)
+        register_corpus([str(tiny_sources["corpus"])], name="words", store=store, settings=settings)
+        register_tasks(str(tiny_sources["tasks"]), dataset_path=None, store=store, settings=settings)
+
+    return register
+
+
+@pytest.fixture(scope="session")
+def tiny_spec() -> Callable[..., dict[str, Any]]:
+    """The spec of a search that takes seconds; changes replace whole sections."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        return {
+            "teacher": "tiny",
+            "corpus": {"parts": [{"name": "words"}], "sequence_length": 32, "calibration_tokens": 512, "validation_tokens": 512},
+            "tasks": [{"name": "choice"}],
+            "budget": {"max_fraction": 0.7},
+            "sampler": {"name": "tpe", "max_trials": 5, "num_startup_trials": 2},
+            "rungs": {"first_tokens": 2048, "factor": 2, "num_trained": 2, "keep": 0.5},
+            "evaluation": {"documents_per_task": 16, "latency_prompt_tokens": 8, "latency_new_tokens": 2},
+            "distillation": {"learning_rate": 3e-3, "batch_size": 4},
+            "compression": {"depth": "block_influence"},
+            "num_finalists": 1,
+            **changes,
+        }
+
+    return make
+
+
+def _save_tiny_teacher(folder: Path) -> tuple[Any, Any]:
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *_WORDS])}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(_WORDS) + 3,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1234)  # not a search's seed: its random weights would be this teacher
+        model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model, tokenizer
+
+
+def _preferred(model: Any, tokenizer: Any, question: str) -> int:
+    """The choice, each of one token, that the model finds likeliest."""
+    import torch
+
+    with torch.no_grad():
+        logits_V = model(torch.tensor([tokenizer.encode(question)])).logits[0, -1]
+    tokens = [tokenizer.encode(choice)[0] for choice in _CHOICES]
+    return int(logits_V[tokens].argmax())

@@ -4,38 +4,61 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import sys
 
+from nas.errors import Conflict, Fenced, InvalidSpec
 from nas.settings import Settings
 from nas.store.store import Store
 from workers.controller import Controller
 from workers.executor import Executor, LocalExecutor
 from workers.step import watch_parent
 
+logger = logging.getLogger("workers")
+
+REFUSED = 2
+"""Exit code for what another start would not mend; `nas serve` then stops."""
+LOST_LEADERSHIP = 3
+
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
-    settings = Settings.from_environment(os.environ)
-    settings.data_folder.mkdir(parents=True, exist_ok=True)
-    if parent := os.environ.pop("NAS_PARENT_PID", None):
-        watch_parent(int(parent))
-    store = Store.open(settings.database_url, migrate=True)
-    executor: Executor
-    if settings.executor == "ray":
-        from workers.ray_executor import RayExecutor
-
-        executor = RayExecutor(settings)
-    else:
-        executor = LocalExecutor()
-    controller = Controller(store=store, executor=executor, settings=settings)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    try:
+        settings = Settings.from_environment(os.environ)
+        settings.data_folder.mkdir(parents=True, exist_ok=True)
+        if parent := os.environ.pop("NAS_PARENT_PID", None):
+            watch_parent(int(parent))
+        store = Store.open(settings.database_url, migrate=True)
+    except (InvalidSpec, Conflict) as error:
+        print(f"nas workers: {error}", file=sys.stderr)
+        return REFUSED
+    controller = Controller(store=store, executor=_make_executor(settings), settings=settings)
+    # After the executor was made: ray.init sets a handler of its own.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: controller.stop())
     try:
         controller.run()
+    except Fenced as fenced:
+        logger.error("no longer leading: %s", fenced, extra={"action": "lead_lost"})
+        return LOST_LEADERSHIP
     finally:
         store.close()
     return 0
+
+
+def _make_executor(settings: Settings) -> Executor:
+    if settings.executor == "local":
+        return LocalExecutor()
+    if settings.ray_address is None:
+        # A token of this process's own, for the local cluster. Without it Ray keeps one in the user's home, readable for everybody,
+        # and warns about it at every start. Set before ray is imported, which is when Ray reads its mode.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    from workers.ray_executor import RayExecutor
+
+    return RayExecutor(settings)
 
 
 if __name__ == "__main__":

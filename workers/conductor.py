@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,8 @@ class Conductor:
         logger.warning("attempt failed: %s", reason, extra={"action": "attempt_failed", "search_id": self.record.id, "attempt_id": attempt.id})
         if attempt.trial is not None:
             self._run.trials[attempt.trial] = self._store.get_trial(self.record.id, attempt.trial)
-        self._give_up_if_spent(attempt.stage, trial=attempt.trial, rung=attempt.rung)
+        if attempt.stage in ("rung", "confirm"):  # the others end the search when they are spent: that waits until all is settled
+            self._give_up_if_spent(attempt.stage, trial=attempt.trial, rung=attempt.rung)
 
     def _record(self, attempt: AttemptRecord, result: dict[str, Any]) -> None:
         search_id, number = self.record.id, attempt.trial
@@ -373,7 +375,7 @@ class Conductor:
 
     def _move(self, to: SearchState, *, error: dict[str, Any] | None = None) -> None:
         """Change the search's state. It may have been cancelled since the tick began: the next tick sees that."""
-        expected = [SearchState.CANCELLING] if to is SearchState.CANCELLED else WORKING
+        expected = [SearchState.CANCELLING] if self.record.state is SearchState.CANCELLING else WORKING
         try:
             self.record = self._store.change_search(self.record.id, fence=self._fence, to=to, expected=expected, error=error)
         except Conflict as conflict:
@@ -381,11 +383,12 @@ class Conductor:
 
     def _end(self, to: SearchState, *, error: dict[str, Any] | None = None) -> None:
         """The search is over: nothing of it runs or waits, and its files go, before its state says so."""
-        for key, running in self.running.items():
-            if key not in self.ended:
-                self._store.finish_attempt(running.attempt.id, state=AttemptState.CANCELLED, reason="the search ended", fence=self._fence)
-                self._leader.executor.kill(key)
-        self.running = {key: running for key, running in self.running.items() if key in self.ended}
+        for key in self.running:
+            with suppress(Conflict):  # it may have been settled half-way
+                self._store.finish_attempt(key, state=AttemptState.CANCELLED, reason="the search ended", fence=self._fence)
+            self._leader.executor.kill(key)
+        self.running.clear()
+        self.ended.clear()
         for trial in self._store.list_trials(self.record.id):
             self._run.trials[trial.number] = trial
         self._cancel_trials()

@@ -46,6 +46,8 @@ class LocalExecutor:
         (folder / REQUEST).write_text(json.dumps(asdict(step)), encoding="utf-8")
         threads = str(max(1, round(step.cpus)))
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NAS_PARENT_PID": str(os.getpid())}
+        if not step.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # a step that asked for no GPU must not see one
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen([sys.executable, "-m", "workers.step", str(folder)], stdout=log, stderr=log, env=environment, start_new_session=True)
         self._processes[step.key] = process, folder

@@ -7,8 +7,11 @@ Ray's own failure detection takes a minute; the controller's leases do not wait 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """Steps pass paths, never weights; Ray's default of 30 % of the memory would only take it away from training."""
+SESSION_PREFIX = "nas-ray-"
+MAX_PARENT = 107 - 85
+"""Length of the temporary folder's path: a socket's has at most 107 bytes, of which Ray's names and ours take 85."""
+LOCK = "lock"
 
 
 class RayExecutor:
@@ -29,47 +36,65 @@ class RayExecutor:
 
     def __init__(self, settings: Settings) -> None:
         # Steps that use no GPU must not see one: since Ray 2.55 the list is no longer emptied for them.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+        os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "1"
         environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": {"env_vars": environment}}
+        self._session: _Session | None = None
+        self._capacity: dict[str, float] = {}
         if settings.ray_address:
             ray.init(address=settings.ray_address, **common)
         else:
+            self._session = _Session()
             ray.init(
                 address="local",  # without it Ray joins whatever cluster already runs on the machine
                 num_cpus=settings.num_cpus,
                 num_gpus=settings.num_gpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(self._session.folder / "r"),  # Ray opens this one to everybody; its parent is closed
                 **common,
             )
+            self._capacity = ray.cluster_resources()
         self._on_cpu = ray.remote(num_cpus=1, max_retries=0)(execute)
         self._on_gpu = ray.remote(num_cpus=1, num_gpus=1, max_calls=1, max_retries=0)(execute)
-        self._running: dict[Any, tuple[str, Step]] = {}
+        self._running: dict[Any, Step] = {}
+        self._refused: list[tuple[str, Outcome]] = []
 
     def start(self, step: Step) -> None:
+        if (refusal := self._refusal(step)) is not None:
+            self._refused.append((step.key, refusal))
+            return
         task = self._on_gpu if step.gpus else self._on_cpu
         reference = task.options(num_cpus=step.cpus, num_gpus=step.gpus, name=f"{step.stage} {step.key}").remote(step)
-        self._running[reference] = (step.key, step)
+        self._running[reference] = step
+
+    def _refusal(self, step: Step) -> Outcome | None:
+        """A local cluster never grows, so what does not fit it would wait for ever. One by address may."""
+        for field, wanted, there in (("cpus", step.cpus, "CPU"), ("gpus", step.gpus, "GPU")):
+            if self._capacity and wanted > self._capacity.get(there, 0.0):
+                message = f"resources.{field}: expected at most the {self._capacity.get(there, 0.0):g} of this machine's cluster, got {wanted:g}"
+                return Outcome(succeeded=False, reason="unavailable", message=message, retryable=False)
+        return None
 
     def wait(self, *, timeout_seconds: float) -> list[tuple[str, Outcome]]:
-        if not self._running:
-            return []
+        refused, self._refused = self._refused, []
+        if refused or not self._running:
+            return refused
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_seconds)
         more, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         return [self._settle(reference) for reference in dict.fromkeys([*ready, *more])]
 
     def _settle(self, reference: Any) -> tuple[str, Outcome]:
-        key, step = self._running.pop(reference)
+        step = self._running.pop(reference)
         try:
-            return key, ray.get(reference, timeout=10)
+            return step.key, ray.get(reference, timeout=10)
         except (RayError, GetTimeoutError) as error:
             # The step may have ended its work before its worker died.
-            return key, read_outcome(Path(step.folder)) or _died(error)
+            return step.key, read_outcome(Path(step.folder)) or _died(error)
 
     def kill(self, key: str) -> None:
-        for reference, (running, _) in self._running.items():
-            if running == key:
+        for reference, step in self._running.items():
+            if step.key == key:
                 ray.cancel(reference, force=True)
 
     def close(self) -> None:
@@ -77,6 +102,41 @@ class RayExecutor:
             ray.cancel(reference, force=True)
         self._running.clear()
         ray.shutdown()
+        if self._session is not None:
+            self._session.remove()
+
+
+class _Session:
+    """The local cluster's folder for sockets and logs, for nobody else to read, held by a lock for as long as this process lives.
+
+    In the system's temporary folder and not among the data, because the path of a socket must be short. Ray removes
+    nothing itself; a killed process leaves its folder, and the next one to start removes it.
+    """
+
+    def __init__(self) -> None:
+        parent = Path(tempfile.gettempdir())
+        if len(os.fsencode(parent)) > MAX_PARENT:
+            parent = Path("/tmp")
+        for other in parent.glob(f"{SESSION_PREFIX}*/{LOCK}"):
+            _remove_abandoned(other)
+        self.folder = Path(tempfile.mkdtemp(prefix=SESSION_PREFIX, dir=parent))
+        # Locked before it gets its name: nobody finds it without its lock.
+        self._lock = (self.folder / f".{LOCK}").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        (self.folder / f".{LOCK}").rename(self.folder / LOCK)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+
+def _remove_abandoned(lock: Path) -> None:
+    try:
+        with lock.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    except OSError:
+        logger.debug("Ray session of another process: %s", lock.parent)
 
 
 def _died(error: Exception) -> Outcome:

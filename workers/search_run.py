@@ -62,6 +62,8 @@ class SearchRun:
         self.inputs = record.inputs
         self.spec = parse_spec(json.dumps(record.spec))
         self.space = build_space(self.spec, inputs=record.inputs)
+        anchors = self.space.anchors() if self.spec.controls.anchors else {}
+        self._named = [*((f"anchor:{name}", shape) for name, shape in anchors.items()), *(("user", shape) for shape in self.spec.shapes)]
         self.trials: dict[int, TrialRecord] = {trial.number: trial for trial in trials}
         self.results: dict[int, dict[int, RungResult]] = {}
         for row in sorted(rungs, key=lambda row: row.sequence):
@@ -136,7 +138,9 @@ class SearchRun:
     # -- shapes ------------------------------------------------------------------------------------------------------------
 
     def _all_proposed(self) -> bool:
-        """Whether max_trials shapes are proposed, or every legal one is."""
+        """Whether every named shape and max_trials shapes in all are proposed, or every legal one is."""
+        if self._next_named() is not None:
+            return False
         if sum(self._is_searched(number) for number in self.trials) >= self.spec.sampler.max_trials:
             return True
         seen = self._seen()
@@ -152,13 +156,10 @@ class SearchRun:
 
     def _next_searched_shape(self) -> NewTrial | None:
         """The next anchor, named shape or proposal of the sampler."""
+        if (named := self._next_named()) is not None:
+            return named
         searched = [trial for trial in self.trials.values() if self._is_searched(trial.number)]
         seen = self._seen()
-        named = [(f"anchor:{name}", shape) for name, shape in self.space.anchors().items()] if self.spec.controls.anchors else []
-        named += [("user", shape) for shape in self.spec.shapes]
-        for origin, shape in named:
-            if shape.key not in seen:
-                return NewTrial(origin=origin, shape=shape, choices=self._choices(shape))
         proposal = propose(
             self.space,
             sampler=choose_sampler(self.spec.sampler, space_size=self.space.count()),
@@ -174,6 +175,14 @@ class SearchRun:
             num_startup_trials=self.spec.sampler.num_startup_trials,
         )
         return NewTrial(origin="sampler", shape=proposal.shape, choices=proposal.choices) if proposal else None
+
+    def _next_named(self) -> NewTrial | None:
+        """The next anchor or shape of the user's; they are evaluated even where they are more than max_trials."""
+        seen = self._seen()
+        for origin, shape in self._named:
+            if shape.key not in seen:
+                return NewTrial(origin=origin, shape=shape, choices=self._choices(shape))
+        return None
 
     def _next_control(self) -> NewTrial | None:
         drawn = sum(trial.origin == CONTROL for trial in self.trials.values())

@@ -88,7 +88,9 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def _run(step: Step, *, folder: Path) -> dict[str, Any]:
+    # Here and not above: the controller imports this module, and has no use for a second of imports.
     import torch
+    from transformers.utils import logging as transformers_logging
 
     from nas.bundle import write_bundle
     from nas.compress.distillation import Progress
@@ -98,6 +100,7 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
     from nas.shape import Shape
     from nas.spec import parse_spec
 
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(max(1, round(step.cpus)))
     device = "cuda" if step.gpus > 0 else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

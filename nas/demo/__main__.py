@@ -43,6 +43,8 @@ from nas.store.store import Store
 ROOT = Path("demo")
 SEED = 0
 START_SECONDS = 60.0
+NUM_DOCUMENTS = 20_000
+DOCUMENTS_PER_TASK = 800
 NUM_CONTROLS = 8
 SEARCH_TOKENS = 25_000
 FULL_RUN_TOKENS = 600_000
@@ -100,8 +102,8 @@ def _make_inputs() -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     console.print("making a corpus and an lm-eval task pack, and training a teacher on the corpus")
-    corpus = language.write_corpus(folder / "corpus", seed=SEED)
-    language.write_tasks(folder / "tasks", seed=SEED)
+    corpus = language.write_corpus(folder / "corpus", seed=SEED, num_documents=NUM_DOCUMENTS)
+    language.write_tasks(folder / "tasks", seed=SEED + 1, documents_per_task=DOCUMENTS_PER_TASK)
     teacher.train_teacher(folder / "teacher", corpus=corpus, report=_print_progress)
     (folder / "done").touch()
     return folder

@@ -104,7 +104,9 @@ def run_rung(
         )
         tokens = distilled.tokens
     clock.lap("distil")
-    result = measure(spec, inputs=inputs, prepared=prepared, model=student, device=device, rung=rung, tokens=tokens, held_out=False, with_tasks=spec.scores_tasks(rung))
+    result = measure(
+        spec, inputs=inputs, prepared=prepared, model=student, device=device, rung=rung, tokens=tokens, held_out=False, with_tasks=spec.scores_tasks(rung)
+    )
     clock.lap("evaluate")
     if rung == spec.rungs.num_trained:
         _save_student(student, shared=shared, folder=folder)

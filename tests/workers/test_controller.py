@@ -1,0 +1,437 @@
+"""A whole search under the real controller on a real store; steps run in this process, one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nas.errors import Fenced
+from nas.search import confirm
+from nas.settings import Settings
+from nas.spec import dump_spec, parse_spec
+from nas.store.records import AttemptState, SearchRecord, SearchState, TrialState
+from nas.store.store import Store
+from nas.submission import check_submission
+from workers.controller import Controller
+from workers.step import PROGRESS, RESULT, Outcome, Step, execute
+
+
+class InlineExecutor:
+    """Runs a step when it is waited for. A test may put its hands on the step before, or take the step's place."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.history: list[Step] = []
+        self.before: Callable[[Step], Outcome | None] = lambda step: None
+        self.closed = False
+
+    def start(self, step: Step) -> None:
+        self.steps.append(step)
+        self.history.append(step)
+
+    def wait(self, *, timeout_seconds: float) -> list[tuple[str, Outcome]]:
+        if not self.steps:
+            return []
+        step = self.steps.pop(0)
+        return [(step.key, self.before(step) or execute(step))]
+
+    def kill(self, key: str) -> None:
+        self.steps = [step for step in self.steps if step.key != key]
+
+    def close(self) -> None:
+        self.steps.clear()
+        self.closed = True
+
+    def ran(self, *, trial: int, rung: int) -> int:
+        """How often a rung of a trial was started."""
+        return sum(is_rung(step, trial=trial, rung=rung) for step in self.history)
+
+
+def is_rung(step: Step, *, trial: int, rung: int) -> bool:
+    return step.stage == "rung" and step.request["rung"] == rung and Path(step.request["trial_folder"]).name == str(trial)
+
+
+@dataclasses.dataclass
+class Service:
+    """A store, its data folder, and controllers on it."""
+
+    settings: Settings
+    store: Store
+    make_spec: Callable[..., dict[str, Any]]
+    executor: InlineExecutor = dataclasses.field(default_factory=InlineExecutor)
+
+    def submit(self, **changes: Any) -> str:
+        spec = parse_spec(json.dumps(self.make_spec(**changes)))
+        submission = check_submission(spec, store=self.store)
+        return self.store.create_search(spec=dump_spec(spec), inputs=submission.inputs, plan=submission.plan, label="")[0].id
+
+    def run(self, search_id: str, *, until: Callable[[SearchRecord], bool] | None = None, seconds: float = 120.0) -> SearchRecord:
+        """A controller of its own, until the search has ended (or the condition holds): as if it was killed there."""
+        controller = Controller(store=self.store, executor=self.executor, settings=self.settings)
+        deadline = time.monotonic() + seconds
+        while not controller._lead():
+            assert time.monotonic() < deadline, "no leadership"
+        until = until or (lambda record: record.state.is_terminal)
+        while not until(record := self.store.get_search(search_id)):
+            assert time.monotonic() < deadline, f"search {record.state} after {seconds} s"
+            controller.tick(timeout_seconds=0.0)
+        self.executor.steps.clear()
+        return record
+
+    def expire_lease(self) -> None:
+        time.sleep(self.settings.lease_seconds + 0.05)
+
+    def folder(self, search_id: str) -> Path:
+        return self.settings.searches_folder / search_id
+
+
+@pytest.fixture
+def service(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    register_tiny: Callable[..., None],
+    tiny_spec: Callable[..., dict[str, Any]],
+    prepared: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Service]:
+    if request.function is not test_a_search_runs_to_its_bundle:
+        # A fresh process for each finalist takes three times as long as all the rest of a search.
+        monkeypatch.setattr(confirm, "verify", partial(_verify_here, confirm.verify))
+    settings = dataclasses.replace(Settings.from_environment({"NAS_DATA": str(tmp_path / "data")}), lease_seconds=0.3)
+    settings.data_folder.mkdir()
+    settings.prepared_folder.symlink_to(prepared)
+    store = Store.open(settings.database_url, migrate=True)
+    register_tiny(store=store, settings=settings)
+    yield Service(settings=settings, store=store, make_spec=tiny_spec)
+    store.close()
+
+
+def _verify_here(verify: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    return verify(*arguments, **{**named, "with_reload": False})
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared folders, shared by the tests: the digest in their names keeps them apart."""
+    return tmp_path_factory.mktemp("prepared")
+
+
+def is_state(state: SearchState) -> Callable[[SearchRecord], bool]:
+    return lambda record: record.state is state
+
+
+def test_a_search_runs_to_its_bundle(service: Service) -> None:
+    search_id = service.submit(controls={"anchors": False, "num_random": 1})
+
+    search = service.run(search_id)
+
+    assert search.state is SearchState.SUCCEEDED, search.error
+    assert search.board is not None
+    assert search.winner is not None
+    trials = service.store.list_trials(search_id)
+    assert all(trial.state in (TrialState.COMPLETED, TrialState.STOPPED) for trial in trials)
+    assert sorted(row["number"] for row in search.board["rows"]) == [trial.number for trial in trials]
+    assert {row["number"]: row["state"] for row in search.board["rows"]} == {trial.number: trial.state for trial in trials}
+    confirmed = [row for row in search.board["rows"] if row["confirmation"] and row["confirmation"]["verified"]]
+    assert search.winner["trial"] == next(row["number"] for row in confirmed if row["origin"] != "control")
+    assert (service.settings.data_folder / search.winner["bundle"]).is_file()
+    assert all(attempt.state is AttemptState.SUCCEEDED for attempt in service.store.list_attempts(search_id))
+    assert service.store.list_points(search_id, trial=search.winner["trial"])
+
+
+def test_an_ended_search_leaves_its_bundle_and_nothing_else(service: Service) -> None:
+    search_id = service.submit(controls={"anchors": False}, sampler={"name": "random", "max_trials": 1})
+
+    service.run(search_id)
+
+    assert [path.name for path in service.folder(search_id).iterdir() if path.is_file() or any(path.iterdir())] == ["winner"]
+
+
+def test_a_cancelled_search_ends_with_every_trial_cancelled_or_finished(service: Service) -> None:
+    search_id = service.submit()
+    service.run(search_id, until=lambda record: len(service.store.list_rungs(record.id)) >= 2)
+    service.expire_lease()
+    service.store.request_cancel(search_id)
+
+    search = service.run(search_id)
+
+    assert search.state is SearchState.CANCELLED
+    assert all(trial.state.is_terminal for trial in service.store.list_trials(search_id))
+    assert any(trial.state is TrialState.CANCELLED for trial in service.store.list_trials(search_id))
+    assert not (service.folder(search_id) / "trials").exists()
+
+
+def test_a_running_step_is_asked_to_stop_when_its_search_is_cancelled(service: Service) -> None:
+    search_id = service.submit()
+    controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
+    assert controller._lead()
+    while not any(step.request.get("rung") == 1 for step in service.executor.steps):
+        controller.tick(timeout_seconds=0.0)
+    service.store.request_cancel(search_id)
+    service.executor.before, waited = lambda step: None, service.executor.wait
+    service.executor.wait = lambda timeout_seconds: []  # type: ignore[method-assign]
+
+    controller.tick(timeout_seconds=0.0)
+    service.executor.wait = waited  # type: ignore[method-assign]
+    controller.tick(timeout_seconds=0.0)
+
+    attempt = service.store.list_attempts(search_id)[-1]
+    assert attempt.state is AttemptState.CANCELLED
+    assert (attempt.reason or "").startswith("stopped")
+    assert service.store.get_search(search_id).state is SearchState.CANCELLED
+
+
+def test_a_cancel_between_two_writes_does_not_end_the_controller(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    search_id = service.submit()
+    change = service.store.change_search
+
+    def cancel_first(search: str, **arguments: Any) -> SearchRecord:
+        if arguments["to"] is SearchState.SEARCHING:
+            service.store.request_cancel(search_id)
+        return change(search, **arguments)
+
+    monkeypatch.setattr(service.store, "change_search", cancel_first)
+
+    assert service.run(search_id).state is SearchState.CANCELLED
+
+
+def test_a_failing_trial_is_tried_so_often_and_recorded_with_its_reason(service: Service) -> None:
+    search_id = service.submit(limits={"max_attempts": 2})
+    failure = Outcome(succeeded=False, reason="out_of_memory", message="no room")
+    service.executor.before = lambda step: failure if is_rung(step, trial=0, rung=1) else None
+
+    search = service.run(search_id)
+
+    trial = service.store.get_trial(search_id, 0)
+    assert search.state is SearchState.SUCCEEDED
+    assert trial.state is TrialState.FAILED
+    assert trial.failure == {"stage": "rung 1", "reason": "out_of_memory", "message": "no room", "attempts": 2}
+    assert service.executor.ran(trial=0, rung=1) == 2
+
+
+def test_a_trial_that_diverges_is_not_tried_again(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nas.compress.distillation import Diverged
+    from nas.search import trial as trial_module
+
+    build = trial_module.build_student
+
+    def build_or_diverge(sorting: Any, shape: Any, **arguments: Any) -> Any:
+        if shape.num_hidden_layers == sorting.architecture.shape.num_hidden_layers:
+            raise Diverged(step=3, tokens=512)
+        return build(sorting, shape, **arguments)
+
+    monkeypatch.setattr(trial_module, "build_student", build_or_diverge)
+    search_id = service.submit()
+
+    search = service.run(search_id)
+
+    failed = [trial for trial in service.store.list_trials(search_id) if trial.state is TrialState.FAILED]
+    assert search.state is SearchState.SUCCEEDED
+    assert failed
+    assert all(trial.failure and trial.failure["reason"] == "diverged" and trial.failure["attempts"] == 1 for trial in failed)
+
+
+def test_a_search_with_too_many_failed_trials_fails_with_their_reasons(service: Service) -> None:
+    search_id = service.submit(limits={"max_failed_trials": 2, "max_attempts": 1})
+    service.executor.before = lambda step: Outcome(succeeded=False, reason="error", message="boom") if step.stage == "rung" else None
+
+    search = service.run(search_id)
+
+    assert search.state is SearchState.FAILED
+    assert search.error is not None
+    assert search.error["reason"] == "too_many_failed_trials"
+    assert "trial 0: error" in search.error["message"]
+    assert all(trial.state.is_terminal for trial in service.store.list_trials(search_id))
+
+
+@pytest.mark.parametrize("retryable", [True, False])
+def test_a_crash_after_the_last_failure_gives_no_further_try(service: Service, monkeypatch: pytest.MonkeyPatch, retryable: bool) -> None:
+    search_id = service.submit(limits={"max_attempts": 1 if retryable else 3})
+
+    def fail(step: Step) -> Outcome | None:
+        if not is_rung(step, trial=0, rung=0):
+            return None
+        outcome = Outcome(succeeded=False, reason="error", message="boom", retryable=retryable)
+        Path(step.folder).mkdir(parents=True, exist_ok=True)
+        (Path(step.folder) / RESULT).write_text(json.dumps(outcome.as_dict()))
+        return outcome
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    service.executor.before = fail
+    with monkeypatch.context() as patch:
+        patch.setattr(service.store, "change_trial", die)
+        with pytest.raises(Killed):
+            service.run(search_id)
+    service.expire_lease()
+    assert service.store.get_trial(search_id, 0).state is TrialState.WAITING
+
+    search = service.run(search_id)
+
+    assert search.state is SearchState.SUCCEEDED
+    assert service.store.get_trial(search_id, 0).state is TrialState.FAILED
+    assert service.executor.ran(trial=0, rung=0) == 1
+
+
+def test_a_step_that_finished_under_a_dead_controller_is_not_run_again(service: Service) -> None:
+    search_id = service.submit()
+    service.run(search_id, until=lambda _: any(step.request.get("rung") == 1 for step in service.executor.steps))
+    orphan = next(step for step in service.executor.history if step.request.get("rung") == 1)
+    execute(orphan)
+    service.expire_lease()
+
+    search = service.run(search_id)
+
+    assert search.state is SearchState.SUCCEEDED
+    assert {attempt.id: attempt.state for attempt in service.store.list_attempts(search_id)}[orphan.key] is AttemptState.SUCCEEDED
+
+
+@pytest.mark.parametrize("num_rungs", [1, 5, 9])
+def test_a_search_that_was_interrupted_ends_like_one_that_was_not(service: Service, undisturbed: list[SearchRecord], num_rungs: int) -> None:
+    if not undisturbed:
+        undisturbed.append(service.run(service.submit()))
+        service.expire_lease()
+    whole = undisturbed[0]
+    search_id = service.submit()
+    service.run(search_id, until=lambda record: len(service.store.list_rungs(record.id)) >= num_rungs)
+    service.expire_lease()
+
+    interrupted = service.run(search_id)
+
+    assert figures(interrupted) == figures(whole)
+    attempts = [(attempt.stage, attempt.trial, attempt.rung) for attempt in service.store.list_attempts(search_id) if attempt.state is AttemptState.SUCCEEDED]
+    assert len(attempts) == len(set(attempts))
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[SearchRecord]:
+    """The search that nothing interrupted, once it was run."""
+    return []
+
+
+def figures(search: SearchRecord) -> list[Any]:
+    assert search.board is not None
+    return [(row["number"], row["rank"], row["shape"], row["score"], row["kl"], row["loss"], row["state"]) for row in search.board["rows"]]
+
+
+def test_a_bug_in_one_search_fails_it_and_leaves_the_others_alone(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers import controller as module
+    from workers.search_run import SearchRun
+
+    monkeypatch.setattr(module, "TROUBLE_SECONDS", 0.05)
+    broken, sound = service.submit(), service.submit(controls={"anchors": False}, sampler={"name": "random", "max_trials": 1})
+    next_action = SearchRun.next_action
+
+    def raise_for_one(run: SearchRun) -> Any:
+        if run.id == broken:
+            raise ZeroDivisionError("a bug")
+        return next_action(run)
+
+    monkeypatch.setattr(SearchRun, "next_action", raise_for_one)
+
+    search = service.run(sound)
+
+    assert search.state is SearchState.SUCCEEDED
+    failed = service.store.get_search(broken)
+    assert failed.state is SearchState.FAILED
+    assert failed.error == {"reason": "internal_error", "message": "ZeroDivisionError: a bug"}
+
+
+def test_a_store_that_is_away_for_a_moment_fails_nothing(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers import controller as module
+
+    monkeypatch.setattr(module, "TROUBLE_SECONDS", 0.05)
+    search_id = service.submit(controls={"anchors": False}, sampler={"name": "random", "max_trials": 1})
+    record, away = service.store.record_rung, iter([True, False, True])
+
+    def record_or_raise(*arguments: Any, **named: Any) -> Any:
+        if next(away, False):
+            raise OSError("connection reset")
+        return record(*arguments, **named)
+
+    monkeypatch.setattr(service.store, "record_rung", record_or_raise)
+
+    assert service.run(search_id).state is SearchState.SUCCEEDED
+    assert all(attempt.state is AttemptState.SUCCEEDED for attempt in service.store.list_attempts(search_id))
+
+
+def test_a_store_that_stays_away_ends_the_controller(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers import controller as module
+
+    monkeypatch.setattr(module, "STORE_PATIENCE_SECONDS", 0.2)
+    controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(service.store, "claim_leadership", refuse)
+
+    with pytest.raises(OSError, match="connection refused"):
+        controller.run()
+    assert service.executor.closed
+
+
+def test_a_controller_that_lost_its_leadership_writes_nothing_and_ends_its_steps(service: Service) -> None:
+    service.submit()
+    controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
+    assert controller._lead()
+    controller.tick(timeout_seconds=0.0)
+    service.expire_lease()
+    assert service.store.claim_leadership("another", seconds=10) is not None
+
+    with pytest.raises(Fenced):
+        controller.run()
+    assert service.executor.closed
+
+
+def test_a_point_that_is_not_finite_is_not_kept(service: Service) -> None:
+    search_id = service.submit(controls={"anchors": False}, sampler={"name": "random", "max_trials": 1})
+
+    def report_infinity(step: Step) -> None:
+        if step.request.get("rung") == 1:
+            Path(step.folder).mkdir(parents=True, exist_ok=True)
+            line = {"step": 1, "tokens": 7, "loss": math.inf, "learning_rate": 1.0, "tokens_per_second": 1.0}
+            (Path(step.folder) / PROGRESS).write_text(json.dumps(line) + "\nnot json\n")
+
+    service.executor.before = report_infinity
+
+    assert service.run(search_id).state is SearchState.SUCCEEDED
+    points = service.store.list_points(search_id, trial=0)
+    assert points
+    assert 7 not in [point.tokens for point in points]
+
+
+def test_a_teacher_no_better_than_random_weights_is_refused_before_any_trial(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = service.store.save_prepared
+    monkeypatch.setattr(service.store, "save_prepared", lambda search, facts, **named: save(search, {**facts, "teacher": facts["random"]}, **named))
+    search_id = service.submit()
+
+    search = service.run(search_id)
+
+    assert search.state is SearchState.FAILED
+    assert search.error is not None
+    assert search.error["reason"] == "spec_refused"
+    assert "a task on which the teacher beats random weights" in search.error["message"]
+    assert service.store.list_trials(search_id) == []
+
+
+def test_two_searches_never_fill_one_prepared_folder_together(service: Service) -> None:
+    first, second = service.submit(), service.submit()
+    controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
+    assert controller._lead()
+    for _ in range(3):
+        controller.tick(timeout_seconds=0.0)
+        assert sum(step.stage == "prepare" for step in service.executor.steps) <= 1
+    assert {service.store.get_search(search_id).state for search_id in (first, second)} != {SearchState.QUEUED}

@@ -1,0 +1,376 @@
+"""Decisions of a whole search, simulated: results are made up from the shape, and nothing is trained."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nas.search import study
+from nas.search.results import Metric, RungResult
+from nas.spec import dump_spec, parse_spec
+from nas.store.records import RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, utc_now
+from workers import search_run
+from workers.search_run import Advance, NewTrial, SearchRun
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+NAMED = {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+NOW = utc_now()
+
+
+def make_record(**changes: Any) -> SearchRecord:
+    values = {
+        "teacher": "t",
+        "corpus": {"parts": [{"name": "c"}]},
+        "tasks": [{"name": "q"}],
+        "budget": {"max_fraction": 0.6},
+        "sampler": {"name": "random", "max_trials": 10},
+        "rungs": {"num_trained": 2},
+        **changes,
+    }
+    spec = parse_spec(json.dumps(values))
+    inputs = {"teacher": {"name": "t", "digest": "d", "path": "", "config": CONFIG}, "corpora": [], "tasks": []}
+    empty: dict[str, Any] = {"plan": {}, "prepared": None, "board": None, "winner": None, "error": None, "started_at": None, "finished_at": None}
+    return SearchRecord(
+        id="srch_1", label="", state=SearchState.SEARCHING, spec=dump_spec(spec), inputs=inputs, created_at=NOW, updated_at=NOW, version=1, **empty
+    )
+
+
+def make_result(run: SearchRun, trial: int, rung: int) -> RungResult:
+    """KL of a shape at a rung: noise of the shape's own, smaller the deeper the rung."""
+    generator = np.random.default_rng([sum(map(ord, run.shape_of(trial).key)), rung])
+    level = generator.uniform(0.5, 1.5) / (1 + rung)
+    kl = Metric.from_documents(tuple(float(value) for value in level + 0.05 * generator.standard_normal(8)), higher_is_better=False)
+    return RungResult(rung=rung, tokens=run.spec.rungs.tokens(rung), kl=kl, loss=kl, tasks={}, parameters=1, seconds={}, details={})
+
+
+@dataclass
+class Simulation:
+    """What the controller does to a SearchRun, with results out of the air."""
+
+    record: SearchRecord
+    run: SearchRun = field(init=False)
+    rungs: list[RungRecord] = field(default_factory=list)
+    running: list[Advance] = field(default_factory=list)
+    proposals: list[NewTrial] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.run = SearchRun(self.record, trials=[], rungs=[])
+
+    def rebuilt(self) -> SearchRun:
+        """As a controller that takes over makes it."""
+        return SearchRun(self.record, trials=list(self.run.trials.values()), rungs=self.rungs)
+
+    def set_state(self, number: int, **changes: Any) -> None:
+        self.run.trials[number] = replace(self.run.trials[number], **changes)
+
+    def fill(self, *, parallel: int) -> None:
+        """Start what should run, up to `parallel` steps."""
+        while len(self.running) < parallel and (action := self.run.next_action()) is not None:
+            if isinstance(action, NewTrial):
+                self.propose(action)
+            else:
+                assert self.run.trials[action.trial].state is TrialState.WAITING
+                assert self.run.trials[action.trial].rung == (None if action.rung == 0 else action.rung - 1)
+                self.set_state(action.trial, state=TrialState.RUNNING)
+                self.running.append(action)
+
+    def propose(self, new: NewTrial) -> None:
+        number = len(self.run.trials)
+        self.proposals.append(new)
+        self.run.trials[number] = TrialRecord(
+            search_id="srch_1",
+            number=number,
+            origin=new.origin,
+            shape=new.shape.as_dict(),
+            choices=new.choices.as_dict() if new.choices else None,
+            parameters=1,
+            state=TrialState.WAITING,
+            rung=None,
+            failure=None,
+            confirmation=None,
+            created_at=NOW,
+            updated_at=NOW,
+        )
+
+    def finish(self, index: int, *, fails: bool = False) -> None:
+        step = self.running.pop(index % len(self.running))
+        if fails:
+            self.set_state(step.trial, state=TrialState.FAILED)
+        else:
+            result = make_result(self.run, step.trial, step.rung)
+            sequence = len(self.rungs) + 1
+            self.rungs.append(RungRecord(search_id="srch_1", trial=step.trial, rung=step.rung, sequence=sequence, result=result.as_dict(), finished_at=NOW))
+            state = TrialState.COMPLETED if step.rung == self.run.last_rung else TrialState.WAITING
+            self.set_state(step.trial, state=state, rung=step.rung)
+            self.run.add_result(step.trial, result)
+        self.stop_left_behind()
+
+    def stop_left_behind(self) -> None:
+        for number in self.run.left_behind():
+            self.set_state(number, state=TrialState.STOPPED)
+
+    def rounds(self, *, parallel: int = 1, seed: int = 0, failure_rate: float = 0.0) -> Iterator[None]:
+        """Runs to the end; yields whenever a controller might die: after something was started, before it ends."""
+        generator = random.Random(seed)
+        for _ in range(2000):
+            self.fill(parallel=parallel)
+            yield
+            if not self.running:
+                self.stop_left_behind()
+                if self.run.is_finished():
+                    return
+                assert self.run.next_action() is not None, "nothing runs, nothing is next, and the search is not finished"
+                continue
+            self.finish(generator.randrange(len(self.running)), fails=generator.random() < failure_rate)
+        raise AssertionError("the search does not end")
+
+    def to_end(self, **arguments: Any) -> Simulation:
+        for _ in self.rounds(**arguments):
+            pass
+        return self
+
+
+def reached(simulation: Simulation, rung: int) -> set[int]:
+    return {row.trial for row in simulation.rungs if row.rung == rung}
+
+
+def of_origin(simulation: Simulation, *origins: str) -> set[int]:
+    return {trial.number for trial in simulation.run.trials.values() if trial.origin.split(":")[0] in origins}
+
+
+interleavings = given(
+    parallel=st.integers(1, 4),
+    seed=st.integers(0, 2**16),
+    failure_rate=st.sampled_from([0.0, 0.0, 0.15, 0.5, 1.0]),
+    keep=st.sampled_from([0.1, 0.34, 0.5, 1.0]),
+    num_trained=st.integers(1, 3),
+)
+few = settings(max_examples=40, deadline=None)
+
+
+@interleavings
+@few
+def test_every_interleaving_ends_with_every_trial_ended_once(parallel: int, seed: int, failure_rate: float, keep: float, num_trained: int) -> None:
+    record = make_record(rungs={"num_trained": num_trained, "keep": keep}, controls={"num_random": 2}, shapes=[NAMED], seed=seed)
+
+    simulation = Simulation(record).to_end(parallel=parallel, seed=seed, failure_rate=failure_rate)
+
+    trials = simulation.run.trials.values()
+    assert all(trial.state.is_terminal for trial in trials)
+    assert sum(trial.origin != "control" for trial in trials) == 10
+    pairs = [(row.trial, row.rung) for row in simulation.rungs]
+    assert len(pairs) == len(set(pairs)), "a finished rung ran again"
+
+
+@interleavings
+@few
+def test_shapes_are_unique_and_within_the_budget(parallel: int, seed: int, failure_rate: float, keep: float, num_trained: int) -> None:
+    simulation = Simulation(make_record(controls={"num_random": 2}, seed=seed)).to_end(parallel=parallel, seed=seed, failure_rate=failure_rate)
+
+    shapes = [proposal.shape for proposal in simulation.proposals]
+    assert len({shape.key for shape in shapes}) == len(shapes)
+    assert all(simulation.run.space.explain(shape) == () for shape in shapes)
+    assert simulation.run.space.architecture.shape not in shapes
+
+
+@interleavings
+@few
+def test_named_shapes_and_controls_reach_the_last_rung(parallel: int, seed: int, failure_rate: float, keep: float, num_trained: int) -> None:
+    record = make_record(rungs={"num_trained": num_trained, "keep": keep}, controls={"num_random": 2}, shapes=[NAMED], seed=seed)
+
+    simulation = Simulation(record).to_end(parallel=parallel, seed=seed, failure_rate=failure_rate)
+
+    forced = of_origin(simulation, "anchor", "user", "control")
+    failed = {trial.number for trial in simulation.run.trials.values() if trial.state is TrialState.FAILED}
+    assert forced - failed <= reached(simulation, num_trained)
+    assert len(of_origin(simulation, "control")) == 2
+
+
+def test_named_shapes_are_evaluated_even_where_they_are_more_than_max_trials() -> None:
+    record = make_record(sampler={"name": "random", "max_trials": 1}, shapes=[NAMED])
+
+    simulation = Simulation(record).to_end()
+
+    assert [proposal.origin for proposal in simulation.proposals] == [*(f"anchor:{name}" for name in simulation.run.space.anchors()), "user"]
+
+
+@interleavings
+@few
+def test_controls_come_after_everything_else_has_ended(parallel: int, seed: int, failure_rate: float, keep: float, num_trained: int) -> None:
+    simulation = Simulation(make_record(controls={"num_random": 2}, seed=seed))
+
+    for _ in simulation.rounds(parallel=parallel, seed=seed, failure_rate=failure_rate):
+        trials = simulation.run.trials.values()
+        if any(trial.origin == "control" for trial in trials):
+            assert all(trial.state.is_terminal for trial in trials if trial.origin != "control")
+
+
+@interleavings
+@few
+def test_no_more_go_up_than_the_share_and_its_ties(parallel: int, seed: int, failure_rate: float, keep: float, num_trained: int) -> None:
+    """An asynchronous promotion is made on fewer results than there are in the end, so each may add to the final share."""
+    record = make_record(rungs={"num_trained": num_trained, "keep": keep, "max_tie_growth": 1.0}, controls={"anchors": False}, seed=seed)
+
+    simulation = Simulation(record).to_end(parallel=1, seed=seed)
+
+    for rung in range(1, num_trained):
+        arrived = [row.trial for row in simulation.rungs if row.rung == rung]
+        up = reached(simulation, rung + 1)
+        share = max(1, int(np.ceil(keep * len(arrived) - 1e-9)))
+        assert share <= len(up)
+        final = set(sorted(arrived, key=lambda number: (simulation.run.results[number][rung].kl.value, number))[:share])
+        assert final <= up, "one of the best stayed behind"
+        for extra in up - final:
+            # Whoever is up and not among the best was so among those that had arrived before it left.
+            left = next(row.sequence for row in simulation.rungs if (row.trial, row.rung) == (extra, rung + 1))
+            there = [row.trial for row in simulation.rungs if row.rung == rung and row.sequence < left]
+            better = sum(simulation.run.results[other][rung].kl.value < simulation.run.results[extra][rung].kl.value for other in there)
+            assert better < max(1, keep * len(there))
+
+
+def test_without_training_a_share_of_every_depth_goes_on() -> None:
+    record = make_record(controls={"anchors": False}, sampler={"name": "random", "max_trials": 16}, rungs={"num_trained": 1, "keep_untrained": 0.5})
+
+    simulation = Simulation(record).to_end()
+
+    depths = {number: simulation.run.shape_of(number).num_hidden_layers for number in simulation.run.trials}
+    for depth in set(depths.values()):
+        members = {number for number, its in depths.items() if its == depth}
+        assert members & reached(simulation, 1)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "enumerate"])
+@pytest.mark.parametrize("failure_rate", [0.0, 0.2])
+def test_a_controller_that_takes_over_decides_alike(sampler: str, failure_rate: float) -> None:
+    record = make_record(sampler={"name": sampler, "max_trials": 8, "num_startup_trials": 3}, controls={"num_random": 1})
+    simulation = Simulation(record)
+
+    for _ in simulation.rounds(parallel=2, seed=1, failure_rate=failure_rate):
+        rebuilt = simulation.rebuilt()
+        assert rebuilt.next_action() == simulation.run.next_action()
+        assert rebuilt.left_behind() == simulation.run.left_behind()
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_with_one_worker_a_lost_step_is_the_next_one(sampler: str) -> None:
+    simulation = Simulation(make_record(sampler={"name": sampler, "max_trials": 8, "num_startup_trials": 3}, controls={"num_random": 1}))
+
+    for _ in simulation.rounds(parallel=1):
+        if not simulation.running:
+            continue
+        (lost,) = simulation.running
+        simulation.set_state(lost.trial, state=TrialState.WAITING)
+        rebuilt = simulation.rebuilt()
+        simulation.set_state(lost.trial, state=TrialState.RUNNING)
+        assert lost.trial not in rebuilt.left_behind()
+        assert rebuilt.next_action() == lost
+
+
+@given(seed=st.integers(0, 2**16))
+@few
+def test_a_lost_step_is_never_left_behind_nor_run_twice(seed: int) -> None:
+    """With several workers others may have overtaken it; it is resumed or stopped, and the search ends."""
+    simulation = Simulation(make_record(seed=seed))
+    generator = random.Random(seed)
+
+    for _ in simulation.rounds(parallel=3, seed=seed):
+        if simulation.running and generator.random() < 0.2:
+            for step in simulation.running:
+                simulation.set_state(step.trial, state=TrialState.WAITING)
+            simulation.running.clear()
+            simulation.run = simulation.rebuilt()
+
+    pairs = [(row.trial, row.rung) for row in simulation.rungs]
+    assert len(pairs) == len(set(pairs))
+    assert all(trial.state.is_terminal for trial in simulation.run.trials.values())
+
+
+def watch_proposals(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+
+    def propose(space: Any, **arguments: Any) -> Any:
+        calls.append(arguments)
+        return study.propose(space, **arguments)
+
+    monkeypatch.setattr(search_run, "propose", propose)
+    return calls
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_the_sampler_is_asked_once_there_are_enough_results(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    ask = study._ask_unseen
+    monkeypatch.setattr(study, "_ask_unseen", lambda *arguments, **named: (asked.append(len(named["observations"])), ask(*arguments, **named))[1])
+
+    Simulation(make_record(sampler={"name": sampler, "max_trials": 12, "num_startup_trials": 4}, controls={"anchors": False})).to_end()
+
+    assert len(asked) >= 4
+    assert min(asked) >= 4
+
+
+@interleavings
+@few
+def test_the_sampler_never_sees_a_mixture_of_rungs_nor_a_control(parallel: int, seed: int, failure_rate: float, keep: float, num_trained: int) -> None:
+    record = make_record(rungs={"num_trained": num_trained, "keep": keep}, sampler={"name": "random", "max_trials": 10, "num_startup_trials": 2})
+    simulation = Simulation(record)
+
+    for _ in simulation.rounds(parallel=parallel, seed=seed, failure_rate=failure_rate):
+        observations = simulation.run._observations()
+        by_rung = [
+            {round(-float(np.log(results[rung].kl.value)), 9) for results in simulation.run.results.values() if rung in results}
+            for rung in range(1, num_trained + 1)
+        ]
+        told = {round(observation.value, 9) for observation in observations}
+        assert any(told <= values for values in by_rung)
+
+
+def test_a_failed_shape_is_told_as_the_worst_seen() -> None:
+    simulation = Simulation(
+        make_record(sampler={"name": "random", "max_trials": 6, "num_startup_trials": 1}, controls={"anchors": False}, rungs={"num_trained": 1})
+    )
+    for index, _ in enumerate(simulation.rounds()):
+        if index == 7:
+            break
+    simulation.fill(parallel=1)
+    simulation.finish(0, fails=True)
+
+    values = [observation.value for observation in simulation.run._observations()]
+    (failed,) = [trial.number for trial in simulation.run.trials.values() if trial.state is TrialState.FAILED]
+    choices = simulation.run.space.choices_of(simulation.run.shape_of(failed))
+    assert [observation.value for observation in simulation.run._observations() if observation.choices == choices] == [min(values)]
+
+
+def test_the_minitron_preset_trains_every_legal_shape_to_the_same_tokens() -> None:
+    space = {"num_hidden_layers": {"min": 2, "max": 4}, "hidden_size": {"multiple": 16, "min": 32}, "intermediate_size": {"multiple": 32}}
+    record = make_record(
+        preset="minitron", sampler={"max_trials": 500}, space=space, rungs={"first_tokens": 1000}, budget={"max_fraction": 0.6}, controls={"anchors": False}
+    )
+    simulation = Simulation(record).to_end()
+
+    legal = {shape.key for shape in simulation.run.space.shapes()}
+    assert 1 < len(legal) < 500
+    assert {proposal.shape.key for proposal in simulation.proposals} == legal
+    assert reached(simulation, 1) == set(simulation.run.trials)
+    assert all(trial.state is TrialState.COMPLETED for trial in simulation.run.trials.values())
+    assert {row.result["tokens"] for row in simulation.rungs if row.rung == 1} == {1000}
