@@ -150,7 +150,7 @@ class SearchRun:
         if not self._all_proposed():
             return self._next_searched_shape()
         # Controls come last, so that the sampler never learns from them.
-        if all(trial.state.is_terminal for trial in self.trials.values()):
+        if all(trial.state.is_terminal for trial in self.trials.values() if self._is_searched(trial.number)):
             return self._next_control()
         return None
 
