@@ -29,7 +29,7 @@ def main() -> int:
         settings = Settings.from_environment(os.environ)
         settings.data_folder.mkdir(parents=True, exist_ok=True)
         if parent := os.environ.pop("NAS_PARENT_PID", None):
-            watch_parent(int(parent))
+            watch_parent(int(parent), exit_process=_end_group)
         store = Store.open(settings.database_url, migrate=True)
     except (InvalidSpec, Conflict) as error:
         print(f"nas workers: {error}", file=sys.stderr)
@@ -46,6 +46,13 @@ def main() -> int:
     finally:
         store.close()
     return 0
+
+
+def _end_group(code: int) -> None:
+    """End with all of Ray's processes: its agents would wait a minute for a head that is gone."""
+    if os.getpgrp() == os.getpid():  # `nas serve` starts this process in a group of its own
+        os.killpg(0, signal.SIGKILL)
+    os._exit(code)
 
 
 def _make_executor(settings: Settings) -> Executor:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,10 +26,13 @@ import pytest
 
 from nas.client import Client
 from nas.settings import Settings
+from nas.spec import dump_spec, parse_spec
 from nas.store.records import AttemptState, TrialState
 from nas.store.store import Store
+from nas.submission import check_submission
+from workers.controller import Controller
 from workers.folders import SearchFolder
-from workers.step import PROGRESS, RESULT
+from workers.step import PROGRESS, RESULT, Outcome, Step, execute
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
@@ -42,6 +46,13 @@ def wait_until(condition: Callable[[], Any], *, what: str, seconds: float = SECO
         assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
         time.sleep(0.02)
     return value
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @dataclass
@@ -96,7 +107,13 @@ class Service:
 
     def left(self) -> list[str]:
         """What still runs of all that there was."""
-        return [" ".join(process.cmdline()) for process in self.seen.values() if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        return [f"{process.pid} {' '.join(process.cmdline())}" for process in self.seen.values() if is_alive(process)]
+
+    def wait_until_gone(self) -> None:
+        deadline = time.monotonic() + 30
+        while left := self.left():
+            assert time.monotonic() < deadline, f"still there after 30 s: {left}"
+            time.sleep(0.1)
 
     def log(self) -> str:
         return (self.settings.data_folder / "serve.log").read_text()
@@ -200,8 +217,12 @@ def catch_running_rung(service: Service, store: Store, search_id: str, *, trial:
     return pid
 
 
-def wait_for_end(store: Store, search_id: str) -> None:
+def wait_for_terminal(store: Store, search_id: str) -> None:
     wait_until(lambda: store.get_search(search_id).state.is_terminal, what="the search ends")
+
+
+def wait_for_end(store: Store, search_id: str) -> None:
+    wait_for_terminal(store, search_id)
     search = store.get_search(search_id)
     assert search.state == "succeeded", search.error
 
@@ -235,35 +256,47 @@ def check_history(store: Store, search_id: str) -> None:
 @pytest.fixture(scope="module")
 def spec(tiny_spec: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     return tiny_spec(
-        controls={"anchors": False},
-        sampler={"name": "tpe", "max_trials": 4, "num_startup_trials": 2},
         rungs={"first_tokens": 4096, "factor": 2, "num_trained": 2, "keep": 0.5},
         distillation={"learning_rate": 3e-3, "batch_size": 2},
     )
 
 
+class InlineExecutor:
+    """Steps in this process, one after the other: nothing to kill, and no Ray."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def start(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def wait(self, *, timeout_seconds: float) -> list[tuple[str, Outcome]]:
+        steps, self.steps = self.steps, []
+        return [(step.key, execute(step)) for step in steps]
+
+    def kill(self, key: str) -> None:
+        raise AssertionError("nothing is killed here")
+
+    def close(self) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, register_tiny: Callable[..., None], spec: dict[str, Any]) -> list[Any]:
-    """The figures of the search when nothing is killed; the service is stopped as Ctrl-C does it, and leaves nothing behind."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    url = f"sqlite:///{folder / 'data' / 'nas.db'}"
-    with serving(folder, database_url=url, register=register_tiny) as service:
-        service.start()
-        search_id = submit(service, spec)
-        store = Store.open(url)
-        service.tree()
-        wait_for_end(store, search_id)
-        check_history(store, search_id)
-        found = figures(store, search_id)
-        store.close()
-        assert service.stop() == 0
-        wait_until(lambda: not service.left(), what="everything has ended", seconds=20)
-        assert list(Path(service.environment["TMPDIR"]).iterdir()) == [], "a temporary folder was left"
-        assert not (folder / "home" / ".ray").exists(), "Ray wrote into the user's home"
-        log = service.log()
-        assert "alembic" not in log
-        assert "Token authentication" not in log
-        assert "Loading weights" not in log
+    """The figures of the search when nothing is killed, nor restarted, nor run by Ray."""
+    settings = Settings.from_environment({"NAS_DATA": str(tmp_path_factory.mktemp("undisturbed"))})
+    store = Store.open(settings.database_url, migrate=True)
+    register_tiny(store=store, settings=settings)
+    parsed = parse_spec(json.dumps(spec))
+    submission = check_submission(parsed, store=store)
+    search, _ = store.create_search(spec=dump_spec(parsed), inputs=submission.inputs, plan=submission.plan, label="")
+    controller = Controller(store=store, executor=InlineExecutor(), settings=settings)
+    threading.Thread(target=lambda: (wait_for_terminal(store, search.id), controller.stop()), daemon=True).start()
+    controller.run()
+    wait_for_end(store, search.id)
+    check_history(store, search.id)
+    found = figures(store, search.id)
+    store.close()
     return found
 
 
@@ -287,11 +320,19 @@ def kill_supervisor(service: Service, worker: int) -> None:
     assert service.process is not None
     service.process.kill()
     service.process.wait()
-    wait_until(lambda: not service.left(), what="the children of a killed supervisor have ended", seconds=30)
+    service.wait_until_gone()
     service.start()
 
 
-KILLS = [kill_controller, kill_worker, kill_service, kill_supervisor]
+def interrupt_service(service: Service, worker: int) -> None:
+    """Ctrl-C while a rung runs."""
+    os.kill(worker, signal.SIGCONT)
+    assert service.stop() == 0
+    service.wait_until_gone()
+    service.start()
+
+
+KILLS = [kill_controller, kill_worker, kill_service, kill_supervisor, interrupt_service]
 ENDS = {kill_worker: AttemptState.FAILED}
 """How the attempt that was hit ends; after any other kill it is lost, which does not count against it."""
 
@@ -312,8 +353,17 @@ def check_kills(service: Service, *, url: str, kills: list[Callable[[Service, in
         hits.count(state) for state in (AttemptState.FAILED, AttemptState.LOST)
     ]
     store.close()
+    check_stopped(service)
+
+
+def check_stopped(service: Service) -> None:
+    """Ctrl-C ends all there ever was, and it leaves no temporary file, no file in the home, and no noise of a library's in the log."""
     assert service.stop() == 0
-    wait_until(lambda: not service.left(), what="everything has ended", seconds=20)
+    service.wait_until_gone()
+    assert list(Path(service.environment["TMPDIR"]).glob("nas-ray-*")) == []
+    assert not (Path(service.environment["HOME"]) / ".ray").exists()
+    log = service.log()
+    assert [words for words in ("alembic", "Token authentication", "Loading weights", "Traceback") if words in log] == []
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
