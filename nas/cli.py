@@ -316,7 +316,10 @@ def leaderboard(
     elif not board["rows"]:
         _say("no trial has been measured yet")
     else:
-        out.print(leaderboard_table(board, width=out.width))
+        table = leaderboard_table(board, width=out.width)
+        out.print(table)
+        if hidden := len(leaderboard_table(board).columns) - len(table.columns):
+            _say(f"{hidden} columns are left out, as the terminal is narrow; --csv and --json have all")
 
 
 @app.command()
@@ -417,14 +420,11 @@ def leaderboard_table(board: Mapping[str, Any], *, width: int | None = None) -> 
         **{task: [_plus_minus(row["tasks"].get(task, {}).get("value"), row["tasks"].get(task, {}).get("standard_error")) for row in rows] for task in tasks},
         "state": [row["state"] for row in rows],
     }
-    left_out = []
     for name in (*reversed(tasks), "tokens", "state", "%", "KL"):
         if width is None or sum(max(map(len, (title, *cells))) + 2 for title, cells in columns.items()) <= width:
             break
-        left_out.append(name)
         del columns[name]
-    caption = f"left out: {', '.join(left_out)}; --csv and --json have all columns" if left_out else None
-    table = Table(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0), caption=caption, caption_justify="left")
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
     return table

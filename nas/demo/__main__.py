@@ -46,8 +46,8 @@ START_SECONDS = 60.0
 NUM_DOCUMENTS = 20_000
 DOCUMENTS_PER_TASK = 800
 NUM_CONTROLS = 8
-SEARCH_TOKENS = 25_000
-FULL_RUN_TOKENS = 600_000
+SEARCH_TOKENS = 12_500
+FULL_RUN_TOKENS = 400_000
 MIN_SIGNAL = 5.0
 """Standard errors by which the teacher must beat random weights on every task."""
 MIN_LOSS_RATIO = 2.0
@@ -146,11 +146,11 @@ def _search(client: Client, *, parallel: int) -> str:
         "teacher": "demo-teacher",
         "corpus": {"parts": [{"name": "demo-stories"}], "sequence_length": 128, "calibration_tokens": 32_768, "validation_tokens": 16_384},
         "tasks": [{"name": task["name"]} for task in client.tasks()],
-        "budget": {"max_fraction": 0.5},
-        "sampler": {"max_trials": 16, "num_startup_trials": 6},
+        "budget": {"max_fraction": 0.4},
+        "sampler": {"max_trials": 14, "num_startup_trials": 6},
         "controls": {"anchors": True, "num_random": NUM_CONTROLS},
         "rungs": {"first_tokens": SEARCH_TOKENS, "factor": 2, "num_trained": 3},
-        "evaluation": {"documents_per_task": 150, "held_out_documents": 300, "batch_size": 64, "latency_prompt_tokens": 64, "latency_new_tokens": 16},
+        "evaluation": {"documents_per_task": 150, "held_out_documents": 250, "batch_size": 64, "latency_prompt_tokens": 64, "latency_new_tokens": 16},
         "distillation": {"learning_rate": 2e-3, "batch_size": 4, "warmup_tokens": 2_000, "decay_share": 0.3},
         "resources": {"cpus": 1.0, "max_parallel_trials": parallel},
         "seed": SEED,

@@ -23,8 +23,8 @@ SEQUENCE_LENGTH = 128
 TOKENS = 1_800_000
 PLAN = TrainPlan(
     tokens=TOKENS,
-    learning_rate=1.5e-3,
-    batch_size=4,
+    learning_rate=2e-3,
+    batch_size=8,
     warmup_tokens=50_000,
     decay_tokens=450_000,
     weight_decay=0.1,
@@ -59,6 +59,7 @@ def train_teacher(folder: Path, *, corpus: Path, report: Callable[[Progress], No
 
 def _random_model(*, vocab_size: int, end_token_id: int) -> LlamaForCausalLM:
     config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
         vocab_size=vocab_size,
         hidden_size=96,
         intermediate_size=256,

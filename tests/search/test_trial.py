@@ -129,8 +129,9 @@ def test_distillation_brings_the_student_nearer_to_the_teacher(undisturbed: Any)
     assert untrained > first > second > 0
 
 
-def test_rung_0_is_compared_on_kl_alone(undisturbed: Any) -> None:
-    assert [list(result.tasks) for result in undisturbed[1]] == [[], ["choice"], ["choice"]]
+def test_tasks_are_scored_at_the_rungs_that_the_spec_asks_for(case: Case, undisturbed: Any) -> None:
+    assert [list(result.tasks) for result in undisturbed[1]] == [["choice"] if case.spec.scores_tasks(rung) else [] for rung in range(3)]
+    assert list(undisturbed[1][2].tasks) == ["choice"]
 
 
 def test_results_are_plain_json_and_parameters_are_counted(undisturbed: Any) -> None:

@@ -1,0 +1,232 @@
+"""The `nas` command as a user meets it: exit codes, JSON on standard output alone, no traceback for a mistake, tables that fit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nas import cli
+from nas.client import ApiError
+from nas.compress.distillation import Progress
+from nas.errors import Conflict, InvalidSpec, NotFound, Problem, TeacherUnavailable
+
+SHAPE = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
+
+class Answer:
+    """What a command left behind."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+Nas = Callable[..., Answer]
+
+
+@pytest.fixture
+def nas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nas:
+    """Runs the command in this process, on a data folder of its own, with no service behind it."""
+    monkeypatch.setenv("NAS_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("NAS_PORT", "1")
+    monkeypatch.delenv("NAS_URL", raising=False)
+
+    def run(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["nas", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return Answer(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def registered(nas: Nas, tiny_sources: dict[str, Path]) -> Nas:
+    for group, name in (("teachers", "tiny"), ("corpora", "words")):
+        source = tiny_sources["teacher" if group == "teachers" else "corpus"]
+        assert nas(group, "add", source, "--name", name).code == 0
+    assert nas("tasks", "add", tiny_sources["tasks"]).code == 0
+    return nas
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["submit"], ["watch"], ["prune"], ["distill"], ["evaluate"], ["teachers", "add"], ["tasks", "add"]])
+def test_every_command_has_help(nas: Nas, command: list[str]) -> None:
+    answer = nas(*command, "--help")
+    assert answer.code == 0
+    assert "Usage: nas" in answer.out
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    code = "import sys; import nas.cli; print([name for name in ('torch', 'transformers', 'ray', 'optuna', 'lm_eval', 'sqlalchemy') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ApiError("", status=None, problem={}), cli.UNREACHABLE),
+        (ApiError("", status=404, problem={}), cli.MISSING),
+        (ApiError("", status=409, problem={}), cli.CONFLICT),
+        (ApiError("", status=422, problem={}), cli.WRONG_INPUT),
+        (ApiError("", status=500, problem={}), cli.FAILED),
+        (NotFound(""), cli.MISSING),
+        (Conflict(""), cli.CONFLICT),
+        (InvalidSpec(Problem(field="a", expected="b", got="c")), cli.WRONG_INPUT),
+        (TeacherUnavailable(""), cli.WRONG_INPUT),
+        (FileNotFoundError(""), cli.WRONG_INPUT),
+        (FloatingPointError(""), cli.FAILED),
+    ],
+)
+def test_an_exit_code_means_something(error: Exception, code: int) -> None:
+    assert cli.exit_code(error) == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["teachers", "add", "/nonexistent"], 2, "teacher: expected an existing folder or a Hugging Face id"),
+        (["corpora", "add", "/nonexistent"], 2, "corpus: expected an existing path"),
+        (["submit", "/nonexistent"], 2, "spec: expected a readable file"),
+        (["submit", "{spec}"], 5, "is `nas serve` running?"),
+        (["list"], 5, "the service at http://127.0.0.1:1 cannot be reached"),
+        (["list", "--url", "nonsense"], 5, "the service at nonsense cannot be reached"),
+        (["watch", "srch_1"], 5, "cannot be reached"),
+        (["leaderboard", "srch_1", "--csv", "--json"], 2, "--csv: expected one of --csv and --json, got both"),
+        (["prune", "--shape", "{}"], 2, "hidden_size: expected an integer, got nothing"),
+        (["prune", "--shape", "[1]"], 2, "shape: expected a JSON object or a file with one"),
+        (["prune", "--shape", "{shape}", "--device", "tpu"], 2, "device: expected cpu or cuda, got tpu"),
+        (["prune", "--shape", "{shape}", "--out", "/proc/nas"], 2, "No such file or directory: '/proc/nas"),
+        (["prune", "--shape", "{shape}", "--calibration-tokens", "99999999"], 2, "expected at least this many tokens"),
+        (["distill", "/nonexistent"], 2, "recipe: expected a recipe.json or a bundle's folder, got /nonexistent"),
+        (["distill", "{spec}"], 2, "expected a JSON file with the object `distillation`"),
+        (["distill", "{spec}", "--tokens", "0"], 2, "--tokens"),
+        (["evaluate", "/nonexistent", "--task", "choice"], 2, "expected an existing folder"),
+        (["evaluate", "{teacher}", "--task", "nosuch"], 3, "task: expected a registered one (choice), got 'nosuch'"),
+        (["evaluate", "{teacher}", "--task", "choice", "--num-fewshot", "999"], 2, "num_fewshot.choice: expected at most"),
+        (["evaluate", "{teacher}"], 2, "Missing option '--task'"),
+        (["nosuch"], 2, "No such command 'nosuch'"),
+    ],
+)
+def test_a_mistake_is_a_message_and_an_exit_code(
+    registered: Nas, tiny_sources: dict[str, Path], tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "spec.json").write_text("{}")
+    known = {"{spec}": tmp_path / "spec.json", "{shape}": json.dumps(SHAPE), "{teacher}": tiny_sources["teacher"]}
+    given = [str(known.get(argument, argument)) for argument in arguments]
+    if given[0] in ("prune", "distill"):
+        given += ["--teacher", str(tiny_sources["teacher"]), "--corpus", str(tiny_sources["corpus"])]
+        given += [] if "--out" in given else ["--out", str(tmp_path / "out")]
+        given += ["--sequence-length", "32"] if given[0] == "prune" else []
+    answer = registered(*given)
+    assert answer.code == code, answer.err
+    assert message in " ".join(answer.err.replace("│", " ").split())
+    assert (answer.out, "Traceback" in answer.err) == ("", False)
+
+
+def test_a_wrong_setting_is_named(nas: Nas, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAS_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/none")
+    answer = nas("teachers", "list")
+    assert (answer.code, answer.out) == (2, "")
+    assert "NAS_DATABASE_URL: expected a database that can be opened" in answer.err
+
+
+@pytest.mark.parametrize("group", ["teachers", "corpora", "tasks"])
+def test_the_registry_is_listed_as_json_and_as_a_table(registered: Nas, group: str) -> None:
+    name = {"teachers": "tiny", "corpora": "words", "tasks": "choice"}[group]
+    assert [row["name"] for row in json.loads(registered(group, "list", "--json").out)] == [name]
+    assert name in registered(group, "list").out
+
+
+def test_an_empty_list_is_json_too(nas: Nas) -> None:
+    assert nas("teachers", "list", "--json").out == "[]\n"
+    answer = nas("teachers", "list")
+    assert (answer.out, answer.err) == ("", "nas: none\n")
+
+
+def test_a_teacher_is_pruned_distilled_and_evaluated_without_a_service(registered: Nas, tiny_sources: dict[str, Path], tmp_path: Path) -> None:
+    inputs = ["--teacher", tiny_sources["teacher"], "--corpus", tiny_sources["corpus"], "--threads", "1", "--json"]
+    small, large = tmp_path / "small", tmp_path / "large"
+    pruned = registered("prune", "--shape", json.dumps(SHAPE), "--sequence-length", "32", "--calibration-tokens", "512", "--out", small, *inputs)
+    assert json.loads(pruned.out)["parameters"] == 10200
+    recipe = {"tokens": 2048, "learning_rate": 3e-3, "batch_size": 4, "sequence_length": 32, "validation_tokens": 256}
+    (tmp_path / "recipe.json").write_text(json.dumps({"distillation": recipe}))
+    command = ["distill", tmp_path / "recipe.json", "--student", small, "--out", large, *inputs]
+    summary = json.loads(registered(*command).out)
+    assert summary["held_out_after"]["kl"] < summary["held_out_before"]["kl"]
+    again = registered(*command, "--learning-rate", "0.001")
+    assert again.code == cli.CONFLICT
+    assert "holds another run; learning_rate: expected 0.003" in again.err
+    scored = json.loads(registered("evaluate", large, "--task", "choice", "--limit", "10", "--threads", "1", "--json").out)
+    assert [(row["task"], row["metric"], row["documents"]) for row in scored] == [("choice", "acc", 10)]
+
+
+def a_row(number: int, **changes: Any) -> dict[str, Any]:
+    tasks = {name: {"value": 0.5, "standard_error": 0.01} for name in ("arc_easy", "hellaswag")}
+    row = {"rank": 1, "number": number, "origin": "anchor:width_only", "shape": SHAPE, "parameters": 4_512_342_016, "share_of_teacher": 0.56}
+    return {**row, "tokens": 128_000_000, "score": 0.5, "standard_error": 0.01, "kl": 0.25, "tasks": tasks, "state": "completed", **changes}
+
+
+def rendered(board: dict[str, Any], *, width: int) -> list[str]:
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(cli.leaderboard_table(board, width=width))
+    return captured.get().splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_the_board_fits_the_terminal_and_cuts_no_cell(width: int) -> None:
+    lines = rendered({"rows": [a_row(0), a_row(1, rank=None, score=None, standard_error=None, state="stopped", tasks={})]}, width=width)
+    assert len(lines) == 3
+    assert "…" not in "".join(lines)
+    assert "4,512,342,016" in lines[1]
+    assert "0.500 ± 0.010" in lines[1]
+
+
+def test_a_narrow_board_leaves_out_tasks_before_scores() -> None:
+    narrow, wide = (rendered({"rows": [a_row(0)]}, width=width)[0].split() for width in (80, 200))
+    assert wide[-4:] == ["KL", "arc_easy", "hellaswag", "state"]
+    assert "score" in narrow
+    assert not {"arc_easy", "hellaswag", "tokens"} & set(narrow)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "expected"),
+    [
+        ("prepare.step", {"step": "depth", "done": 3, "of": 9}, "prepare: depth 3 of 9"),
+        ("prepare.step", {"step": "sort"}, "prepare: sort"),
+        ("trial.proposed", {"trial": 1, "origin": "sampler", "parameters": 1234}, "trial 1 proposed (sampler), 1,234 parameters"),
+        ("trial.confirmed", {"trial": 1, "verified": False, "reason": "reload: ..."}, "trial 1 NOT verified: reload: ..."),
+        ("search.failed", {"error": {"reason": "unavailable", "message": "gone"}}, "search failed: unavailable: gone"),
+        ("search.winner", {}, "winner chosen"),
+        ("something.new", {}, None),
+    ],
+)
+def test_an_event_is_one_line(kind: str, data: dict[str, Any], expected: str | None) -> None:
+    line = cli.event_line({"type": kind, "data": data, "created_at": "2026-01-01T12:34:56Z"})
+    assert line == (expected and f"12:34:56  {expected}")
+
+
+def test_the_status_line_says_where_a_search_stands() -> None:
+    search = {
+        "state": "searching",
+        "progress": {"settled": 2, "planned": 5},
+        "rungs": [{"rung": 0, "finished": 3, "running": 1}, {"rung": 1, "finished": 2, "running": 0}],
+        "best": {"trial": 1, "score": 0.5, "standard_error": 0.1},
+    }
+    assert cli.status_line(search) == "searching  trials 2/5  rung 0: 3+1  rung 1: 2  best: trial 1, score 0.500 ± 0.100"
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    with cli._progress(tokens=300) as report:
+        for tokens in (100, 200, 300):
+            report(Progress(step=1, tokens=tokens, loss=1.5, learning_rate=0.1, tokens_per_second=50.0))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["100 / 300 tokens  loss 1.5000  50 tokens/s  4 s left", "300 / 300 tokens  loss 1.5000  50 tokens/s  0 s left"]

@@ -1,0 +1,177 @@
+"""The full run and pruning without a search: what they write, and that a folder holds one run and no other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nas import full_run
+from nas.compress.distillation import Stopped
+from nas.compress.teacher import check_teacher
+from nas.errors import Conflict, InvalidSpec
+from nas.full_run import Recipe, distil_fully, prune_teacher
+from nas.shape import Shape
+
+SHAPE = Shape(num_hidden_layers=2, hidden_size=24, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+RECIPE = Recipe(tokens=4096, learning_rate=3e-3, batch_size=4, sequence_length=32, validation_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def student(tiny_sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("student") / "pruned"
+    prune(tiny_sources, out=folder)
+    return folder
+
+
+def prune(sources: dict[str, Path], *, out: Path, shape: Shape = SHAPE) -> dict[str, Any]:
+    return prune_teacher(teacher=sources["teacher"], shape=shape, corpus=[sources["corpus"]], out=out, device="cpu", sequence_length=32, calibration_tokens=512)
+
+
+def distil(sources: dict[str, Path], *, student: Path, out: Path, recipe: Recipe = RECIPE, stop_after: int | None = None) -> dict[str, Any]:
+    asked = iter(range(10**6))
+    return distil_fully(
+        recipe,
+        student=student,
+        teacher=sources["teacher"],
+        corpus=[sources["corpus"]],
+        out=out,
+        device="cpu",
+        should_stop=lambda: stop_after is not None and next(asked) >= stop_after,
+    )
+
+
+def test_a_pruned_teacher_has_the_shape_and_loads_with_plain_transformers(student: Path) -> None:
+    assert check_teacher(student).architecture.shape == SHAPE
+    model = AutoModelForCausalLM.from_pretrained(student)
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+    kept = json.loads((student / "kept_indices.json").read_text())
+    assert len(kept["layers"]) == 2
+    assert not (student / full_run.WORK).exists()
+
+
+def test_the_full_shape_is_the_teacher(tiny_sources: dict[str, Path], tmp_path: Path) -> None:
+    whole = check_teacher(tiny_sources["teacher"]).architecture.shape
+    prune(tiny_sources, out=tmp_path / "whole", shape=whole)
+    tokens = torch.tensor([[1, 5, 9, 4]])
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_sources["teacher"], tmp_path / "whole")]
+    first, second = (model(tokens).logits for model in models)
+    assert (first - second).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 40}, "hidden_size: expected at most the teacher's 32, got 40"),
+        ({"head_dim": 16}, "head_dim: expected the teacher's 8, got 16"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 1}, "num_attention_heads: expected at most the teacher's 2 query heads per KV head, got 4 for 1"),
+    ],
+)
+def test_a_shape_that_cannot_be_cut_out_is_told_before_the_work(tiny_sources: dict[str, Path], tmp_path: Path, changes: dict[str, int], message: str) -> None:
+    with pytest.raises(InvalidSpec, match=message):
+        prune(tiny_sources, out=tmp_path / "out", shape=replace(SHAPE, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_distillation_lowers_the_held_out_kl_and_leaves_a_checkpoint_alone(tiny_sources: dict[str, Path], student: Path, tmp_path: Path) -> None:
+    summary = distil(tiny_sources, student=student, out=tmp_path)
+    assert summary["held_out_after"]["kl"] < summary["held_out_before"]["kl"]
+    assert check_teacher(tmp_path).architecture.shape == SHAPE
+    assert not (tmp_path / full_run.WORK).exists()
+    assert json.loads((tmp_path / "distillation.json").read_text()) == summary
+
+
+@pytest.mark.parametrize("stop_after", [0, 7, 26, 30])
+def test_a_run_that_was_stopped_and_resumed_gives_the_same_weights_bit_for_bit(
+    tiny_sources: dict[str, Path], student: Path, tmp_path: Path, stop_after: int
+) -> None:
+    distil(tiny_sources, student=student, out=tmp_path / "whole")
+    with pytest.raises(Stopped):
+        distil(tiny_sources, student=student, out=tmp_path / "stopped", stop_after=stop_after)
+    distil(tiny_sources, student=student, out=tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_is_not_run_again(tiny_sources: dict[str, Path], student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = distil(tiny_sources, student=student, out=tmp_path)
+    monkeypatch.setattr(full_run, "load_model", None)
+    assert distil(tiny_sources, student=student, out=tmp_path) == summary
+
+
+@pytest.mark.parametrize("stop_after", [3, None])
+def test_another_recipe_in_the_folder_of_a_run_is_refused(tiny_sources: dict[str, Path], student: Path, tmp_path: Path, stop_after: int | None) -> None:
+    if stop_after is None:
+        distil(tiny_sources, student=student, out=tmp_path)
+    else:
+        with pytest.raises(Stopped):
+            distil(tiny_sources, student=student, out=tmp_path, stop_after=stop_after)
+    with pytest.raises(Conflict, match=r"holds another run; learning_rate: expected 0.003, with which it was begun, got 0.001"):
+        distil(tiny_sources, student=student, out=tmp_path, recipe=replace(RECIPE, learning_rate=1e-3))
+
+
+def test_a_run_that_failed_before_it_trained_does_not_bind_the_next_one(tiny_sources: dict[str, Path], student: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="expected at least this many tokens"):
+        distil(tiny_sources, student=student, out=tmp_path, recipe=replace(RECIPE, validation_tokens=10**6))
+    assert distil(tiny_sources, student=student, out=tmp_path)["tokens"] == RECIPE.tokens
+
+
+def test_a_folder_with_other_files_is_left_alone(tiny_sources: dict[str, Path], student: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for work in (lambda: distil(tiny_sources, student=student, out=tmp_path), lambda: prune(tiny_sources, out=tmp_path)):
+        with pytest.raises(Conflict, match="expected a new or empty folder"):
+            work()
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_the_folder_of_an_input_is_not_written_to(tiny_sources: dict[str, Path], student: Path, which: str) -> None:
+    with pytest.raises(Conflict, match="got the folder of an input"):
+        distil(tiny_sources, student=student, out={"teacher": tiny_sources["teacher"], "student": student}[which])
+
+
+def test_a_sequence_longer_than_the_context_is_refused(tiny_sources: dict[str, Path], student: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidSpec, match="sequence_length: expected at most the teacher's context of 64, got 128"):
+        distil(tiny_sources, student=student, out=tmp_path, recipe=replace(RECIPE, sequence_length=128))
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> Callable[[Any], Path]:
+    def write(content: Any) -> Path:
+        path = tmp_path / "recipe.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+LEAST = {"tokens": 1, "learning_rate": 0.1, "batch_size": 1, "sequence_length": 8}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "expected a JSON file with the object `distillation`"),
+        ({"tokens": 1}, "expected a JSON file with the object `distillation`"),
+        ({"distillation": [1]}, "expected a JSON file with the object `distillation`"),
+        ({"distillation": {**LEAST, "rate": 1}}, "distillation.rate: expected no such field, got 1"),
+        ({"distillation": {"tokens": 1, "batch_size": 1, "learning_rate": 0.1}}, "distillation.sequence_length: expected a value, got nothing"),
+        ({"distillation": {**LEAST, "tokens": "many"}}, "tokens: expected an integer of at least 1, got 'many'"),
+        ({"distillation": {**LEAST, "tokens": True}}, "tokens: expected an integer of at least 1, got True"),
+        ({"distillation": {**LEAST, "learning_rate": None}}, "learning_rate: expected a number in"),
+        ({"distillation": {**LEAST, "decay_share": 1.0}}, "decay_share: expected a number in"),
+        ({"distillation": {**LEAST, "dtype": "float16"}}, "dtype: expected float32 or bfloat16, got 'float16'"),
+    ],
+)
+def test_a_wrong_recipe_is_told_by_field(write_recipe: Callable[[Any], Path], content: Any, message: str) -> None:
+    with pytest.raises(InvalidSpec, match=message):
+        Recipe.read(write_recipe(content))
+
+
+def test_what_the_caller_says_is_on_top_of_the_recipe(write_recipe: Callable[[Any], Path]) -> None:
+    recipe = Recipe.read(write_recipe({"distillation": LEAST, "note": "for people"}), tokens=7, learning_rate=None)
+    assert (recipe.tokens, recipe.learning_rate) == (7, 0.1)

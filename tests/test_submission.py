@@ -1,0 +1,112 @@
+"""What a spec means before any compute: every wrong thing named by field, expected and got; and the whole plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nas.cost import count_parameters
+from nas.errors import BudgetInfeasible, InvalidSpec
+from nas.families import read_architecture
+from nas.settings import Settings
+from nas.shape import Shape
+from nas.spec import parse_spec
+from nas.store.store import Store
+from nas.submission import Submission, check_submission
+
+SHAPE = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+CORPUS = {"parts": [{"name": "words"}], "sequence_length": 32, "calibration_tokens": 512, "validation_tokens": 512}
+
+
+@pytest.fixture(scope="module")
+def submit(
+    tmp_path_factory: pytest.TempPathFactory, register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]]
+) -> Iterator[Callable[..., Submission]]:
+    settings = Settings.from_environment({"NAS_DATA": str(tmp_path_factory.mktemp("submission"))})
+    store = Store.open(settings.database_url, migrate=True)
+    register_tiny(store=store, settings=settings)
+
+    def run(**changes: Any) -> Submission:
+        return check_submission(parse_spec(json.dumps(tiny_spec(**changes))), store=store)
+
+    yield run
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "expected", "got"),
+    [
+        ({"teacher": "big"}, "teacher", "a registered name (tiny)", "big"),
+        ({"corpus": {**CORPUS, "parts": [{"name": "web"}]}}, "corpus.parts.0.name", "a registered name (words)", "web"),
+        ({"tasks": [{"name": "choice"}, {"name": "mmlu"}]}, "tasks.1.name", "a registered name (choice)", "mmlu"),
+        ({"tasks": [{"name": "choice", "metric": "f1"}]}, "tasks.0.metric", "one of choice's metrics: acc", "f1"),
+        ({"tasks": [{"name": "choice"}, {"name": "choice"}]}, "tasks.1.name", "each name once", "choice again"),
+        ({"corpus": {**CORPUS, "parts": [{"name": "words"}] * 2}}, "corpus.parts.1.name", "each name once", "words again"),
+        ({"corpus": {**CORPUS, "sequence_length": 65}}, "corpus.sequence_length", "at most the teacher's context of 64", "65"),
+        (
+            {"corpus": {**CORPUS, "sequence_length": 64, "validation_tokens": 256}, "evaluation": {"latency_new_tokens": 64}},
+            "evaluation.latency_new_tokens",
+            "less than the teacher's context of 64",
+            "64",
+        ),
+        ({"shapes": [SHAPE | {"hidden_size": 64, "intermediate_size": 1}]}, "shapes.0.hidden_size", None, "64"),
+        ({"space": {"num_hidden_layers": {"max": 9}}}, "space.num_hidden_layers.max", None, "9"),
+        ({"budget": {"max_parameters": 10**9}}, "budget.max_parameters", None, "1000000000"),
+    ],
+)
+def test_a_wrong_thing_is_named_by_field_expected_and_got(
+    submit: Callable[..., Submission], changes: dict[str, Any], field: str, expected: str | None, got: str
+) -> None:
+    with pytest.raises(InvalidSpec) as refused:
+        submit(**changes)
+    (problem,) = (problem for problem in refused.value.problems if problem.field == field)
+    assert problem.got == got
+    assert expected is None or problem.expected == expected
+
+
+def test_too_few_validation_blocks_for_a_standard_error_are_refused(
+    tmp_path: Path, register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]]
+) -> None:
+    settings = Settings.from_environment({"NAS_DATA": str(tmp_path)})
+    store = Store.open(settings.database_url, migrate=True)
+    register_tiny(store=store, settings=settings)
+    spec = parse_spec(json.dumps(tiny_spec(corpus={**CORPUS, "sequence_length": 512, "validation_tokens": 512})))
+    with pytest.raises(InvalidSpec, match=r"corpus\.validation_tokens: expected at least two blocks of sequence_length=512.*got 512"):
+        check_submission(spec, store=store)
+    store.close()
+
+
+def test_all_wrong_names_are_told_together(submit: Callable[..., Submission]) -> None:
+    with pytest.raises(InvalidSpec) as refused:
+        submit(teacher="x", tasks=[{"name": "y"}], corpus={**CORPUS, "parts": [{"name": "z"}]})
+    assert [problem.field for problem in refused.value.problems] == ["teacher", "corpus.parts.0.name", "tasks.0.name"]
+
+
+def test_a_budget_that_nothing_fits_says_the_smallest_shape(submit: Callable[..., Submission]) -> None:
+    with pytest.raises(BudgetInfeasible) as refused:
+        submit(budget={"max_parameters": 100})
+    assert "smallest" in str(refused.value)
+
+
+def test_the_plan_prices_the_search(submit: Callable[..., Submission]) -> None:
+    submission = submit(controls={"num_random": 3}, sampler={"max_trials": 5})
+    plan = submission.plan
+    architecture = read_architecture(submission.inputs["teacher"]["config"])
+    assert plan["teacher_parameters"] == count_parameters(architecture, architecture.shape).total == 24416
+    assert plan["max_parameters"] == int(0.7 * 24416)
+    assert plan["rung_tokens"] == [0, 2048, 4096]
+    proposals = min(5, plan["legal_shapes"] + len(plan["anchors"]))
+    assert plan["max_distillation_tokens"] == 4096 * (proposals + 3)
+    for anchor in plan["anchors"].values():
+        assert anchor["parameters"] == count_parameters(architecture, Shape.from_dict(anchor["shape"])).total <= plan["max_parameters"]
+    json.dumps(plan, allow_nan=False)
+
+
+def test_the_inputs_are_a_snapshot_with_digests(submit: Callable[..., Submission]) -> None:
+    inputs = submit().inputs
+    assert {len(inputs["teacher"]["digest"]), *(len(entry["digest"]) for part in ("corpora", "tasks") for entry in inputs[part])} == {64}
+    assert json.loads(json.dumps(inputs)) == inputs
