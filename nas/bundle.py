@@ -27,7 +27,7 @@ from nas.compress.sorting import load_sorting
 from nas.compress.teacher import write_checkpoint
 from nas.cost import count_parameters
 from nas.full_run import Recipe
-from nas.search.trial import SORTED, STUDENT
+from nas.search.layout import SORTED, STUDENT
 from nas.shape import Shape
 from nas.spec import SearchSpec
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from nas.client import TERMINAL_STATES, ApiError, Client
 from nas.errors import Conflict, InvalidSpec, NasError, NotFound, Problem
 from nas.settings import Settings
+from nas.terminal import err, event_line, leaderboard_table, out, print_facts, print_json, print_rows, say, shown, status_line
 
 if TYPE_CHECKING:
     from nas.store.store import Store
@@ -52,17 +52,11 @@ SearchId = Annotated[str, typer.Argument(help="Id of a search: srch_...")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")]
 
-_PIPE_COLUMNS = 200
-"""Width of a table that no terminal shows, such as in a pipe or a file."""
-
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_COLUMNS)
-err = Console(stderr=True)
-
 
 def main() -> None:
     """Entry point: errors of ours, and files that cannot be used, become one message and an exit code."""
     try:
-        app()
+        app(prog_name="nas")
     except BrokenPipeError:  # `nas ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -80,11 +74,6 @@ def exit_code(error: Exception) -> int:
     if isinstance(error, FloatingPointError):
         return FAILED
     return MISSING if isinstance(error, NotFound) else CONFLICT if isinstance(error, Conflict) else WRONG_INPUT
-
-
-def _say(text: str) -> None:
-    """A remark, on standard error."""
-    err.print(f"nas: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 # -- the service -----------------------------------------------------------------------------------------------------------
@@ -116,7 +105,7 @@ def serve(
     os.environ.update({name: str(value) for name, value in options.items() if value is not None})
     settings = Settings.from_environment(os.environ)
     check_port(settings)
-    _say(f"serving http://{settings.host}:{settings.port}, data in {settings.data_folder}")
+    say(f"serving http://{settings.host}:{settings.port}, data in {settings.data_folder}")
     sys.exit(run())
 
 
@@ -152,7 +141,7 @@ def add_teacher(
 
     with _store() as (store, settings):
         record = register_teacher(source, name=name, store=store, settings=settings)
-    _print_rows([{"name": record.name, "parameters": record.parameters, "digest": record.digest, "path": record.path}], as_json=as_json)
+    print_rows([{"name": record.name, "parameters": record.parameters, "digest": record.digest, "path": record.path}], as_json=as_json)
 
 
 @teachers_app.command("list")
@@ -160,7 +149,7 @@ def list_teachers(as_json: Json = False) -> None:
     """Registered teachers."""
     with _store() as (store, _):
         rows = [{"name": t.name, "model_type": t.config["model_type"], "parameters": t.parameters, "digest": t.digest} for t in store.list_teachers()]
-    _print_rows(rows, as_json=as_json)
+    print_rows(rows, as_json=as_json)
 
 
 @corpora_app.command("add")
@@ -174,7 +163,7 @@ def add_corpus(
 
     with _store() as (store, settings):
         record = register_corpus(sources, name=name, store=store, settings=settings)
-    _print_rows([{"name": record.name, "documents": record.num_documents, "bytes": record.num_bytes, "digest": record.digest}], as_json=as_json)
+    print_rows([{"name": record.name, "documents": record.num_documents, "bytes": record.num_bytes, "digest": record.digest}], as_json=as_json)
 
 
 @corpora_app.command("list")
@@ -182,7 +171,7 @@ def list_corpora(as_json: Json = False) -> None:
     """Registered corpora."""
     with _store() as (store, _):
         rows = [{"name": c.name, "documents": c.num_documents, "bytes": c.num_bytes, "digest": c.digest} for c in store.list_corpora()]
-    _print_rows(rows, as_json=as_json)
+    print_rows(rows, as_json=as_json)
 
 
 @tasks_app.command("add")
@@ -196,7 +185,7 @@ def add_tasks(
 
     with _store() as (store, settings):
         records = register_tasks(source, dataset_path=dataset_path, store=store, settings=settings)
-    _print_rows([_task_row(record.name, record.card, record.digest) for record in records], as_json=as_json)
+    print_rows([_task_row(record.name, record.card, record.digest) for record in records], as_json=as_json)
 
 
 @tasks_app.command("list")
@@ -204,7 +193,7 @@ def list_tasks(as_json: Json = False) -> None:
     """Registered tasks and their metrics."""
     with _store() as (store, _):
         rows = [_task_row(record.name, record.card, record.digest) for record in store.list_tasks()]
-    _print_rows(rows, as_json=as_json)
+    print_rows(rows, as_json=as_json)
 
 
 def _task_row(task: str, card: Mapping[str, Any], digest: str) -> dict[str, Any]:
@@ -243,22 +232,22 @@ def submit(
     with _client(url) as client:
         if preview:
             plan = client.preview(body)["plan"]
-            _print_facts(plan if as_json else _readable_plan(plan), as_json=as_json)
+            print_facts(plan if as_json else _readable_plan(plan), as_json=as_json)
             return
         search = client.submit(body, idempotency_key=idempotency_key)
         if not as_json:
             sys.stdout.write(search["id"] + "\n")
             sys.stdout.flush()
-            _say(f"{search['plan']['legal_shapes']:,} legal shapes; follow with: nas watch {search['id']}")
+            say(f"{search['plan']['legal_shapes']:,} legal shapes; follow with: nas watch {search['id']}")
         state = _follow(client, search["id"], show=not as_json) if wait else search["state"]
         if as_json:
-            _print_json(client.search(search["id"]) if wait else search)
+            print_json(client.search(search["id"]) if wait else search)
     _exit_unless_well(state)
 
 
 def _readable_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
     """The plan with one line per anchor."""
-    anchors = {f"anchor {name}": f"{anchor['parameters']:,} parameters: {_cell(anchor['shape'], name='')}" for name, anchor in plan["anchors"].items()}
+    anchors = {f"anchor {name}": f"{anchor['parameters']:,} parameters: {shown(anchor['shape'], name='')}" for name, anchor in plan["anchors"].items()}
     return {**{name: value for name, value in plan.items() if name != "anchors"}, **anchors}
 
 
@@ -268,7 +257,7 @@ def list_searches(state: Annotated[str | None, typer.Option(help="Only searches 
     with _client(url) as client:
         searches = client.searches(state=state)
     if as_json:
-        _print_json(searches)
+        print_json(searches)
         return
     rows = [
         {
@@ -281,7 +270,7 @@ def list_searches(state: Annotated[str | None, typer.Option(help="Only searches 
         }
         for search in searches
     ]
-    _print_rows(rows, as_json=False)
+    print_rows(rows, as_json=False)
 
 
 @app.command()
@@ -312,14 +301,14 @@ def leaderboard(
             return
         board = client.leaderboard(search_id)
     if as_json:
-        _print_json(board)
+        print_json(board)
     elif not board["rows"]:
-        _say("no trial has been measured yet")
+        say("no trial has been measured yet")
     else:
         table = leaderboard_table(board, width=out.width)
         out.print(table)
         if hidden := len(leaderboard_table(board).columns) - len(table.columns):
-            _say(f"{hidden} columns are left out, as the terminal is narrow; --csv and --json have all")
+            say(f"{hidden} columns are left out, as the terminal is narrow; --csv and --json have all")
 
 
 @app.command()
@@ -334,12 +323,12 @@ def winner(
         document = client.winner(search_id)
         if bundle is not None:
             saved = client.download_bundle(search_id, target=bundle / "bundle.tar" if bundle.is_dir() else bundle)
-            _say(f"saved {saved}")
+            say(f"saved {saved}")
     if as_json:
-        _print_json(document)
+        print_json(document)
     else:
         shown = {"trial": document["trial"], **document["shape"], "parameters": document["parameters"], "share_of_teacher": document["share_of_teacher"]}
-        _print_facts({**shown, "bundle_sha256": document["bundle_sha256"]}, as_json=False)
+        print_facts({**shown, "bundle_sha256": document["bundle_sha256"]}, as_json=False)
 
 
 @app.command()
@@ -347,7 +336,7 @@ def cancel(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
     """Cancel a search; what it has measured stays."""
     with _client(url) as client:
         search = client.cancel(search_id)
-    _print_facts({"id": search["id"], "state": search["state"]}, as_json=as_json)
+    print_facts({"id": search["id"], "state": search["state"]}, as_json=as_json)
 
 
 def _follow(client: Client, search_id: str, *, show: bool) -> str:
@@ -364,85 +353,9 @@ def _follow(client: Client, search_id: str, *, show: bool) -> str:
     return str(client.search(search_id)["state"])
 
 
-def status_line(search: Mapping[str, Any]) -> str:
-    """Where a search stands, in one line."""
-    progress, best = search["progress"], search["best"]
-    rungs = "  ".join(f"rung {rung['rung']}: {rung['finished']}" + (f"+{rung['running']}" if rung["running"] else "") for rung in search["rungs"])
-    lead = f"  best: trial {best['trial']}, score {_plus_minus(best['score'], best['standard_error'])}" if best else ""
-    return f"{search['state']}  trials {progress['settled']}/{progress['planned']}  {rungs}{lead}"
-
-
 def _exit_unless_well(state: str) -> None:
     if state in TERMINAL_STATES and state != "succeeded":
         raise typer.Exit(FAILED)
-
-
-def event_line(event: Mapping[str, Any]) -> str | None:
-    """One event for a person; None for those that say little."""
-    data, kind = event["data"], event["type"]
-    at = event["created_at"][11:19]
-    match kind:
-        case "trial.proposed":
-            return f"{at}  trial {data['trial']} proposed ({data['origin']}), {data['parameters']:,} parameters"
-        case "trial.rung_finished":
-            return f"{at}  trial {data['trial']} rung {data['rung']}: {data['tokens']:,} tokens, KL {data['kl']:.4f}"
-        case "trial.failed":
-            return f"{at}  trial {data['trial']} failed: {data['failure']['reason']}"
-        case "trial.confirmed":
-            return f"{at}  trial {data['trial']} {'confirmed' if data['verified'] else 'NOT verified: ' + str(data['reason'])}"
-        case "prepare.step":
-            return f"{at}  prepare: {data['step']}" + (f" {data['done']} of {data['of']}" if "done" in data else "")
-        case "attempt.failed" | "attempt.lost":
-            return f"{at}  attempt of {data['stage']} {kind.split('.')[1]}: {(data.get('reason') or '')[:200]}"
-        case "search.winner":
-            return f"{at}  winner: trial {data['trial']}" if "trial" in data else f"{at}  winner chosen"
-        case _ if kind.startswith("search."):
-            error = data.get("error") or {}
-            return f"{at}  search {kind.split('.')[1]}" + (f": {error.get('reason')}: {error.get('message')}" if error else "")
-        case _:
-            return None
-
-
-def leaderboard_table(board: Mapping[str, Any], *, width: int | None = None) -> Table:
-    """The board for a terminal. Where it is narrow, the columns that say least are left out; --csv and --json have them all."""
-    rows = board["rows"]
-    tasks = sorted({task for row in rows for task in row["tasks"]})
-    columns: dict[str, list[str]] = {
-        "rank": ["" if row["rank"] is None else str(row["rank"]) for row in rows],
-        "trial": [str(row["number"]) for row in rows],
-        "origin": [row["origin"].removeprefix("anchor:") for row in rows],
-        **{short: [str(row["shape"][name]) for row in rows] for short, name in _SHORT_AXES.items()},
-        "parameters": [f"{row['parameters']:,}" for row in rows],
-        "%": [f"{100 * row['share_of_teacher']:.1f}" for row in rows],
-        "tokens": [f"{row['tokens']:,}" for row in rows],
-        "score": [_plus_minus(row["score"], row["standard_error"]) for row in rows],
-        "KL": [f"{row['kl']:.4f}" for row in rows],
-        **{task: [_plus_minus(row["tasks"].get(task, {}).get("value"), row["tasks"].get(task, {}).get("standard_error")) for row in rows] for task in tasks},
-        "state": [row["state"] for row in rows],
-    }
-    for name in (*reversed(tasks), "tokens", "state", "%", "KL"):
-        if width is None or sum(max(map(len, (title, *cells))) + 2 for title, cells in columns.items()) <= width:
-            break
-        del columns[name]
-    table = Table(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
-    return table
-
-
-_SHORT_AXES = {
-    "L": "num_hidden_layers",
-    "D": "hidden_size",
-    "F": "intermediate_size",
-    "H": "num_attention_heads",
-    "KV": "num_key_value_heads",
-}
-
-
-def _plus_minus(value: float | None, error: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3f} ± {error:.3f}" if error is not None else f"{value:.3f}"
 
 
 # -- without a service -----------------------------------------------------------------------------------------------------
@@ -474,7 +387,7 @@ def prune(
         sequence_length=sequence_length,
         calibration_tokens=calibration_tokens,
     )
-    _print_facts({**summary, "folder": str(out_folder)}, as_json=as_json)
+    print_facts({**summary, "folder": str(out_folder)}, as_json=as_json)
 
 
 @app.command()
@@ -517,9 +430,9 @@ def distill(
                 should_stop=should_stop,
             )
     except (Stopped, Diverged) as ended:
-        _say(str(ended))
+        say(str(ended))
         raise typer.Exit(INTERRUPTED if isinstance(ended, Stopped) else FAILED) from ended
-    _print_facts({**summary, "wall_seconds": time.monotonic() - started, "folder": str(out_folder)}, as_json=as_json)
+    print_facts({**summary, "wall_seconds": time.monotonic() - started, "folder": str(out_folder)}, as_json=as_json)
 
 
 @contextmanager
@@ -529,7 +442,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(signum: int, _: Any) -> None:
-        _say("stopping after a checkpoint; run the same command again to go on")
+        say("stopping after a checkpoint; run the same command again to go on")
         asked.append(signum)
         signal.signal(signum, before[signal.Signals(signum)])
 
@@ -600,7 +513,7 @@ def evaluate(
         for name, result in scores.tasks.items()
         for metric, value in result.metrics.items()
     ]
-    _print_rows(rows, as_json=as_json)
+    print_rows(rows, as_json=as_json)
 
 
 def _prepare_torch(threads: int | None, *, device: str) -> None:
@@ -638,52 +551,6 @@ def _read_shape(text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InvalidSpec(Problem(field="shape", expected="a JSON object", got=text))
     return values
-
-
-# -- output ----------------------------------------------------------------------------------------------------------------
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
-
-
-def _print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
-    if as_json:
-        _print_json(list(rows))
-        return
-    if not rows:
-        _say("none")
-        return
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for index, name in enumerate(rows[0]):
-        table.add_column(name, no_wrap=index == 0, overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(value, name=name) for name, value in row.items()))
-    out.print(table)
-
-
-def _print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        _print_json(facts)
-        return
-    for name, value in facts.items():
-        out.print(f"{name:<34} {_cell(value, name=name)}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _cell(value: Any, *, name: str) -> str:
-    if name == "digest":
-        return str(value)[:12]
-    if isinstance(value, bool) or value is None:
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    if isinstance(value, list):
-        return ", ".join(_cell(item, name="") for item in value)
-    if isinstance(value, dict):
-        return "  ".join(f"{key}={_cell(item, name=key)}" for key, item in value.items())
-    return str(value)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A child that dies is started again, later each time; when the supervisor is aske
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -80,6 +81,7 @@ def _tend(child: _Child) -> int | None:
             return None
         if code == REFUSED:
             return REFUSED
+        _kill_group(child.process)  # what a killed controller leaves behind, Ray's agents among it
         ran = now - child.started
         child.delay = FIRST_DELAY_SECONDS if ran > STEADY_SECONDS else min(MAX_DELAY_SECONDS, 2 * child.delay or FIRST_DELAY_SECONDS)
         child.due = now + child.delay
@@ -107,5 +109,11 @@ def _stop(children: list[_Child]) -> None:
             child.process.wait(timeout=max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             logger.warning("%s did not stop, killing it", child.module, extra={"action": "kill", "child": child.module})
-            child.process.kill()
+            _kill_group(child.process)
             child.process.wait()
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of a child's session once the child itself is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from nas import cli
+from nas import cli, terminal
 from nas.client import ApiError
 from nas.compress.distillation import Progress
 from nas.errors import Conflict, InvalidSpec, NotFound, Problem, TeacherUnavailable
@@ -177,7 +177,7 @@ def a_row(number: int, **changes: Any) -> dict[str, Any]:
 def rendered(board: dict[str, Any], *, width: int) -> list[str]:
     console = Console(width=width)
     with console.capture() as captured:
-        console.print(cli.leaderboard_table(board, width=width))
+        console.print(terminal.leaderboard_table(board, width=width))
     return captured.get().splitlines()
 
 
@@ -210,7 +210,7 @@ def test_a_narrow_board_leaves_out_tasks_before_scores() -> None:
     ],
 )
 def test_an_event_is_one_line(kind: str, data: dict[str, Any], expected: str | None) -> None:
-    line = cli.event_line({"type": kind, "data": data, "created_at": "2026-01-01T12:34:56Z"})
+    line = terminal.event_line({"type": kind, "data": data, "created_at": "2026-01-01T12:34:56Z"})
     assert line == (expected and f"12:34:56  {expected}")
 
 

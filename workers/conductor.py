@@ -16,10 +16,9 @@ from typing import Any
 
 from nas.cost import count_parameters
 from nas.errors import Conflict
-from nas.search.prepare import prepared_key
+from nas.search.layout import clear_below, prepared_key
 from nas.search.ranking import CONTROL
 from nas.search.results import RungResult
-from nas.search.trial import clear_below
 from nas.settings import Settings
 from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchState, Stage, TrialState
 from nas.store.store import Store
@@ -234,7 +233,9 @@ class Conductor:
                 if (point := make_point(line, attempt=running.attempt)) is not None:
                     points.append(point)
                 elif running.attempt.stage == "prepare" and "step" in line:
-                    self._store.add_event(self.record.id, "prepare.step", {"step": line["step"]}, fence=self._fence)
+                    self._store.add_event(
+                        self.record.id, "prepare.step", {name: line[name] for name in ("step", "done", "of") if name in line}, fence=self._fence
+                    )
         if points:
             self._store.add_points(points, fence=self._fence)
 

@@ -27,18 +27,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nas.cli import event_line, leaderboard_table
 from nas.client import Client
 from nas.compress.corpus import Blocks, load_blocks
 from nas.compress.teacher import load_model
 from nas.demo import language, teacher
 from nas.registration import register_corpus, register_tasks, register_teacher
-from nas.search.prepare import prepared_key
+from nas.search.layout import BLOCKS, prepared_key
 from nas.search.results import RungResult
-from nas.search.trial import BLOCKS, measure
+from nas.search.trial import measure
 from nas.settings import Settings
 from nas.spec import SearchSpec, parse_spec
 from nas.store.store import Store
+from nas.terminal import event_line, leaderboard_table
 
 ROOT = Path("demo")
 SEED = 0

@@ -22,7 +22,8 @@ from nas.cost import count_parameters
 from nas.errors import CorruptFile, TeacherUnavailable
 from nas.evaluate.latency import measure_latency
 from nas.families import read_architecture
-from nas.search.trial import PROBE, STUDENT, measure
+from nas.search.layout import PROBE, STUDENT
+from nas.search.trial import measure
 from nas.shape import Shape
 from nas.spec import SearchSpec
 

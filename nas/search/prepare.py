@@ -7,7 +7,6 @@ Killed and run again, it takes up the blocks and the sorted teacher where they a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -31,13 +30,10 @@ from nas.errors import CorpusUnavailable, CorruptFile, NotFound, TeacherUnavaila
 from nas.evaluate.tasks import load_tasks, split_documents
 from nas.families import Architecture, read_architecture
 from nas.full_run import DEPTH_TOKENS
-from nas.search.trial import BLOCKS, SORTED, SPLITS, load_shared, measure, teacher_dtype
-from nas.space import build_space
-from nas.spec import SearchSpec, dump_spec, objective_metrics
+from nas.search.layout import BLOCKS, PREPARED, SORTED, SPLITS, searched_depths
+from nas.search.trial import load_shared, measure, teacher_dtype
+from nas.spec import SearchSpec
 
-PREPARED = "prepared.json"
-FORMAT = 1
-"""Raise it when the content of a prepared folder changes meaning, so that old ones are not reused."""
 REPORT_SECONDS = 5.0
 """Between two reports of one step."""
 
@@ -46,26 +42,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Report = Callable[[dict[str, Any]], None]
 ShouldStop = Callable[[], bool]
-
-
-def prepared_key(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> str:
-    """Digest of all that the prepare step depends on; equal keys share one folder."""
-    values = dump_spec(spec)
-    metrics = objective_metrics(spec, inputs=inputs)
-    depends = {
-        "format": FORMAT,
-        "teacher": inputs["teacher"]["digest"],
-        "corpora": [[corpus["digest"], part.weight] for part, corpus in zip(spec.corpus.parts, inputs["corpora"], strict=True)],
-        "corpus": {name: value for name, value in values["corpus"].items() if name != "parts"},
-        "tasks": [[task.name, entry["digest"], metrics[task.name], task.num_fewshot] for task, entry in zip(spec.tasks, inputs["tasks"], strict=True)],
-        "depths": _depths(spec, inputs=inputs),
-        "tokens": spec.rungs.tokens(spec.rungs.num_trained),
-        "seed": spec.seed,
-        "compression": values["compression"],
-        "documents": [spec.evaluation.documents_per_task, spec.evaluation.held_out_documents],
-        "dtype": spec.distillation.dtype,
-    }
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def prepare(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, device: str, report: Report, should_stop: ShouldStop) -> dict[str, Any]:
@@ -180,7 +156,7 @@ def _sort(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, blocks: 
         importance = measure_importance(teacher, blocks_BT=blocks.calibration_NT, method=spec.compression.importance, batch_size=batch_size)
         order = make_order(importance, architecture.shape)
     with steps.step("depth"):
-        layers = _select_depths(
+        layers = _selectsearched_depths(
             spec, inputs=inputs, teacher=teacher, importance=importance, blocks_BT=blocks.calibration_NT, batch_size=batch_size, report=steps.progress
         )
     with steps.step("sort"):
@@ -234,15 +210,7 @@ def _held_out(documents: Sequence[int], *, spec: SearchSpec) -> list[int]:
     return list(documents) if limit is None or limit >= len(documents) else sorted(Random(spec.seed).sample(documents, limit))
 
 
-def _depths(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> list[int]:
-    space = build_space(spec, inputs=inputs)
-    depths = {*space.axes["num_hidden_layers"], *(shape.num_hidden_layers for shape in spec.shapes)}
-    if spec.controls.anchors:
-        depths |= {shape.num_hidden_layers for shape in space.anchors().values()}
-    return sorted(depths)
-
-
-def _select_depths(
+def _selectsearched_depths(
     spec: SearchSpec,
     *,
     inputs: Mapping[str, Any],
@@ -254,7 +222,7 @@ def _select_depths(
 ) -> dict[int, tuple[int, ...]]:
     """For every depth of the space the layers that stay."""
     num_hidden_layers = inputs["teacher"]["config"]["num_hidden_layers"]
-    depths = _depths(spec, inputs=inputs)
+    depths = searched_depths(spec, inputs=inputs)
     if spec.compression.depth == "block_influence":
         ranked = torch.argsort(importance.block_influence_L, descending=True, stable=True).tolist()
         return {depth: tuple(sorted(ranked[:depth])) for depth in depths}

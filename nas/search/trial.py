@@ -30,15 +30,13 @@ from nas.compress.teacher import load_model, load_tokenizer, write_checkpoint
 from nas.errors import CorruptFile, NotFound, TaskUnavailable
 from nas.evaluate.scoring import MetricValue, TaskScore, score
 from nas.evaluate.tasks import load_tasks
+from nas.search.layout import BLOCKS, PROBE, SORTED, SPLITS, STUDENT, rung_folder
 from nas.search.results import Metric, RungResult
 from nas.shape import Shape
 from nas.spec import SearchSpec, objective_metrics
 
-BLOCKS, SORTED, SPLITS = "blocks", "sorted", "splits.json"
-"""Names inside a prepared folder."""
-STUDENT, PROBE = "student", "probe"
-"""Names inside a trial's folder: the model of the last rung, and its logits, which a fresh process must reproduce."""
 PROBE_TOKENS = 64
+"""Length of the text whose logits are kept."""
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +96,7 @@ def run_rung(
             blocks_NT=shared.blocks.train_NT,
             plan=train_plan(spec, tokens=spec.rungs.tokens(rung)),
             state=_trunk_below(folder, rung=rung),
-            checkpoint=_sound_checkpoint(folder / f"rung{rung}"),
+            checkpoint=_sound_checkpoint(rung_folder(folder, rung=rung)),
             report=report,
             should_stop=should_stop,
         )
@@ -119,7 +117,7 @@ def _trunk_below(folder: Path, *, rung: int) -> TrainState | None:
     if rung == 1:
         return None
     try:
-        return load_trunk(folder / f"rung{rung - 1}")
+        return load_trunk(rung_folder(folder, rung=rung - 1))
     except (NotFound, CorruptFile) as damaged:
         logger.warning("trunk of rung %d is lost, training from the start", rung - 1, extra={"action": "trunk_lost", "reason": str(damaged)})
         return None
@@ -137,12 +135,6 @@ def _sound_checkpoint(checkpoint: Path) -> Path:
             shutil.rmtree(checkpoint)
             break
     return checkpoint
-
-
-def clear_below(folder: Path, *, rung: int) -> None:
-    """Drop the checkpoints that no later step of the trial needs, once the rung's result is safe."""
-    for lower in range(1, rung):
-        shutil.rmtree(folder / f"rung{lower}", ignore_errors=True)
 
 
 def measure(

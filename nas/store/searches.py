@@ -127,7 +127,7 @@ class Searches(Database):
 
     def save_winner(self, search_id: str, winner: Json, *, fence: int | None) -> None:
         """Keep the winner; event `search.winner`."""
-        self._save(search_id, {"winner": winner}, event="search.winner", data={}, fence=fence)
+        self._save(search_id, {"winner": winner}, event="search.winner", data={"trial": winner.get("trial")}, fence=fence)
 
     def add_event(self, search_id: str, type: str, data: Json, *, fence: int | None = None) -> EventRecord:
         """Append an event of one's own."""

@@ -20,16 +20,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nas.cli import event_line, leaderboard_table
 from nas.compress.distillation import distil
 from nas.compress.slicing import build_student
 from nas.registration import register_corpus, register_tasks, register_teacher
-from nas.search.prepare import prepared_key, random_model
+from nas.search.layout import prepared_key
+from nas.search.prepare import random_model
 from nas.search.trial import load_shared, measure, train_plan
 from nas.settings import Settings
 from nas.shape import Shape
 from nas.spec import parse_spec
 from nas.store.store import Store
+from nas.terminal import event_line, leaderboard_table
 from tests.benchmarks.reference import PAIR_CONFIGS, reference_folder, write_tasks
 from tests.benchmarks.service import bench_settings, run_search, serving
 

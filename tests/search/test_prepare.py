@@ -14,9 +14,9 @@ import pytest
 from nas.compress.corpus import load_blocks
 from nas.errors import CorpusUnavailable, TeacherUnavailable
 from nas.search import prepare as prepare_module
-from nas.search.prepare import PREPARED, StoppedEarly, prepare, prepared_key
+from nas.search.layout import BLOCKS, PREPARED, SORTED, SPLITS, prepared_key
+from nas.search.prepare import StoppedEarly, prepare
 from nas.search.results import RungResult
-from nas.search.trial import BLOCKS, SORTED, SPLITS
 from nas.settings import Settings
 from nas.spec import parse_spec
 from nas.store.store import Store

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from nas.compress.distillation import Diverged, Stopped
 from nas.errors import TaskUnavailable
 from nas.evaluate.scoring import DocumentValues, MetricValue, TaskScore
+from nas.search.layout import PROBE, STUDENT, clear_below
 from nas.search.prepare import prepare
 from nas.search.results import RungResult
-from nas.search.trial import PROBE, STUDENT, clear_below, load_shared, measure, paired_metric, run_rung
+from nas.search.trial import load_shared, measure, paired_metric, run_rung
 from nas.settings import Settings
 from nas.shape import Shape
 from nas.spec import SearchSpec, parse_spec

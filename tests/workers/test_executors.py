@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from nas.search.prepare import prepared_key
+from nas.search.layout import prepared_key
 from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
 from nas.store.store import Store

@@ -1,0 +1,60 @@
+"""Where the steps of a search leave what the next ones read, and under which key a prepared folder is shared. Light: no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nas.space import build_space
+from nas.spec import SearchSpec, dump_spec, objective_metrics
+
+PREPARED, BLOCKS, SORTED, SPLITS = "prepared.json", "blocks", "sorted", "splits.json"
+"""Names inside a prepared folder."""
+STUDENT, PROBE = "student", "probe"
+"""Names inside a trial's folder: the model of the last rung, and its logits, which a fresh process must reproduce."""
+FORMAT = 1
+"""Raise it when the content of a prepared folder changes meaning, so that old ones are not reused."""
+
+
+def rung_folder(trial: Path, *, rung: int) -> Path:
+    """The training checkpoint of one trained rung."""
+    return trial / f"rung{rung}"
+
+
+def clear_below(trial: Path, *, rung: int) -> None:
+    """Drop the checkpoints that no later step of the trial needs, once the rung's result is safe."""
+    for lower in range(1, rung):
+        shutil.rmtree(rung_folder(trial, rung=lower), ignore_errors=True)
+
+
+def searched_depths(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> list[int]:
+    """Every number of layers that a trial may have, ascending: the prepare step selects layers for each."""
+    space = build_space(spec, inputs=inputs)
+    depths = {*space.axes["num_hidden_layers"], *(shape.num_hidden_layers for shape in spec.shapes)}
+    if spec.controls.anchors:
+        depths |= {shape.num_hidden_layers for shape in space.anchors().values()}
+    return sorted(depths)
+
+
+def prepared_key(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> str:
+    """Digest of all that the prepare step depends on; equal keys share one folder."""
+    values = dump_spec(spec)
+    metrics = objective_metrics(spec, inputs=inputs)
+    depends = {
+        "format": FORMAT,
+        "teacher": inputs["teacher"]["digest"],
+        "corpora": [[corpus["digest"], part.weight] for part, corpus in zip(spec.corpus.parts, inputs["corpora"], strict=True)],
+        "corpus": {name: value for name, value in values["corpus"].items() if name != "parts"},
+        "tasks": [[task.name, entry["digest"], metrics[task.name], task.num_fewshot] for task, entry in zip(spec.tasks, inputs["tasks"], strict=True)],
+        "depths": searched_depths(spec, inputs=inputs),
+        "tokens": spec.rungs.tokens(spec.rungs.num_trained),
+        "seed": spec.seed,
+        "compression": values["compression"],
+        "documents": [spec.evaluation.documents_per_task, spec.evaluation.held_out_documents],
+        "dtype": spec.distillation.dtype,
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
