@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nas.client import Client
+from nas.compress import corpus, distillation, losses
 from nas.compress.corpus import Blocks, load_blocks
 from nas.compress.teacher import load_model
 from nas.demo import language, teacher
@@ -43,7 +44,7 @@ from nas.terminal import event_line, leaderboard_table
 ROOT = Path("demo")
 SEED = 0
 START_SECONDS = 60.0
-NUM_DOCUMENTS = 20_000
+NUM_DOCUMENTS = 30_000
 DOCUMENTS_PER_TASK = 800
 NUM_CONTROLS = 8
 SEARCH_TOKENS = 12_500
@@ -95,16 +96,16 @@ def main() -> int:
 
 def _make_inputs() -> Path:
     """Corpus, tasks and teacher; made once and kept under a digest of the code that makes them."""
-    digest = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in (language, teacher))).hexdigest()[:12]
+    digest = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in (language, teacher, corpus, distillation, losses))).hexdigest()[:12]
     folder = ROOT / f"inputs-{digest}"
     if (folder / "done").exists():
         console.print(f"teacher, corpus and tasks: kept from an earlier run ({folder})", highlight=False)
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     console.print("making a corpus and an lm-eval task pack, and training a teacher on the corpus")
-    corpus = language.write_corpus(folder / "corpus", seed=SEED, num_documents=NUM_DOCUMENTS)
+    stories = language.write_corpus(folder / "corpus", seed=SEED, num_documents=NUM_DOCUMENTS)
     language.write_tasks(folder / "tasks", seed=SEED + 1, documents_per_task=DOCUMENTS_PER_TASK)
-    teacher.train_teacher(folder / "teacher", corpus=corpus, report=_print_progress)
+    teacher.train_teacher(folder / "teacher", corpus=stories, report=_print_progress)
     (folder / "done").touch()
     return folder
 

@@ -217,7 +217,7 @@ def _sum(rng: Random, cast: Cast) -> Scene:
 
 
 _QUESTIONS: dict[str, SceneOf] = {"demo_agreement": _agreement, "demo_facts": _fact, "demo_recall": _recall, "demo_sums": _sum}
-# People and facts are the slowest to learn: a teacher of two minutes needs them often.
+# What is slow to learn must be told often: copying a name and remembering a fact appear only where each story has several of them.
 _STORY: tuple[SceneOf, ...] = (_recall, _recall, _sum, _sum, _agreement, _fact, _fact, _fact)
 
 
