@@ -272,7 +272,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # arXiv 2407.14679: (L2, mean) importance, every feasible shape within 5 % of the budget to the same tokens, plain slicing.
     "minitron": {
         "budget": {"min_use": 0.95},
-        "sampler": {"name": "enumerate"},
+        "sampler": {"name": "enumerate", "max_trials": 100_000},
         "controls": {"anchors": False},
         "compression": {"importance": "l2_mean", "depth": "block_influence"},
         "rungs": {"num_trained": 1, "keep_untrained": 1.0},

@@ -64,7 +64,7 @@ def main() -> int:
     cores = min(2, os.cpu_count() or 1)
     torch.set_num_threads(cores)
     with _timed(seconds, "teacher, corpus and tasks"):
-        inputs = _make_inputs()
+        inputs = make_inputs()
     data = (ROOT / "data").absolute()
     shutil.rmtree(data, ignore_errors=True)
     environment = {**os.environ, "NAS_DATA": str(data), "NAS_PORT": str(_free_port()), "NAS_NUM_CPUS": str(cores), "NAS_NUM_GPUS": "0"}
@@ -94,7 +94,7 @@ def main() -> int:
 # -- the way of a user -----------------------------------------------------------------------------------------------------
 
 
-def _make_inputs() -> Path:
+def make_inputs() -> Path:
     """Corpus, tasks and teacher; made once and kept under a digest of the code that makes them."""
     digest = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in (language, teacher, corpus, distillation, losses))).hexdigest()[:12]
     folder = ROOT / f"inputs-{digest}"

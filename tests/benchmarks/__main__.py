@@ -4,7 +4,8 @@
     trial           seconds per trial by step, in a search through the running service
     overhead        share of the workers' wall time in which nothing is distilled and nothing is evaluated
 
-Makes its own teacher (random weights: speed does not depend on them), corpus and tasks; needs no reference material.
+The training loops run on random weights (speed does not depend on them), the search on the demo's teacher, corpus and tasks, which
+are made first where `make demo` has not made them yet. Needs no reference material.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from nas.compress.distillation import TrainPlan, distil
-from nas.compress.teacher import write_checkpoint
-from nas.demo import language
+from nas.demo.__main__ import make_inputs
 from nas.families import read_architecture
 from nas.registration import register_corpus, register_tasks, register_teacher
 from nas.search.prepare import random_model
@@ -109,15 +109,11 @@ def _plain(student: nn.Module, teacher: nn.Module, blocks_NT: Tensor, batch_size
 def bench_search(folder: Path, *, cores: int) -> None:
     """A small search through the service: seconds per trial by step, and the share of time that is neither distilling nor evaluating."""
     environment, settings = bench_settings(folder, cores=cores)
-    tokenizer = language.build_tokenizer()
-    tokenizer.save_pretrained(folder / "tokenizer")
-    config = {**CONFIG, "vocab_size": len(tokenizer)}
-    teacher = random_model(read_architecture(config), config=config, seed=0, device="cpu")
-    write_checkpoint(teacher.state_dict(), config=teacher.config.to_dict(), tokenizer_from=folder / "tokenizer", folder=folder / "teacher")
+    inputs = make_inputs()
     store = Store.open(settings.database_url, migrate=True)
-    register_teacher(str(folder / "teacher"), name="bench", store=store, settings=settings)
-    register_corpus([str(language.write_corpus(folder / "corpus", seed=0, num_documents=4000))], name="bench", store=store, settings=settings)
-    tasks = register_tasks(str(language.write_tasks(folder / "tasks", seed=1, documents_per_task=400)), dataset_path=None, store=store, settings=settings)
+    register_teacher(str(inputs / "teacher"), name="bench", store=store, settings=settings)
+    register_corpus([str(inputs / "corpus")], name="bench", store=store, settings=settings)
+    tasks = register_tasks(str(inputs / "tasks"), dataset_path=None, store=store, settings=settings)
     store.close()
     spec = {
         "teacher": "bench",

@@ -363,9 +363,7 @@ def test_a_failed_shape_is_told_as_the_worst_seen() -> None:
 
 def test_the_minitron_preset_trains_every_legal_shape_to_the_same_tokens() -> None:
     space = {"num_hidden_layers": {"min": 2, "max": 4}, "hidden_size": {"multiple": 16, "min": 32}, "intermediate_size": {"multiple": 32}}
-    record = make_record(
-        preset="minitron", sampler={"max_trials": 500}, space=space, rungs={"first_tokens": 1000}, budget={"max_fraction": 0.6}, controls={"anchors": False}
-    )
+    record = make_record(preset="minitron", space=space, rungs={"first_tokens": 1000}, budget={"max_fraction": 0.6}, controls={"anchors": False})
     simulation = Simulation(record).to_end()
 
     legal = {shape.key for shape in simulation.run.space.shapes()}
