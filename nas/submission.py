@@ -97,9 +97,12 @@ def _lengths(spec: SearchSpec, *, context: object) -> list[Problem]:
 def _metrics(spec: SearchSpec, *, tasks: list[TaskRecord]) -> list[Problem]:
     problems = []
     for index, (task, record) in enumerate(zip(spec.tasks, tasks, strict=True)):
-        metrics = [metric["name"] for metric in record.card["metrics"]]
-        if task.metric is not None and task.metric not in metrics:
-            problems.append(Problem(field=f"tasks.{index}.metric", expected=f"one of {task.name}'s metrics: {', '.join(metrics)}", got=task.metric))
+        # Ranks come from paired differences, so a metric must be a mean, ratio or perplexity over documents.
+        metrics = [metric["name"] for metric in record.card["metrics"] if metric.get("paired", True)]
+        metric = task.metric or record.card["default_metric"]
+        if metric not in metrics:
+            expected = f"one of {task.name}'s metrics: {', '.join(metrics) or 'it has none that can be compared document by document'}"
+            problems.append(Problem(field=f"tasks.{index}.metric", expected=expected, got=metric))
     return problems
 
 

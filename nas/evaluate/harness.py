@@ -17,10 +17,14 @@ from typing import Any
 import numpy
 import torch
 from lm_eval import evaluator
+from lm_eval.api import metrics as lm_eval_metrics
 
 _FEWSHOT_SEED = 1234
 _PYTHON_SEED, _NUMPY_SEED, _TORCH_SEED = 0, 1234, 1234
 """The defaults of `lm_eval.simple_evaluate`, so that a stock run draws the same few-shot examples."""
+
+PAIRED_AGGREGATIONS = (lm_eval_metrics.mean, lm_eval_metrics.perplexity, lm_eval_metrics.weighted_perplexity, lm_eval_metrics.bits_per_byte)
+"""Those whose metrics are a mean, a ratio or the exponential of one over documents: two models can be compared document by document."""
 
 _BOOTSTRAP_ITERATIONS = 100
 """Only metrics without a closed form (f1, mcc, bleu) use them. 0 would drop every standard error, and 1 divides by zero."""

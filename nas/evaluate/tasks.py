@@ -47,6 +47,8 @@ class MetricCard:
     name: str
     """Without lm-eval's filter suffix: `acc`, `bits_per_byte`."""
     higher_is_better: bool
+    paired: bool = True
+    """A mean, ratio or perplexity over documents, so that it can rank by paired differences; f1 and bleu cannot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +156,9 @@ def _try_out(name: str, *, folder: Path, digest: str) -> TaskCard:
     for key in result["results"][name]:
         metric, comma, filter_name = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(directions.get(metric), bool):
-            metrics.append(MetricCard(name=harness.metric_name(metric, filter_name=filter_name, task=task), higher_is_better=directions[metric]))
+            our_name = harness.metric_name(metric, filter_name=filter_name, task=task)
+            paired = task.aggregation().get(metric) in harness.PAIRED_AGGREGATIONS
+            metrics.append(MetricCard(name=our_name, higher_is_better=directions[metric], paired=paired))
     if not metrics:
         raise TaskUnavailable(f"task {name}: expected a metric with higher_is_better in its metric_list, got none")
     names = [metric.name for metric in metrics]

@@ -139,6 +139,12 @@ def test_impossible_fewshot_is_refused(source: Path, tmp_path: Path, num_fewshot
         load_tasks([card.folder], num_fewshot=num_fewshot)
 
 
+def test_a_metric_over_the_whole_set_is_no_paired_one(source: Path, tmp_path: Path) -> None:
+    (source / "colours.yaml").write_text(CHOICE + "  - {metric: f1, aggregation: f1, higher_is_better: true}\n")
+    (card,) = add_task(str(source), destination=tmp_path / "catalogue")
+    assert {metric.name: metric.paired for metric in card.metrics} == {"acc": True, "acc_norm": True, "f1": False}
+
+
 def test_unknown_metric_lists_the_known(source: Path, tmp_path: Path) -> None:
     (card,) = add_task(str(source), destination=tmp_path / "catalogue")
     assert card.metric("acc").higher_is_better
