@@ -122,7 +122,7 @@ class Cost(Answer):
     """What the trials have cost so far."""
 
     distillation_tokens: int
-    """Tokens distilled on, over all trials; each trial's deepest rung counts once, since rungs are resumed."""
+    """Tokens trained on by all finished rungs: what each adds to the rung below, and the decay branch that the rung below threw away."""
     step_seconds: dict[str, float]
     """Wall seconds of the finished rungs by step."""
     device_seconds: float
@@ -289,6 +289,9 @@ class LeaderboardAnswer(Answer):
     state: SearchState
     rows: list[LeaderboardRow]
     winner: int | None = None
+    """The first ranked row that is no control and did not fail its confirmation."""
+    weak_tasks: list[str] = []
+    """Tasks on which the teacher beats random weights by less than two standard errors: their share of the score is mostly noise."""
     """Number of the trial that leads; controls never do."""
     pareto: list[int] = Field(default_factory=list)
     """Trials that no other one beats in both score and parameters."""

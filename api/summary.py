@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from api.schemas import (
     TrialAnswer,
 )
 from nas.shape import Shape
+from nas.spec import parse_spec
 from nas.store.records import RungRecord, SearchRecord, TrialRecord, TrialState
 
 SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -100,15 +102,14 @@ def rung_progress(search: SearchRecord, *, trials: Sequence[TrialRecord], rungs:
 
 
 def count_cost(search: SearchRecord, *, rungs: Sequence[RungRecord]) -> Cost:
-    deepest: dict[int, int] = defaultdict(int)
+    spec = parse_spec(json.dumps(search.spec))
     seconds: dict[str, float] = defaultdict(float)
     for record in rungs:
-        deepest[record.trial] = max(deepest[record.trial], record.result["tokens"])
         for step, value in record.result["seconds"].items():
             seconds[step] += value
     resources = search.spec["resources"]
     return Cost(
-        distillation_tokens=sum(deepest.values()),
+        distillation_tokens=sum(spec.trained_tokens(record.rung) for record in rungs),
         step_seconds=dict(seconds),
         device_seconds=sum(seconds.values()) * (resources["gpus"] or resources["cpus"]),
     )

@@ -74,7 +74,7 @@ class BudgetSpec:
     counting: Literal["total", "non_embedding"] = "total"
     """Which parameters count: all, or all but the embedding tables."""
     min_use: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Shapes that use less than this share of the budget are not legal (Minitron: 0.95)."""
+    """Shapes that use less than this share of the budget are not proposed (Minitron: 0.95). Anchors and named shapes may be smaller."""
 
     @model_validator(mode="after")
     def _one_ceiling(self) -> BudgetSpec:
@@ -229,7 +229,7 @@ class LimitSpec:
     max_failed_trials: Annotated[int, Field(ge=1, le=100_000)] = 8
     """Failed trials after which the search fails, with the first reasons."""
     max_rung_seconds: Annotated[float, Field(gt=0, le=10_000_000)] = 86_400.0
-    """Time limit of one step of one trial."""
+    """Time limit of one step: a rung, and also the prepare, confirm and bundle steps; counted from its first sign of life."""
 
 
 @_value
@@ -264,6 +264,13 @@ class SearchSpec:
     def scores_tasks(self, rung: int) -> bool:
         """Whether the tasks are scored at a rung; held-out KL is measured at every one."""
         return rung == self.rungs.num_trained or (rung > 0 and self.evaluation.tasks_at == "trained_rungs")
+
+    def trained_tokens(self, rung: int) -> int:
+        """Tokens that bring a trial from the rung below to this one: the decay branch below was thrown away, its share is trained again."""
+        if rung == 0:
+            return 0
+        below = self.rungs.tokens(rung - 1)
+        return self.rungs.tokens(rung) - below + int(below * self.distillation.decay_share)
 
 
 SPEC_ADAPTER: TypeAdapter[SearchSpec] = TypeAdapter(SearchSpec)

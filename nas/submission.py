@@ -17,6 +17,9 @@ from nas.spec import SearchSpec
 from nas.store.records import CorpusRecord, TaskRecord, TeacherRecord
 from nas.store.store import Store
 
+MAX_TOKENS = 2**53
+"""Beyond it a JSON reader may round."""
+
 _Record = TypeVar("_Record", TeacherRecord, CorpusRecord, TaskRecord)
 
 
@@ -40,7 +43,7 @@ def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
     """
     teacher, corpora, tasks = _look_up(spec, store=store)
     problems = [*_duplicates("corpus.parts", [part.name for part in spec.corpus.parts]), *_duplicates("tasks", [task.name for task in spec.tasks])]
-    problems += [*_lengths(spec, context=teacher.config.get("max_position_embeddings")), *_metrics(spec, tasks=tasks)]
+    problems += [*_lengths(spec, context=teacher.config.get("max_position_embeddings")), *_scoring(spec, tasks=tasks)]
     if problems:
         raise InvalidSpec(*problems)
     architecture = read_architecture(teacher.config)
@@ -91,10 +94,17 @@ def _lengths(spec: SearchSpec, *, context: object) -> list[Problem]:
     if corpus.validation_tokens < 2 * corpus.sequence_length:
         expected = f"at least two blocks of sequence_length={corpus.sequence_length}, whose spread is the standard error"
         problems.append(Problem(field="corpus.validation_tokens", expected=expected, got=str(corpus.validation_tokens)))
+    step, last = spec.distillation.batch_size * corpus.sequence_length, spec.rungs.tokens(spec.rungs.num_trained)
+    if spec.rungs.first_tokens < 2 * step:
+        problems.append(
+            Problem(field="rungs.first_tokens", expected=f"at least two steps of batch_size x sequence_length = {step}", got=str(spec.rungs.first_tokens))
+        )
+    if last > MAX_TOKENS:
+        problems.append(Problem(field="rungs.factor", expected=f"a last rung of at most {MAX_TOKENS} tokens", got=str(last)))
     return problems
 
 
-def _metrics(spec: SearchSpec, *, tasks: list[TaskRecord]) -> list[Problem]:
+def _scoring(spec: SearchSpec, *, tasks: list[TaskRecord]) -> list[Problem]:
     problems = []
     for index, (task, record) in enumerate(zip(spec.tasks, tasks, strict=True)):
         # Ranks come from paired differences, so a metric must be a mean, ratio or perplexity over documents.
@@ -103,6 +113,9 @@ def _metrics(spec: SearchSpec, *, tasks: list[TaskRecord]) -> list[Problem]:
         if metric not in metrics:
             expected = f"one of {task.name}'s metrics: {', '.join(metrics) or 'it has none that can be compared document by document'}"
             problems.append(Problem(field=f"tasks.{index}.metric", expected=expected, got=metric))
+        if task.num_fewshot > (most := record.card.get("max_fewshot", 0)):
+            expected = f"at most {most}: {task.name} has " + ("no more examples" if most else "no split of its own for examples")
+            problems.append(Problem(field=f"tasks.{index}.num_fewshot", expected=expected, got=str(task.num_fewshot)))
     return problems
 
 
@@ -115,7 +128,8 @@ def _plan(spec: SearchSpec, *, space: SearchSpace) -> dict[str, Any]:
     teacher = count_parameters(architecture, architecture.shape)
     anchors = space.anchors() if spec.controls.anchors else {}
     rungs = [spec.rungs.tokens(rung) for rung in range(spec.rungs.num_trained + 1)]
-    last = rungs[-1]
+    searched = max(min(spec.sampler.max_trials, space.count() + len(anchors) + len(spec.shapes)), len(anchors) + len(spec.shapes))
+    trained = sum(spec.trained_tokens(rung) for rung in range(len(rungs)))
     return {
         "teacher_parameters": teacher.total,
         "teacher_non_embedding_parameters": teacher.non_embedding,
@@ -126,7 +140,7 @@ def _plan(spec: SearchSpec, *, space: SearchSpace) -> dict[str, Any]:
         "legal_shapes": space.count(),
         "anchors": {name: _described(architecture, shape) for name, shape in anchors.items()},
         "rung_tokens": rungs,
-        "max_distillation_tokens": last * (min(spec.sampler.max_trials, space.count() + len(anchors) + len(spec.shapes)) + spec.controls.num_random),
+        "max_distillation_tokens": trained * (searched + spec.controls.num_random),
     }
 
 

@@ -100,10 +100,27 @@ def test_the_plan_prices_the_search(submit: Callable[..., Submission]) -> None:
     assert plan["max_parameters"] == int(0.7 * 24416)
     assert plan["rung_tokens"] == [0, 2048, 4096]
     proposals = min(5, plan["legal_shapes"] + len(plan["anchors"]))
-    assert plan["max_distillation_tokens"] == 4096 * (proposals + 3)
+    # The decay branch of rung 1 (0.3 of it) is thrown away and its share trained again.
+    assert plan["max_distillation_tokens"] == (4096 + int(0.3 * 2048)) * (proposals + 3)
     for anchor in plan["anchors"].values():
         assert anchor["parameters"] == count_parameters(architecture, Shape.from_dict(anchor["shape"])).total <= plan["max_parameters"]
     json.dumps(plan, allow_nan=False)
+
+
+def test_named_shapes_beyond_max_trials_are_priced(submit: Callable[..., Submission]) -> None:
+    named = [dict(submit().plan["teacher_shape"], intermediate_size=size, num_hidden_layers=2) for size in (16, 24, 32)]
+    plan = submit(shapes=named, sampler={"max_trials": 1}, controls={"anchors": False}).plan
+    assert plan["max_distillation_tokens"] == 3 * (4096 + int(0.3 * 2048))
+
+
+@pytest.mark.parametrize(
+    ("rungs", "field"),
+    [({"first_tokens": 1, "num_trained": 2}, "rungs.first_tokens"), ({"first_tokens": 2**53, "factor": 64, "num_trained": 9}, "rungs.factor")],
+)
+def test_rungs_of_impossible_length_are_refused(submit: Callable[..., Submission], rungs: dict[str, int], field: str) -> None:
+    with pytest.raises(InvalidSpec) as refused:
+        submit(rungs=rungs)
+    assert [problem.field for problem in refused.value.problems] == [field]
 
 
 def test_the_inputs_are_a_snapshot_with_digests(submit: Callable[..., Submission]) -> None:

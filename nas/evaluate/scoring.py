@@ -155,7 +155,8 @@ def score(
     if problems:
         raise InvalidSpec(*problems)
     with _left_as_it_was(model, tokenizer), harness.isolated():
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+        # In bfloat16 log-probabilities tie, and lm-eval counts a tie for the first choice.
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, softmax_dtype="float32")
         return Scores(tasks={name: _score_task(lm, task=tasks[name], documents=documents[name]) for name in documents})
 
 

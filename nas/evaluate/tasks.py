@@ -65,6 +65,8 @@ class TaskCard:
     default_metric: str
     """`acc_norm`, `acc`, `exact_match`, `bits_per_byte`: the first that the task has, else its first metric."""
     num_documents: int
+    max_fewshot: int = 0
+    """Most examples in a prompt; 0 where the task has no split of its own for them."""
 
     def metric(self, name: str) -> MetricCard:
         """One metric by name.
@@ -170,7 +172,14 @@ def _try_out(name: str, *, folder: Path, digest: str) -> TaskCard:
         metrics=tuple(metrics),
         default_metric=next((metric for metric in _PREFERRED_METRICS if metric in names), names[0]),
         num_documents=num_documents,
+        max_fewshot=_max_fewshot(name, folder=folder),
     )
+
+
+def _max_fewshot(name: str, *, folder: Path) -> int:
+    if not _has_own_examples(read_yaml(folder / _YAML)):
+        return 0
+    return max(0, len(list(_build_task(name, folder=folder, num_fewshot=1).fewshot_docs())) - 1)
 
 
 # ---------------------------------------------------------------- copying
@@ -292,9 +301,21 @@ def _build_task(name: str, *, folder: Path, num_fewshot: int | None) -> Any:
             # lm-eval processes all documents again on every look at them, five times in one evaluation.
             task.config.process_docs = functools.cache(task.config.process_docs)
             task.eval_docs  # noqa: B018 (processed here, once and silently)
+        if shots and not _has_own_examples(config):
+            expected = "0: the task has no split of its own for examples, so they would be documents that are scored"
+            raise InvalidSpec(Problem(field=f"num_fewshot.{name}", expected=expected, got=str(shots)))
         if shots and (pool := len(list(task.fewshot_docs()))) <= shots:
             raise InvalidSpec(Problem(field=f"num_fewshot.{name}", expected=f"at most {pool - 1}, one less than the examples there are", got=str(shots)))
     return task
+
+
+def _has_own_examples(config: Mapping[str, Any]) -> bool:
+    """Whether lm-eval would draw few-shot examples from elsewhere than the documents that it scores."""
+    fewshot = config.get("fewshot_config") or {}
+    if fewshot.get("samples") is not None:
+        return True
+    examples = config.get("fewshot_split") or fewshot.get("split") or config.get("training_split") or config.get("validation_split")
+    return examples is not None and examples != (config.get("test_split") or config.get("validation_split"))
 
 
 def _row_reader(folder: Path, *, config: Mapping[str, Any], needs_examples: bool) -> Callable[..., Any]:

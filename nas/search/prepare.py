@@ -31,7 +31,7 @@ from nas.evaluate.tasks import load_tasks, split_documents
 from nas.families import Architecture, read_architecture
 from nas.full_run import DEPTH_TOKENS
 from nas.search.layout import BLOCKS, PREPARED, SORTED, SPLITS, searched_depths
-from nas.search.trial import load_shared, measure, teacher_dtype
+from nas.search.trial import forget_shared, load_shared, measure, teacher_dtype
 from nas.spec import SearchSpec
 
 REPORT_SECONDS = 5.0
@@ -51,14 +51,14 @@ def prepare(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, device
         TeacherUnavailable, CorpusUnavailable, TaskUnavailable: what the search refers to cannot be used, or is no longer what was registered.
         StoppedEarly: asked to; what was finished stays.
     """
+    steps = _Steps(report=report, should_stop=should_stop)
+    with steps.step("check"):
+        _check_digests(inputs)
     if (folder / PREPARED).exists():
         facts = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
         assert isinstance(facts, dict)
         return facts
     folder.mkdir(parents=True, exist_ok=True)
-    steps = _Steps(report=report, should_stop=should_stop)
-    with steps.step("check"):
-        _check_digests(inputs)
     with steps.step("corpus"):
         blocks = _found(folder / BLOCKS, load=load_blocks) or _build_blocks(spec, inputs=inputs, folder=folder)
     sorting = _found(folder / SORTED, load=load_sorting) or _sort(spec, inputs=inputs, folder=folder, blocks=blocks, device=device, steps=steps)
@@ -151,18 +151,22 @@ def _sort(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, blocks: 
     teacher_folder = Path(inputs["teacher"]["path"])
     architecture = read_architecture(inputs["teacher"]["config"])
     batch_size = spec.distillation.micro_batch_size or spec.distillation.batch_size
+    forget_shared()  # another search's teacher may still fill the device
     with steps.step("importance"):
         teacher = load_model(teacher_folder, dtype=teacher_dtype(spec, device=device), device=device)
         importance = measure_importance(teacher, blocks_BT=blocks.calibration_NT, method=spec.compression.importance, batch_size=batch_size)
         order = make_order(importance, architecture.shape)
     with steps.step("depth"):
-        layers = _selectsearched_depths(
+        layers = _select_depths(
             spec, inputs=inputs, teacher=teacher, importance=importance, blocks_BT=blocks.calibration_NT, batch_size=batch_size, report=steps.progress
         )
+    del teacher
     with steps.step("sort"):
+        # What students are cut from never follows the arithmetic's dtype: bfloat16 would round every weight of every student.
+        stored = load_model(teacher_folder, dtype="float32", device="cpu")
         save_sorted(
             folder / SORTED,
-            state=sort_teacher(teacher, order=order, architecture=architecture),
+            state=sort_teacher(stored, order=order, architecture=architecture),
             order=order,
             importance=importance,
             config=inputs["teacher"]["config"],
@@ -210,7 +214,7 @@ def _held_out(documents: Sequence[int], *, spec: SearchSpec) -> list[int]:
     return list(documents) if limit is None or limit >= len(documents) else sorted(Random(spec.seed).sample(documents, limit))
 
 
-def _selectsearched_depths(
+def _select_depths(
     spec: SearchSpec,
     *,
     inputs: Mapping[str, Any],

@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nas.compress.corpus import Blocks, load_blocks
-from nas.compress.distillation import Diverged, Progress, TrainPlan, TrainState, distil, evaluate_kl, load_trunk
-from nas.compress.manifest import load_tensors, save_tensors
+from nas.compress.distillation import Diverged, Progress, TrainPlan, TrainState, distil, evaluate_kl, load_trunk, sound_checkpoint
+from nas.compress.manifest import save_tensors
 from nas.compress.slicing import build_student
 from nas.compress.sorting import Sorting, load_sorting
 from nas.compress.teacher import load_model, load_tokenizer, write_checkpoint
@@ -96,7 +94,7 @@ def run_rung(
             blocks_NT=shared.blocks.train_NT,
             plan=train_plan(spec, tokens=spec.rungs.tokens(rung)),
             state=_trunk_below(folder, rung=rung),
-            checkpoint=_sound_checkpoint(rung_folder(folder, rung=rung)),
+            checkpoint=sound_checkpoint(rung_folder(folder, rung=rung)),
             report=report,
             should_stop=should_stop,
         )
@@ -121,20 +119,6 @@ def _trunk_below(folder: Path, *, rung: int) -> TrainState | None:
     except (NotFound, CorruptFile) as damaged:
         logger.warning("trunk of rung %d is lost, training from the start", rung - 1, extra={"action": "trunk_lost", "reason": str(damaged)})
         return None
-
-
-def _sound_checkpoint(checkpoint: Path) -> Path:
-    """The rung's own checkpoint folder, emptied where a file is damaged: the rung is then trained again, to the same student."""
-    for state in ("trunk", "branch"):
-        try:
-            load_tensors(checkpoint, name=state)
-        except NotFound:
-            continue
-        except CorruptFile as damaged:
-            logger.warning("checkpoint is damaged, the rung starts again", extra={"action": "checkpoint_lost", "reason": str(damaged)})
-            shutil.rmtree(checkpoint)
-            break
-    return checkpoint
 
 
 def measure(
@@ -221,11 +205,23 @@ def load_shared(spec: SearchSpec, *, inputs: Mapping[str, Any], prepared: Path, 
     """The shared inputs of a search; kept in memory for the process's next trial."""
     fewshot = tuple((task.name, task.num_fewshot) for task in spec.tasks)
     folders = tuple(task["folder"] for task in inputs["tasks"])
-    return _load_shared(str(prepared), inputs["teacher"]["path"], teacher_dtype(spec, device=device), device, folders, fewshot)
+    key = (str(prepared), inputs["teacher"]["path"], teacher_dtype(spec, device=device), device, folders, fewshot)
+    if key not in _shared:
+        forget_shared()  # before the next one is loaded: two teachers may not fit
+        _shared[key] = _read_shared(*key)
+    return _shared[key]
 
 
-@lru_cache(maxsize=1)
-def _load_shared(prepared: str, teacher: str, dtype: str, device: str, folders: tuple[str, ...], fewshot: tuple[tuple[str, int], ...]) -> Shared:
+_shared: dict[tuple[Any, ...], Shared] = {}
+"""At most one entry: a worker process mostly runs the trials of one search."""
+
+
+def forget_shared() -> None:
+    """Let go of the teacher and all else that is kept for the next trial."""
+    _shared.clear()
+
+
+def _read_shared(prepared: str, teacher: str, dtype: str, device: str, folders: tuple[str, ...], fewshot: tuple[tuple[str, int], ...]) -> Shared:
     folder = Path(prepared)
     model = load_model(Path(teacher), dtype=dtype, device=device)
     model.requires_grad_(False)

@@ -91,6 +91,7 @@ class Service:
             "tasks": [{"name": "pairs"}, {"name": "bits", "weight": 2.0}],
             "budget": {"max_fraction": 0.6},
             "rungs": {"first_tokens": 1000, "num_trained": 2},
+            "distillation": {"batch_size": 2},
             **changes,
         }
 

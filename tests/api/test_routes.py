@@ -109,7 +109,8 @@ def test_a_search_tells_progress_best_and_cost(service: Service) -> None:
     # A score of a lower rung is higher, and not comparable.
     assert body["best"] == {"trial": 0, "score": 0.7, "standard_error": 0.02}
     assert [(rung["tokens"], rung["finished"]) for rung in body["rungs"]] == [(0, 4), (1000, 4), (4000, 3)]
-    assert body["cost"]["distillation_tokens"] == 3 * 4000 + 1000
+    # The decay branch of a rung (0.3 of its tokens) is thrown away: the next rung trains that share again.
+    assert body["cost"]["distillation_tokens"] == 4 * 1000 + 3 * (4000 - 1000 + 300)
     assert body["cost"]["step_seconds"] == {"slice": 11 * 0.5, "distil": 11 * 2.0}
     assert body["cost"]["device_seconds"] == 11 * 2.5
 

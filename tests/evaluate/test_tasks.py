@@ -139,6 +139,14 @@ def test_impossible_fewshot_is_refused(source: Path, tmp_path: Path, num_fewshot
         load_tasks([card.folder], num_fewshot=num_fewshot)
 
 
+def test_examples_that_would_be_scored_documents_are_refused(source: Path, tmp_path: Path) -> None:
+    (source / "colours.yaml").write_text(CHOICE.replace("training_split: train\n", ""))
+    (card,) = add_task(str(source), destination=tmp_path / "catalogue")
+    assert card.max_fewshot == 0
+    with pytest.raises(InvalidSpec, match="no split of its own"):
+        load_tasks([card.folder], num_fewshot={"colours": 1})
+
+
 def test_a_metric_over_the_whole_set_is_no_paired_one(source: Path, tmp_path: Path) -> None:
     (source / "colours.yaml").write_text(CHOICE + "  - {metric: f1, aggregation: f1, higher_is_better: true}\n")
     (card,) = add_task(str(source), destination=tmp_path / "catalogue")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
 
 from nas.compress.corpus import load_blocks
 from nas.errors import CorpusUnavailable, TeacherUnavailable
@@ -74,9 +76,25 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 
 def test_a_prepared_folder_is_found_again_without_loading_a_model(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("load_model", "load_shared", "build_blocks", "check_teacher"):
+    for name in ("load_model", "load_shared", "build_blocks"):
         monkeypatch.setattr(prepare_module, name, refuse)
     assert case.prepare(case.folder) == case.facts
+
+
+def test_a_teacher_that_was_changed_is_refused_even_where_the_folder_is_prepared(case: Case) -> None:
+    changed = {**case.inputs, "teacher": {**case.inputs["teacher"], "digest": "0" * 64}}
+    with pytest.raises(TeacherUnavailable, match="with which it was registered"):
+        case.prepare(case.folder, inputs=changed)
+
+
+def test_students_are_cut_from_float32_whatever_the_arithmetic(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "teacher_dtype", lambda *_, **__: "bfloat16")
+    case.prepare(tmp_path)
+    with safe_open(tmp_path / SORTED / "model.safetensors", framework="pt") as tensors:
+        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F32"}  # noqa: SIM118
+    with safe_open(case.folder / SORTED / "model.safetensors", framework="pt") as whole:
+        values = whole.get_tensor("model.embed_tokens.weight")
+    assert not torch.equal(values, values.bfloat16().float())  # the teacher does not fit bfloat16, so rounding would show
 
 
 def test_the_facts_are_plain_json(case: Case) -> None:
