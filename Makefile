@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 UNIT := not slow and not ray and not browser and not faults and not reference
 
-.PHONY: setup demo test test-all check bench format openapi clean
+.PHONY: setup demo test test-all check bench format clean
 
 setup: $(STAMP)
 

@@ -76,12 +76,8 @@ def describe_inputs(inputs: Mapping[str, Any]) -> list[Input]:
 
 
 def planned_trials(search: SearchRecord) -> int:
-    """Most trials that the search will have: proposals within the legal space, anchors and named shapes among them, then controls."""
-    proposals = search.spec["sampler"]["max_trials"]
-    legal = search.plan.get("legal_shapes")
-    if legal is not None:
-        proposals = min(proposals, legal + len(search.plan.get("anchors", ())) + len(search.spec["shapes"]))
-    return int(proposals + search.spec["controls"]["num_random"])
+    """Most trials that the search will have, as the submission worked it out."""
+    return int(search.plan["max_trials"])
 
 
 def best_row(search: SearchRecord) -> Best | None:
@@ -156,13 +152,13 @@ def leaderboard(search: SearchRecord) -> LeaderboardAnswer:
 def leaderboard_csv(board: LeaderboardAnswer, *, task_names: Sequence[str]) -> str:
     """One line per row; a column per task and its standard error. Empty where there is no value."""
     names = ["rank", "tie_group", "number", "origin", *SHAPE_FIELDS, "parameters", "share_of_teacher", "rung", "tokens", "score", "standard_error"]
-    names += ["kl", "kl_standard_error", "loss"]
+    names += ["kl", "kl_standard_error", "loss", "state", "verified"]
     tasks = [f"{task}{suffix}" for task in task_names for suffix in ("", "_standard_error")]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*names, *tasks])
     for row in board.rows:
-        values = {**row.shape.as_dict(), **dict(row)}
+        values = {"state": None, **row.shape.as_dict(), **dict(row), "verified": (dict(row).get("confirmation") or {}).get("verified")}
         scores = [row.tasks.get(task, {}).get(key) for task in task_names for key in ("value", "standard_error")]
         writer.writerow([*(values[name] for name in names), *scores])
     return out.getvalue()

@@ -49,6 +49,10 @@ class Budget:
     max_parameters: int
     min_parameters: int
     counting: str
+    fraction: float | None
+    """Of the teacher, where the spec says it so."""
+    teacher: int
+    """Counted parameters of the teacher."""
 
     @classmethod
     def of(cls, spec: BudgetSpec, *, architecture: Architecture) -> Budget:
@@ -58,7 +62,16 @@ class Budget:
         ceiling = spec.max_parameters if spec.max_parameters is not None else math.floor((spec.max_fraction or 0.0) * teacher)
         if ceiling >= teacher:
             raise InvalidSpec(Problem(field="budget.max_parameters", expected=f"below the teacher's {teacher} {spec.counting} parameters", got=str(ceiling)))
-        return cls(max_parameters=ceiling, min_parameters=math.ceil(spec.min_use * ceiling), counting=spec.counting)
+        return cls(
+            max_parameters=ceiling, min_parameters=math.ceil(spec.min_use * ceiling), counting=spec.counting, fraction=spec.max_fraction, teacher=teacher
+        )
+
+    def too_small(self, smallest: int, *, expected: str) -> Problem:
+        """That the smallest legal shape does not fit, in the field that the user wrote."""
+        if self.fraction is None:
+            return Problem(field="budget.max_parameters", expected=expected, got=str(self.max_parameters))
+        share = math.ceil(1e4 * smallest / self.teacher) / 1e4
+        return Problem(field="budget.max_fraction", expected=f"at least {share:.4f}: {expected.removeprefix('at least ')}", got=str(self.fraction))
 
 
 class SearchSpace:
@@ -71,6 +84,7 @@ class SearchSpace:
 
     def __init__(self, architecture: Architecture, *, space: SpaceSpec, budget: BudgetSpec) -> None:
         self.architecture = architecture
+        self._min_layers = space.num_hidden_layers.min or 1
         self.budget = Budget.of(budget, architecture=architecture)
         self.min_mlp_fill = space.min_mlp_fill
         teacher = architecture.shape
@@ -134,7 +148,7 @@ class SearchSpace:
         shape = self._shape(frames[best], self.intermediate_sizes[0])
         if smallest[best] > self.budget.max_parameters:
             expected = f"at least {int(smallest[best])}, the {self.budget.counting} parameters of the smallest legal shape {shape.key}"
-            raise BudgetInfeasible(Problem(field="budget.max_parameters", expected=expected, got=str(self.budget.max_parameters)))
+            raise BudgetInfeasible(self.budget.too_small(int(smallest[best]), expected=expected))
         expected = f"a share that some legal shape reaches (ceiling {self.budget.max_parameters} {self.budget.counting} parameters)"
         raise BudgetInfeasible(Problem(field="budget.min_use", expected=expected, got=f"{self.budget.min_parameters} parameters or more"))
 
@@ -148,10 +162,6 @@ class SearchSpace:
             num_key_value_heads=groups,
             head_dim=self.architecture.shape.head_dim,
         )
-
-    @property
-    def num_frames(self) -> int:
-        return len(self._frames)
 
     def count(self) -> int:
         """Number of legal shapes, exact."""
@@ -222,7 +232,8 @@ class SearchSpace:
     def anchors(self) -> dict[str, Shape]:
         """The three shapes one would take without a search, as large as the budget allows: width only, depth only, uniform.
 
-        Depth only may leave the ranges of the space, never the budget. An anchor with no room is absent; two may coincide.
+        Depth only may go below the default range of layers, never below a minimum that the spec names, nor above the budget.
+        An anchor with no room is absent; two may coincide.
         """
         teacher = np.asarray(_frame_of(self.architecture.shape), dtype=np.float64)
         widths = np.asarray(self.intermediate_sizes, dtype=np.float64)[self._high - 1]
@@ -241,7 +252,7 @@ class SearchSpace:
                 # A shape that leaves budget unused pays for it, so that an anchor is not small as well as simple.
                 index = int(np.argmin(np.where(allowed, distance + 2.0 * (1.0 - used), np.inf)))
                 anchors[name] = self._shape(self._frames[index], int(widths[index]))
-        for num_hidden_layers in range(self.architecture.shape.num_hidden_layers - 1, 0, -1):
+        for num_hidden_layers in range(self.architecture.shape.num_hidden_layers - 1, self._min_layers - 1, -1):
             depth_only = replace(self.architecture.shape, num_hidden_layers=num_hidden_layers)
             if not self.explain(depth_only):
                 anchors["depth_only"] = depth_only

@@ -294,7 +294,7 @@ def parse_spec(text: str | bytes) -> SearchSpec:
         InvalidSpec: not JSON, or any field that is unknown, missing, of another type or out of range.
     """
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise InvalidSpec(Problem(field="(body)", expected="a JSON object", got=str(error))) from error
     if not isinstance(values, dict):
@@ -325,6 +325,14 @@ def objective_metrics(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> dict[st
     return {task.name: task.metric or cards[task.name]["default_metric"] for task in spec.tasks}
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError("the name " + ", ".join(sorted({repr(name) for name in names if names.count(name) > 1})) + " twice in one object")
+    return values
+
+
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**base, **over}
     for key, value in base.items():
@@ -342,6 +350,12 @@ def _problem(detail: dict[str, Any]) -> Problem:
         return Problem(field=where, expected="a value", got="nothing")
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return Problem(field=where, expected="no such field", got=_shorten(detail.get("input")))
+    if kind == "too_short":
+        return Problem(field=where, expected=f"at least {detail['ctx']['min_length']} item", got=_shorten(detail.get("input")))
+    if kind == "string_pattern_mismatch":
+        message = "a name of 1 to 96 letters, digits, dots, dashes and underscores, the first a letter or digit"
+    if kind == "json_invalid":
+        return Problem(field="(body)", expected="Unicode text in every string", got=message)
     return Problem(field=where, expected=message, got=_shorten(detail.get("input")))
 
 

@@ -129,6 +129,7 @@ def _plan(spec: SearchSpec, *, space: SearchSpace) -> dict[str, Any]:
     anchors = space.anchors() if spec.controls.anchors else {}
     rungs = [spec.rungs.tokens(rung) for rung in range(spec.rungs.num_trained + 1)]
     searched = max(min(spec.sampler.max_trials, space.count() + len(anchors) + len(spec.shapes)), len(anchors) + len(spec.shapes))
+    trials = searched + spec.controls.num_random
     trained = sum(spec.trained_tokens(rung) for rung in range(len(rungs)))
     return {
         "teacher_parameters": teacher.total,
@@ -140,7 +141,8 @@ def _plan(spec: SearchSpec, *, space: SearchSpace) -> dict[str, Any]:
         "legal_shapes": space.count(),
         "anchors": {name: _described(architecture, shape) for name, shape in anchors.items()},
         "rung_tokens": rungs,
-        "max_distillation_tokens": trained * (searched + spec.controls.num_random),
+        "max_trials": trials,
+        "max_distillation_tokens": trained * trials,
     }
 
 

@@ -258,3 +258,17 @@ def test_counting_without_the_embeddings_measures_another_budget():
 
     assert found.budget.max_parameters == int(0.6 * (260_032 - 512 * 64))
     assert max(counted(found, shape) for shape in found.shapes()) <= found.budget.max_parameters
+
+
+def test_a_fraction_that_is_too_small_is_named_as_the_user_wrote_it():
+    with pytest.raises(BudgetInfeasible) as refused:
+        SearchSpace(ARCHITECTURE, space=SpaceSpec(), budget=BudgetSpec(max_fraction=0.01))
+    (problem,) = refused.value.problems
+    assert (problem.field, problem.got) == ("budget.max_fraction", "0.01")
+    SearchSpace(ARCHITECTURE, space=SpaceSpec(), budget=BudgetSpec(max_fraction=float(problem.expected.split()[2].rstrip(":"))))
+
+
+def test_the_depth_only_anchor_keeps_to_a_minimum_that_the_spec_names():
+    free = SearchSpace(ARCHITECTURE, space=SpaceSpec(), budget=BudgetSpec(max_fraction=0.5)).anchors()["depth_only"]
+    named = SpaceSpec(num_hidden_layers=AxisSpec(min=free.num_hidden_layers + 1))
+    assert "depth_only" not in SearchSpace(ARCHITECTURE, space=named, budget=BudgetSpec(max_fraction=0.5)).anchors()

@@ -82,7 +82,7 @@ def test_four_fields_are_enough():
     ("path", "value", "expected", "got"),
     [
         ("teacher", 7, "a valid string", "7"),
-        ("teacher", "../etc", "match pattern", '"../etc"'),
+        ("teacher", "../etc", "a name of 1 to 96 letters", '"../etc"'),
         ("budget.max_fraction", "0.6", "a valid number", '"0.6"'),
         ("budget.max_fraction", 1.0, "less than 1", "1.0"),
         ("budget.max_fraction", 0, "greater than 0", "0"),
@@ -189,3 +189,8 @@ def test_a_preset_over_a_part_of_the_wrong_type_is_refused_by_name():
 
 def test_tokens_grow_by_the_factor_from_rung_to_rung():
     assert [RungSpec(first_tokens=100, factor=4).tokens(rung) for rung in range(4)] == [0, 100, 400, 1600]
+
+
+def test_a_name_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(InvalidSpec, match="'teacher' twice in one object"):
+        parse_spec(json.dumps(MINIMAL)[:-1] + ', "teacher": "other"}')
