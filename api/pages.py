@@ -17,7 +17,7 @@ from api.rendering import TEMPLATES
 from api.routes import SearchDep, StoreDep, TrialNumber
 from api.schemas import AttemptAnswer
 from api.summary import describe_rung, describe_search, describe_trial, leaderboard, summarise_search
-from api.views import board_rows, compare_shapes, curve_figure, group_failures, measure_pace, rung_figure, score_figure, task_columns
+from api.views import board_rows, compare_shapes, curve_figure, group_failures, held_out_rows, measure_pace, rung_figure, score_figure, task_columns
 from nas.store.records import utc_now
 
 SEARCHES_PER_PAGE = 50
@@ -58,6 +58,7 @@ def search_page(search: SearchDep, store: StoreDep) -> HTMLResponse:
         rows=rows,
         board=leaderboard(search).model_dump(),
         tasks=task_columns(search),
+        held_out=held_out_rows(search),
         failures=group_failures(trials),
         events=events[::-1],
         pace=measure_pace(answer, now=utc_now()),

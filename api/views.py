@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from statistics import median
 from typing import Any
 
 from api.rendering import format_count, origin_badge
@@ -90,6 +91,42 @@ def _unranked(trial: TrialRecord, *, latest: RungRecord | None, teacher_paramete
         kl_standard_error=kl["standard_error"],
         tasks=latest.result["tasks"] if latest else {},
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutRow:
+    """One model on the documents and blocks that no rung used."""
+
+    name: str
+    number: int | None
+    """The trial; None for the teacher and for a median of several."""
+    parameters: int
+    metrics: Mapping[str, Mapping[str, Any]]
+    """loss, kl and the tasks: value and standard_error (None for a median)."""
+
+
+def held_out_rows(search: SearchRecord) -> list[HeldOutRow]:
+    """The comparison that the search did not choose by: the teacher, every confirmed shape, and the median of the random controls."""
+    board = search.board or {}
+    confirmed = [(row, row["confirmation"]["held_out"]) for row in board.get("rows", ()) if (row.get("confirmation") or {}).get("held_out")]
+    if not confirmed:
+        return []
+    rows = [HeldOutRow(name="teacher", number=None, parameters=board["teacher"]["held_out"]["parameters"], metrics=_metrics(board["teacher"]["held_out"]))]
+    for row, result in confirmed:
+        if row["origin"] != "control":
+            name = "winner" if row["number"] == board.get("winner") else row["origin"].removeprefix("anchor:").replace("_", " ")
+            rows.append(HeldOutRow(name=name, number=row["number"], parameters=result["parameters"], metrics=_metrics(result)))
+    controls = [result for row, result in confirmed if row["origin"] == "control"]
+    if controls:
+        every = [_metrics(result) for result in controls]
+        medians = {name: {"value": median(metrics[name]["value"] for metrics in every), "standard_error": None} for name in every[0]}
+        parameters = int(median(result["parameters"] for result in controls))
+        rows.append(HeldOutRow(name=f"median of {len(controls)} random shapes", number=None, parameters=parameters, metrics=medians))
+    return rows
+
+
+def _metrics(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {"loss": result["loss"], "kl": result["kl"], **result["tasks"]}
 
 
 def group_failures(trials: Iterable[TrialRecord]) -> list[dict[str, Any]]:

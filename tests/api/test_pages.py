@@ -4,7 +4,7 @@ import html
 import json
 import re
 from html.parser import HTMLParser
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -286,3 +286,25 @@ def test_a_clock_that_is_behind_makes_no_negative_age() -> None:
 
     assert format_age(now.replace(year=now.year + 1), now=now) == "just now"
     assert format_bytes(1500) == "1.5 kB"
+
+
+def test_confirmed_shapes_stand_beside_the_teacher_on_held_out_documents(service: Service) -> None:
+    search = service.ranked_search()
+
+    def result(kl: float) -> dict[str, Any]:
+        metric = {"value": kl, "standard_error": 0.01, "higher_is_better": False}
+        return {"parameters": 90000, "tokens": 4000, "kl": metric, "loss": metric, "tasks": {"bits": metric}}
+
+    board = dict(service.store.get_search(search.id).board or {})
+    rows = [dict(row, confirmation={"verified": True, "held_out": result(0.25)}) for row in board["rows"][:1]]
+    rows += [
+        dict(row, number=90 + index, origin="control", confirmation={"verified": True, "held_out": result(kl)})
+        for index, kl in enumerate((0.5, 0.7, 0.9))
+        for row in rows
+    ]
+    service.store.save_board(search.id, {**board, "rows": [*rows, *board["rows"][1:]], "teacher": {"held_out": result(0.0)}}, fence=None)
+
+    page = service.client.get(f"/searches/{search.id}").text
+
+    table = page[page.index("On held-out documents") :]
+    assert [name in table for name in ("teacher", "0.250", "median of 3 random shapes", "0.700")] == [True] * 4
