@@ -212,12 +212,18 @@ class DistillationSpec:
 class ResourceSpec:
     """What one trial may use on a worker."""
 
-    cpus: Annotated[float, Field(gt=0, le=1024)] = 1.0
+    cpus: Annotated[float, Field(ge=0.01, le=1024)] = 1.0
     """CPU cores of a trial; its threads match them."""
     gpus: Annotated[float, Field(ge=0, le=64)] = 0.0
-    """GPUs of a trial."""
+    """GPUs of a trial: a whole number, or a share of one."""
     max_parallel_trials: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Trials in flight at once. With 1, the same seed gives the same leaderboard."""
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> ResourceSpec:
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"a whole number of gpus, or a share of one, not {self.gpus}")
+        return self
 
 
 @_value

@@ -103,6 +103,8 @@ def event_line(event: Mapping[str, Any]) -> str | None:
             return f"{at}  prepare: {data['step']}" + (f" {data['done']} of {data['of']}" if "done" in data else "")
         case "attempt.failed" | "attempt.lost":
             return f"{at}  attempt of {data['stage']} {kind.split('.')[1]}: {(data.get('reason') or '')[:200]}"
+        case "attempt.waiting":
+            return f"{at}  {data['stage']}" + (f" of trial {data['trial']}" if data.get("trial") is not None else "") + f": {data['reason']}"
         case "search.winner":
             return f"{at}  winner: trial {data['trial']}" if "trial" in data else f"{at}  winner chosen"
         case _ if kind.startswith("search."):

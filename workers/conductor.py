@@ -6,11 +6,12 @@ may be followed by a crash, after which the next controller comes to the same de
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from workers.executor import Executor
 from workers.folders import SearchFolder
 from workers.progress import ProgressReader, make_point
 from workers.search_run import Advance, NewTrial, SearchRun
-from workers.step import STOP, Outcome, Step, read_outcome
+from workers.step import RESULT, STOP, Outcome, Step, read_outcome
 
 logger = logging.getLogger(__name__)
 
 CANCEL_GRACE_SECONDS = 10.0
 """A step that was asked to stop and has not is killed after this long."""
+WAITING_SECONDS = 60.0
+"""A step that shows no sign of life for so long is said to wait for resources: on a cluster that grows, this may take any time."""
 WORKING = (SearchState.QUEUED, SearchState.PREPARING, SearchState.SEARCHING, SearchState.CONFIRMING)
 
 
@@ -53,8 +56,11 @@ class Running:
 
     attempt: AttemptRecord
     progress: ProgressReader
+    started: float = field(default_factory=time.monotonic)
+    """time.monotonic() of its hand-over to the executor."""
     began: float | None = None
     """time.monotonic() of its first sign of life; None while it waits for resources."""
+    said_waiting: bool = False
     stop_asked: float | None = None
     killed: str | None = None
     """Why we ended it by force."""
@@ -70,12 +76,20 @@ class Conductor:
         self.running: dict[str, Running] = {}
         self.ended: dict[str, Outcome] = {}
         """Outcomes of steps that wait to be recorded."""
-        self.reload()
+        self._load()
         self.prepared_key = prepared_key(self._run.spec, inputs=self._run.inputs)
 
     def reload(self) -> None:
-        """Read the search from the store again, whatever memory says."""
-        self._run = SearchRun(self.record, trials=self._store.list_trials(self.record.id), rungs=self._store.list_rungs(self.record.id))
+        """Read the search from the store again, whatever memory says; attempts that run there and not here are lost."""
+        for attempt in self._store.list_attempts(self.record.id):
+            if attempt.state is AttemptState.RUNNING and attempt.id not in self.running:
+                self._store.finish_attempt(attempt.id, state=AttemptState.LOST, reason="the controller does not know its step", fence=self._fence)
+        self._load()
+
+    def _load(self) -> None:
+        search_id = self.record.id
+        trials, rungs, attempts = self._store.list_trials(search_id), self._store.list_rungs(search_id), self._store.list_attempts(search_id)
+        self._run = SearchRun(self.record, trials=trials, rungs=rungs, attempts=attempts)
         self._confirmations = {number: trial.confirmation for number, trial in self._run.trials.items() if trial.confirmation is not None}
         self._finalists: list[int] | None = None
 
@@ -127,8 +141,10 @@ class Conductor:
             except Conflict as conflict:
                 # An earlier try, or another controller, got as far as the store.
                 logger.warning("outcome not recorded: %s", conflict, extra={"action": "outcome_ignored", "search_id": self.record.id, "attempt_id": key})
+                del self.running[key], self.ended[key]
                 self.reload()
-            del self.running[key], self.ended[key]
+            else:
+                del self.running[key], self.ended[key]
 
     def _settle(self, running: Running, outcome: Outcome) -> None:
         self._pass_on_progress()
@@ -139,6 +155,8 @@ class Conductor:
         reason = running.killed or outcome.reason or "error"
         cancelled = self.record.state is SearchState.CANCELLING
         state = AttemptState.CANCELLED if cancelled else AttemptState.LOST if reason == "stopped" else AttemptState.FAILED
+        if not outcome.retryable and read_outcome(running.progress.folder) is None:
+            _leave_outcome(running.progress.folder, outcome)
         self._store.finish_attempt(attempt.id, state=state, reason=f"{reason}: {outcome.message}"[:4000], fence=self._fence)
         logger.warning("attempt failed: %s", reason, extra={"action": "attempt_failed", "search_id": self.record.id, "attempt_id": attempt.id})
         if attempt.trial is not None:
@@ -244,14 +262,21 @@ class Conductor:
         now = time.monotonic()
         for key, running in self.running.items():
             if self.record.state is SearchState.CANCELLING and running.stop_asked is None:
-                running.progress.folder.mkdir(parents=True, exist_ok=True)
-                (running.progress.folder / STOP).touch()
+                ask_to_stop(running.progress.folder)
                 running.stop_asked = now
+            if running.began is None and not running.said_waiting and now - running.started > WAITING_SECONDS:
+                self._say_waiting(running.attempt)
+                running.said_waiting = True
             overdue = running.began is not None and now - running.began > self._run.spec.limits.max_rung_seconds
             ignored = running.stop_asked is not None and now - running.stop_asked > CANCEL_GRACE_SECONDS
             if running.killed is None and (overdue or ignored):
                 running.killed = "timeout" if overdue else "stopped"
                 self._leader.executor.kill(key)
+
+    def _say_waiting(self, attempt: AttemptRecord) -> None:
+        data = {"attempt": attempt.id, "stage": attempt.stage, "trial": attempt.trial, "rung": attempt.rung, "reason": "waiting for resources"}
+        self._store.add_event(self.record.id, "attempt.waiting", data, fence=self._fence)
+        logger.info("no sign of life after %g s", WAITING_SECONDS, extra={"action": "attempt_waiting", "search_id": self.record.id, **data})
 
     # -- what is next ------------------------------------------------------------------------------------------------------
 
@@ -351,8 +376,15 @@ class Conductor:
             cpus=run.spec.resources.cpus,
             gpus=run.spec.resources.gpus,
         )
+        if trial is not None and rung is not None:
+            run.add_start(trial, rung=rung)
         self.running[attempt.id] = Running(attempt=attempt, progress=ProgressReader(folder=Path(step.folder)))
-        self._leader.executor.start(step)
+        try:
+            self._leader.executor.start(step)
+        # Broad: whatever an executor says of a step that it cannot begin. It counts as a try, and the user reads why.
+        except Exception as error:
+            logger.exception("step not started", extra={"action": "start_failed", "search_id": run.id, "attempt_id": attempt.id})
+            self.ended[attempt.id] = Outcome(succeeded=False, reason="error", message=f"the step could not be started: {type(error).__name__}: {error}"[:2000])
 
     # -- writing -----------------------------------------------------------------------------------------------------------
 
@@ -396,3 +428,17 @@ class Conductor:
         failed = [attempt.id for attempt in self._store.list_attempts(self.record.id) if attempt.state is AttemptState.FAILED]
         self.folder.clear(keep_attempts=failed)
         self._move(to, error=error)
+
+
+def ask_to_stop(folder: Path) -> None:
+    """Ask the step with this mailbox to end, also one that has not begun yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STOP).touch()
+
+
+def _leave_outcome(folder: Path, outcome: Outcome) -> None:
+    """Keep an outcome that its executor made up where a step's own would be: the next controller must see that no retry helps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{RESULT}"
+    temporary.write_text(json.dumps(outcome.as_dict()), encoding="utf-8")
+    temporary.replace(folder / RESULT)

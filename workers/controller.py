@@ -17,8 +17,9 @@ from nas.errors import Conflict, Fenced, InvalidSpec
 from nas.settings import Settings
 from nas.store.records import AttemptState, SearchRecord, SearchState, TrialState
 from nas.store.store import Store
-from workers.conductor import WORKING, Conductor, Leader
+from workers.conductor import WORKING, Conductor, Leader, ask_to_stop
 from workers.executor import Executor
+from workers.folders import SearchFolder
 from workers.step import read_outcome
 
 logger = logging.getLogger(__name__)
@@ -206,5 +207,12 @@ class Controller:
                 # Its first tick meets the same trouble, and deals with it; what was not settled here is run again.
                 logger.exception("a finished step could not be taken over", extra={"action": "recover_failed", "search_id": record.id})
         lost = self._store.lose_running_attempts(fence=leader.fence)
+        for attempt in lost:
+            # Its worker may have outlived the controller, and must not write beside the next attempt for long.
+            folder = SearchFolder(path=self._settings.searches_folder / attempt.search_id).attempt(attempt.id)
+            try:
+                ask_to_stop(folder)
+            except OSError:
+                logger.exception("a lost attempt could not be asked to stop", extra={"action": "recover_failed", "attempt_id": attempt.id})
         if lost:
             logger.warning("resuming %d lost attempts", len(lost), extra={"action": "recover", "attempts": [attempt.id for attempt in lost]})

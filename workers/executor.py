@@ -22,10 +22,10 @@ class Executor(Protocol):
     """Runs steps somewhere. Every started step ends in exactly one outcome, also when its process dies."""
 
     def start(self, step: Step) -> None:
-        """Begin a step; it may wait for resources first."""
+        """Begin a step; it may wait for resources first. One that cannot begin raises, or ends in an outcome that says why."""
 
     def wait(self, *, timeout_seconds: float) -> list[tuple[str, Outcome]]:
-        """Steps that ended since the last call, by key; blocks until there is one, or the time is over."""
+        """Steps that ended since the last call, by key; blocks until there is one, or the time is over: also when nothing runs."""
 
     def kill(self, key: str) -> None:
         """End a step by force; its outcome is `worker_died`, unless it had already ended."""

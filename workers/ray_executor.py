@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,11 @@ class RayExecutor:
 
     def wait(self, *, timeout_seconds: float) -> list[tuple[str, Outcome]]:
         refused, self._refused = self._refused, []
-        if refused or not self._running:
+        if refused:
             return refused
+        if not self._running:
+            time.sleep(timeout_seconds)
+            return []
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_seconds)
         more, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         return [self._settle(reference) for reference in dict.fromkeys([*ready, *more])]

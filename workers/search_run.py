@@ -21,7 +21,7 @@ from nas.search.study import Observation, choose_sampler, propose
 from nas.shape import Shape
 from nas.space import Choices, build_space
 from nas.spec import parse_spec
-from nas.store.records import RungRecord, SearchRecord, TrialRecord, TrialState
+from nas.store.records import AttemptRecord, RungRecord, SearchRecord, TrialRecord, TrialState
 
 FORCED_ORIGINS = ("anchor", "user", CONTROL)
 """They reach the last rung whatever their results: the board compares with them at equal tokens."""
@@ -57,7 +57,7 @@ class _Step:
 class SearchRun:
     """The search's state between two decisions; `trials` and `results` are kept in step with the store by the controller."""
 
-    def __init__(self, record: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Sequence[RungRecord]) -> None:
+    def __init__(self, record: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Sequence[RungRecord], attempts: Sequence[AttemptRecord]) -> None:
         self.id = record.id
         self.inputs = record.inputs
         self.spec = parse_spec(json.dumps(record.spec))
@@ -68,6 +68,15 @@ class SearchRun:
         self.results: dict[int, dict[int, RungResult]] = {}
         for row in sorted(rungs, key=lambda row: row.sequence):
             self.add_result(row.trial, RungResult.from_dict(row.result))
+        self.reached: dict[int, int] = {}
+        """Deepest rung of a trial that was ever started, however it ended."""
+        for attempt in attempts:
+            if attempt.stage == "rung" and attempt.trial is not None and attempt.rung is not None:
+                self.add_start(attempt.trial, rung=attempt.rung)
+
+    def add_start(self, trial: int, *, rung: int) -> None:
+        """A rung of a trial starts: whatever becomes of it, the trial was promoted to it."""
+        self.reached[trial] = max(rung, self.reached.get(trial, 0))
 
     def add_result(self, trial: int, result: RungResult) -> None:
         """Must be called in finish order: the sampler is fed in it."""
@@ -98,14 +107,17 @@ class SearchRun:
         return self._next_shape()
 
     def left_behind(self) -> list[int]:
-        """Trials that wait at a rung from which no one will go up any more."""
+        """Trials that wait at a rung from which no one will go up any more: who was promoted is up, so none of their places gets free."""
         return [
             trial.number
             for standing in self._ladder()
-            if standing.complete
+            if standing.complete and self._have_arrived(standing.promoted, rung=standing.rung + 1)
             for trial in self.trials.values()
             if trial.state == TrialState.WAITING and trial.rung == standing.rung and trial.number not in standing.promoted
         ]
+
+    def _have_arrived(self, promoted: Sequence[int], *, rung: int) -> bool:
+        return all(rung in self.results[number] or self.trials[number].state.is_terminal for number in promoted)
 
     def is_finished(self) -> bool:
         """No trial runs or waits, and no shape is left to propose."""
@@ -118,18 +130,20 @@ class SearchRun:
         complete = self._all_proposed()
         coming = {trial.number for trial in live}
         for rung in range(self.last_rung):
-            # A trial promoted early may no longer be among the promoted: while it is on its way up, the rung is not complete either.
-            on_the_way = {trial.number for trial in live if trial.state == TrialState.RUNNING and (-1 if trial.rung is None else trial.rung) < rung}
             arrived = {trial.number for trial in live if trial.rung is not None and trial.rung >= rung}
-            complete = complete and not on_the_way and coming <= arrived
+            complete = complete and coming <= arrived
             standings = [
                 Standing(trial=number, depth=self.shape_of(number).num_hidden_layers, kl=results[rung].kl, forced=self._is_forced(number))
                 for number, results in self.results.items()
-                if rung in results
+                if rung in results and self.trials[number].state != TrialState.FAILED  # the place it held goes to the next best
             ]
-            promoted = promotable(rung, standings, spec=self.spec.rungs, complete=complete)
+            best = promotable(rung, standings, spec=self.spec.rungs, complete=complete)
+            # Better ones may have come since an early promotion; it holds all the same, also while its rung is tried again.
+            early = [standing.trial for standing in standings if standing.trial not in best and self.reached.get(standing.trial, 0) > rung]
+            promoted = (*best, *early)
             ladder.append(_Step(rung=rung, complete=complete, promoted=promoted))
-            coming = {trial.number for trial in live if trial.number in promoted}
+            # A place that gets free after the others were stopped stays empty.
+            coming = {trial.number for trial in live if trial.number in promoted and trial.state != TrialState.STOPPED}
         return ladder
 
     def _is_forced(self, number: int) -> bool:

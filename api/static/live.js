@@ -65,7 +65,7 @@
   const TYPES = ["search.created", "search.preparing", "search.searching", "search.confirming", "search.cancelling", "search.prepared", "search.winner",
     "leaderboard.changed",
     "trial.proposed", "trial.started", "trial.rung_finished", "trial.waiting", "trial.completed", "trial.stopped", "trial.failed", "trial.cancelled", "trial.confirmed",
-    "attempt.started", "attempt.succeeded", "attempt.failed", "attempt.lost", "attempt.cancelled"];
+    "attempt.started", "attempt.waiting", "attempt.succeeded", "attempt.failed", "attempt.lost", "attempt.cancelled"];
   const LAST_TYPES = ["search.succeeded", "search.failed", "search.cancelled"];
 
   function follow(address) {

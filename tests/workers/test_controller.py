@@ -17,11 +17,12 @@ from nas.errors import Fenced
 from nas.search import confirm
 from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
-from nas.store.records import AttemptState, SearchRecord, SearchState, TrialState
+from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchState, TrialState
 from nas.store.store import Store
 from nas.submission import check_submission
+from workers import conductor as conductor_module
 from workers.controller import Controller
-from workers.step import PROGRESS, RESULT, Outcome, Step, execute
+from workers.step import PROGRESS, RESULT, STOP, Outcome, Step, execute
 
 
 class InlineExecutor:
@@ -283,6 +284,96 @@ def test_a_crash_after_the_last_failure_gives_no_further_try(service: Service, m
     assert search.state is SearchState.SUCCEEDED
     assert service.store.get_trial(search_id, 0).state is TrialState.FAILED
     assert service.executor.ran(trial=0, rung=0) == 1
+
+
+@pytest.mark.parametrize("max_attempts", [1, 3])
+def test_a_step_that_cannot_be_started_is_a_failed_try(service: Service, monkeypatch: pytest.MonkeyPatch, max_attempts: int) -> None:
+    def refuse(step: Step) -> None:
+        raise ValueError("the precision of a fractional quantity is too high")
+
+    monkeypatch.setattr(service.executor, "start", refuse)
+    search_id = service.submit(limits={"max_attempts": max_attempts})
+
+    search = service.run(search_id, seconds=20)
+
+    assert search.state is SearchState.FAILED
+    message = "the step could not be started: ValueError: the precision of a fractional quantity is too high"
+    assert search.error == {"reason": "error", "message": f"prepare: {message}"}
+    attempts = service.store.list_attempts(search_id)
+    assert [(attempt.state, attempt.reason) for attempt in attempts] == [(AttemptState.FAILED, f"error: {message}")] * max_attempts
+
+
+def test_a_step_that_is_not_started_once_is_tried_again(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, full = service.executor.start, iter([False, True])
+
+    def start_or_raise(step: Step) -> None:
+        if next(full, False):
+            raise OSError("no space left on device")
+        start(step)
+
+    monkeypatch.setattr(service.executor, "start", start_or_raise)
+    search_id = service.submit(sampler={"name": "random", "max_trials": 1})
+
+    assert service.run(search_id).state is SearchState.SUCCEEDED
+
+
+def test_an_attempt_whose_start_was_written_and_not_answered_is_lost(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers import controller as module
+
+    monkeypatch.setattr(module, "TROUBLE_SECONDS", 0.05)
+    start, away = service.store.start_attempt, iter([False, True])
+
+    def start_and_raise(*arguments: Any, **named: Any) -> AttemptRecord:
+        attempt = start(*arguments, **named)
+        if next(away, False):
+            raise OSError("connection reset")
+        return attempt
+
+    monkeypatch.setattr(service.store, "start_attempt", start_and_raise)
+    search_id = service.submit(sampler={"name": "random", "max_trials": 1})
+
+    assert service.run(search_id, seconds=30).state is SearchState.SUCCEEDED
+    states = [attempt.state for attempt in service.store.list_attempts(search_id)]
+    assert states.count(AttemptState.LOST) == 1
+    assert AttemptState.RUNNING not in states
+
+
+def test_a_step_that_can_never_run_fails_its_search_at_the_first_try(service: Service) -> None:
+    """Also when its executor refused it, and no worker left an outcome in its folder."""
+    search_id = service.submit(limits={"max_attempts": 3})
+    service.executor.before = lambda step: Outcome(succeeded=False, reason="unavailable", message="64 of 1 CPUs", retryable=False)
+
+    search = service.run(search_id)
+
+    assert search.error == {"reason": "unavailable", "message": "prepare: 64 of 1 CPUs"}
+    assert len(service.store.list_attempts(search_id)) == 1
+
+
+def test_a_worker_that_outlives_its_controller_is_asked_to_stop(service: Service) -> None:
+    search_id = service.submit()
+    service.run(search_id, until=lambda _: any(step.request.get("rung") == 1 for step in service.executor.steps))
+    orphan = next(step for step in service.executor.history if step.request.get("rung") == 1)
+    service.expire_lease()
+
+    service.run(search_id, until=lambda _: True)
+
+    assert (Path(orphan.folder) / STOP).exists()
+    assert execute(orphan).reason == "stopped"
+
+
+def test_a_step_without_a_sign_of_life_is_said_to_wait_once(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conductor_module, "WAITING_SECONDS", 0.05)
+    search_id = service.submit(sampler={"name": "random", "max_trials": 1})
+    monkeypatch.setattr(service.executor, "wait", lambda timeout_seconds: [])
+    controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
+    assert controller._lead()
+    for pause in (0.0, 0.0, 0.1, 0.1):
+        time.sleep(pause)
+        controller.tick(timeout_seconds=0.0)
+
+    (attempt,) = service.store.list_attempts(search_id)
+    waiting = [event.data for event in service.store.list_events(search_id) if event.type == "attempt.waiting"]
+    assert waiting == [{"attempt": attempt.id, "stage": "prepare", "trial": None, "rung": None, "reason": "waiting for resources"}]
 
 
 def test_a_step_that_finished_under_a_dead_controller_is_not_run_again(service: Service) -> None:

@@ -156,6 +156,13 @@ def test_a_step_uses_its_cpus_and_no_more_until_it_is_killed(executor: Executor,
     assert busy_percent < 150.0
 
 
+def test_waiting_takes_its_time_when_nothing_runs(executor: Executor) -> None:
+    began = time.monotonic()
+
+    assert executor.wait(timeout_seconds=0.2) == []
+    assert time.monotonic() - began >= 0.19
+
+
 def test_killing_what_does_not_run_does_nothing(executor: Executor) -> None:
     executor.kill("att_unknown")
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nas.search import study
 from nas.search.results import Metric, RungResult
 from nas.spec import dump_spec, parse_spec
-from nas.store.records import RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, utc_now
+from nas.store.records import AttemptRecord, AttemptState, RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, utc_now
 from workers import search_run
 from workers.search_run import Advance, NewTrial, SearchRun
 
@@ -71,15 +71,16 @@ class Simulation:
     record: SearchRecord
     run: SearchRun = field(init=False)
     rungs: list[RungRecord] = field(default_factory=list)
+    attempts: list[AttemptRecord] = field(default_factory=list)
     running: list[Advance] = field(default_factory=list)
     proposals: list[NewTrial] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.run = SearchRun(self.record, trials=[], rungs=[])
+        self.run = SearchRun(self.record, trials=[], rungs=[], attempts=[])
 
     def rebuilt(self) -> SearchRun:
         """As a controller that takes over makes it."""
-        return SearchRun(self.record, trials=list(self.run.trials.values()), rungs=self.rungs)
+        return SearchRun(self.record, trials=list(self.run.trials.values()), rungs=self.rungs, attempts=self.attempts)
 
     def set_state(self, number: int, **changes: Any) -> None:
         self.run.trials[number] = replace(self.run.trials[number], **changes)
@@ -92,8 +93,15 @@ class Simulation:
             else:
                 assert self.run.trials[action.trial].state is TrialState.WAITING
                 assert self.run.trials[action.trial].rung == (None if action.rung == 0 else action.rung - 1)
-                self.set_state(action.trial, state=TrialState.RUNNING)
-                self.running.append(action)
+                self.start(action)
+
+    def start(self, action: Advance) -> None:
+        self.set_state(action.trial, state=TrialState.RUNNING)
+        self.run.add_start(action.trial, rung=action.rung)
+        key, state = f"att_{len(self.attempts)}", AttemptState.RUNNING  # how it ends decides nothing
+        ends: dict[str, Any] = {"reason": None, "started_at": NOW, "finished_at": None}
+        self.attempts.append(AttemptRecord(id=key, search_id="srch_1", stage="rung", trial=action.trial, rung=action.rung, state=state, **ends))
+        self.running.append(action)
 
     def propose(self, new: NewTrial) -> None:
         number = len(self.run.trials)
@@ -304,6 +312,43 @@ def test_a_lost_step_is_never_left_behind_nor_run_twice(seed: int) -> None:
     pairs = [(row.trial, row.rung) for row in simulation.rungs]
     assert len(pairs) == len(set(pairs))
     assert all(trial.state.is_terminal for trial in simulation.run.trials.values())
+
+
+def test_a_trial_that_fails_leaves_its_place_to_the_next_best() -> None:
+    """Three fail at the last rung, as many as go up at first: the search goes on to those that waited, and does not end with nothing."""
+    sampler, rungs = {"name": "random", "max_trials": 10}, {"num_trained": 2, "keep": 0.3, "max_tie_growth": 1.0}
+    simulation = Simulation(make_record(controls={"anchors": False}, sampler=sampler, rungs=rungs, seed=1))
+    failures = 0
+
+    for _ in range(200):
+        simulation.fill(parallel=1)
+        if not simulation.running:
+            break
+        fails = simulation.running[0].rung == 2 and failures < 3
+        failures += fails
+        simulation.finish(0, fails=fails)
+
+    assert failures == 3
+    assert simulation.run.is_finished()
+    assert any(trial.state is TrialState.COMPLETED for trial in simulation.run.trials.values())
+
+
+@given(seed=st.integers(0, 2**16))
+@few
+def test_a_promotion_holds_when_its_step_is_tried_again(seed: int) -> None:
+    """With several workers better ones may have arrived meanwhile: whoever had started a rung finishes it."""
+    sampler, rungs = {"name": "random", "max_trials": 12}, {"num_trained": 2, "keep": 0.34, "max_tie_growth": 1.0}
+    simulation = Simulation(make_record(controls={"anchors": False}, sampler=sampler, rungs=rungs, seed=seed))
+    generator = random.Random(seed)
+    for _ in simulation.rounds(parallel=4, seed=seed):
+        for step in [step for step in simulation.running if generator.random() < 0.2]:
+            simulation.running.remove(step)
+            simulation.set_state(step.trial, state=TrialState.WAITING)
+            simulation.run = simulation.rebuilt()
+            simulation.stop_left_behind()
+
+    started = {(attempt.trial, attempt.rung) for attempt in simulation.attempts}
+    assert started == {(row.trial, row.rung) for row in simulation.rungs}
 
 
 def watch_proposals(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
