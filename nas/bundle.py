@@ -121,7 +121,7 @@ def _recipe(spec: SearchSpec, *, provenance: Mapping[str, Any]) -> dict[str, Any
     return {
         "student": ".",
         "teacher": provenance["teacher"],
-        "corpora": provenance["corpora"],
+        "corpora": [{**corpus, "weight": part.weight} for part, corpus in zip(spec.corpus.parts, provenance["corpora"], strict=True)],
         "distillation": {name: getattr(recipe, name) for name in Recipe.__slots__},
     }
 

@@ -26,6 +26,8 @@ from nas.settings import Settings
 from nas.terminal import err, event_line, leaderboard_table, out, print_facts, print_json, print_rows, say, shown, status_line
 
 if TYPE_CHECKING:
+    from nas.compress.corpus import Corpus
+    from nas.full_run import RecipeCorpus
     from nas.store.store import Store
 
 FAILED, WRONG_INPUT, MISSING, CONFLICT, UNREACHABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
@@ -394,7 +396,7 @@ def prune(
 def distill(
     recipe: Annotated[Path, typer.Argument(help="recipe.json of a bundle, or the bundle's folder.")],
     teacher: Annotated[str, typer.Option(help="Folder, or Hugging Face id.")],
-    corpus: Annotated[list[str], typer.Option(help="Text to distil on.")],
+    corpus: Annotated[list[str], typer.Option(help="Text to distil on; repeat for a mixture, in the order of the recipe's corpora and with their weights.")],
     out_folder: Annotated[Path, typer.Option("--out", help="Folder of the result; plain transformers loads it.")],
     student: Annotated[Path | None, typer.Option(help="Checkpoint to start from; default: the bundle's.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
@@ -409,23 +411,26 @@ def distill(
     Killed and run again with the same arguments, it goes on from its last checkpoint (one a minute, and one at Ctrl-C).
     """
     from nas.compress.distillation import Diverged, Stopped
-    from nas.full_run import Recipe, distil_fully
+    from nas.full_run import Recipe, RecipeInputs, distil_fully
 
     _prepare_torch(threads, device=device)
     path = recipe / "recipe.json" if recipe.is_dir() else recipe
     if not path.is_file():
         raise InvalidSpec(Problem(field="recipe", expected="a recipe.json or a bundle's folder", got=str(recipe)))
-    plan = Recipe.read(path, tokens=tokens, learning_rate=learning_rate, batch_size=batch_size)
+    plan, inputs = Recipe.read(path, tokens=tokens, learning_rate=learning_rate, batch_size=batch_size), RecipeInputs.read(path)
+    teacher_folder = _fetched_teacher(teacher)
     started = time.monotonic()
+    corpora = _mixture(corpus, recipe=inputs.corpora)
     try:
         with _interruptible() as should_stop, _progress(tokens=plan.tokens) as report:
             summary = distil_fully(
                 plan,
                 student=student or path.parent,
-                teacher=_fetched_teacher(teacher),
-                corpus=_fetched_corpus(corpus),
+                teacher=teacher_folder,
+                corpora=corpora,
                 out=out_folder,
                 device=device,
+                expected_teacher=inputs.teacher,
                 report=report,
                 should_stop=should_stop,
             )
@@ -433,6 +438,22 @@ def distill(
         say(str(ended))
         raise typer.Exit(INTERRUPTED if isinstance(ended, Stopped) else FAILED) from ended
     print_facts({**summary, "wall_seconds": time.monotonic() - started, "folder": str(out_folder)}, as_json=as_json)
+
+
+def _mixture(sources: Sequence[str], *, recipe: Sequence[RecipeCorpus]) -> list[tuple[Corpus, float]]:
+    """Each source with its weight. Other text than the search's is allowed, and said."""
+    from nas.compress.corpus import check_corpus
+
+    corpora = [check_corpus(_fetched_corpus([source])) for source in sources]
+    if len(recipe) != len(corpora):
+        if recipe:
+            mixed = ", ".join(f"{entry.name} (weight {entry.weight:g})" for entry in recipe)
+            say(f"--corpus: the recipe mixes {mixed}, got {len(corpora)} corpora; each has weight 1 in this run")
+        return [(corpus, 1.0) for corpus in corpora]
+    for source, corpus, entry in zip(sources, corpora, recipe, strict=True):
+        if entry.digest not in (None, corpus.digest):
+            say(f"--corpus {source}: other text than the recipe's {entry.name}; going on with it (digest {corpus.digest[:12]}, not {str(entry.digest)[:12]})")
+    return [(corpus, entry.weight) for corpus, entry in zip(corpora, recipe, strict=True)]
 
 
 @contextmanager

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nas.compress.corpus import Blocks, Corpus, Part, build_blocks, check_corpus, load_blocks
-from nas.compress.distillation import HeldOut, Progress, TrainPlan, distil, evaluate_kl
+from nas.compress.distillation import Diverged, HeldOut, Progress, TrainPlan, distil, evaluate_kl, sound_checkpoint
 from nas.compress.importance import measure_importance
 from nas.compress.manifest import write_json
 from nas.compress.slicing import build_student, kept_indices
@@ -68,22 +69,20 @@ class Recipe:
             problems.append(Problem(field="micro_batch_size", expected="null or an integer of at least 1", got=repr(self.micro_batch_size)))
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(Problem(field="dtype", expected="float32 or bfloat16", got=repr(self.dtype)))
+        if not problems and self.validation_tokens < 2 * self.sequence_length:
+            expected = f"at least two blocks of sequence_length={self.sequence_length}, whose spread is the standard error"
+            problems.append(Problem(field="validation_tokens", expected=expected, got=str(self.validation_tokens)))
         if problems:
             raise InvalidSpec(*problems)
 
     @classmethod
     def read(cls, path: Path, **overrides: Any) -> Recipe:
-        """A recipe file, with what the caller says on top; what is beside `distillation` in the file is a note for people.
+        """The `distillation` of a recipe file, with what the caller says on top.
 
         Raises:
             InvalidSpec: no recipe, an unknown or missing field, or one out of range.
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))["distillation"]
-            values = {**values, **{name: value for name, value in overrides.items() if value is not None}}
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            expected = "a JSON file with the object `distillation`, such as a bundle's recipe.json"
-            raise InvalidSpec(Problem(field=str(path), expected=expected, got=f"{type(error).__name__}: {error}")) from error
+        values = {**_read_recipe(path)["distillation"], **{name: value for name, value in overrides.items() if value is not None}}
         known = {field.name: field for field in fields(cls)}
         problems = [Problem(field=f"distillation.{name}", expected="no such field", got=repr(value)) for name, value in values.items() if name not in known]
         problems += [
@@ -105,14 +104,71 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeCorpus:
+    """One corpus of the search's mixture."""
+
+    name: str
+    digest: str | None = None
+    weight: float = 1.0
+    """Its share of the blocks is weight / sum of weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeInputs:
+    """The inputs that a recipe file was written for; one written by hand may leave them out."""
+
+    teacher: str | None
+    """Digest of the teacher that the student was cut out of."""
+    corpora: tuple[RecipeCorpus, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> RecipeInputs:
+        """The `teacher` and `corpora` of a recipe file.
+
+        Raises:
+            InvalidSpec: no recipe, or they are not written as in a bundle's.
+        """
+        values = _read_recipe(path)
+        try:
+            teacher = values.get("teacher", {}).get("digest")
+            corpora = tuple(
+                RecipeCorpus(**{name: entry[name] for name in ("name", "digest", "weight") if name in entry}) for entry in values.get("corpora", [])
+            )
+        except (AttributeError, TypeError) as error:
+            expected = "`teacher` with a digest and `corpora`, a list with name, digest and weight, as in a bundle's recipe.json"
+            raise InvalidSpec(Problem(field=str(path), expected=expected, got=f"{type(error).__name__}: {error}")) from error
+        problems = [
+            Problem(field=f"corpora.{index}.weight", expected="a number above 0", got=repr(corpus.weight))
+            for index, corpus in enumerate(corpora)
+            if isinstance(corpus.weight, bool) or not isinstance(corpus.weight, (int, float)) or not 0 < corpus.weight < math.inf
+        ]
+        if problems:
+            raise InvalidSpec(*problems)
+        return cls(teacher=teacher, corpora=corpora)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values["distillation"], dict):
+            raise TypeError(f"distillation is {values['distillation']!r}")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        expected = "a JSON file with the object `distillation`, such as a bundle's recipe.json"
+        raise InvalidSpec(Problem(field=str(path), expected=expected, got=f"{type(error).__name__}: {error}")) from error
+    assert isinstance(values, dict)
+    return values
+
+
 def distil_fully(
     recipe: Recipe,
     *,
     student: Path,
     teacher: Path,
-    corpus: Sequence[Path],
+    corpora: Sequence[tuple[Corpus, float]],
     out: Path,
     device: str,
+    expected_teacher: str | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -120,60 +176,69 @@ def distil_fully(
 
     Run again after a kill, it goes on from its last checkpoint; run again when it is done, it returns what it returned then.
 
+    Args:
+        corpora: the mixture, each with its weight.
+        expected_teacher: digest of the teacher that the student was cut out of; None: not known.
     Returns:
         tokens, seconds, and held-out KL and loss before and after, with standard errors.
     Raises:
         TeacherUnavailable, CorpusUnavailable: an input cannot be used. InvalidSpec: student, teacher and recipe do not fit each other.
         Conflict: `out` holds something else, or a run with another recipe or other inputs. Diverged: the loss is not finite. Stopped: asked to.
     """
-    checked_teacher, checked_student, checked_corpus = check_teacher(teacher), check_teacher(student), check_corpus(corpus)
-    _check_pair(recipe, student=checked_student, teacher=checked_teacher)
-    digests = {"teacher": checked_teacher.digest, "student": checked_student.digest, "corpus": checked_corpus.digest}
-    work = _claim(out, mark=SUMMARY, facts={"recipe": asdict(recipe), "digests": digests}, inputs=(teacher, student))
+    checked_teacher, checked_student = check_teacher(teacher), check_teacher(student)
+    _check_pair(recipe, student=checked_student, teacher=checked_teacher, expected_teacher=expected_teacher)
+    facts = {
+        "recipe": asdict(recipe),
+        "digests": {"teacher": checked_teacher.digest, "student": checked_student.digest, "corpora": [corpus.digest for corpus, _ in corpora]},
+        "weights": [weight for _, weight in corpora],
+    }
+    work = _claim(out, mark=SUMMARY, facts=facts, inputs=(teacher, student))
     if (out / SUMMARY).exists():
         shutil.rmtree(work, ignore_errors=True)
         return _read_object(out / SUMMARY)
-    blocks = _blocks(recipe, corpus=checked_corpus, teacher=checked_teacher, folder=work / "blocks")
+    blocks = _blocks(recipe, corpora=corpora, teacher=checked_teacher, folder=work / "blocks")
     teacher_model = load_model(checked_teacher.path, dtype=recipe.dtype if device != "cpu" else "float32", device=device)
     teacher_model.requires_grad_(False)
     model = load_model(checked_student.path, dtype="float32", device=device)
     batch_size = recipe.micro_batch_size or recipe.batch_size
-    before = evaluate_kl(model, teacher=teacher_model, blocks_NT=blocks.validation_NT, batch_size=batch_size)
+    before = _held_out(evaluate_kl(model, teacher=teacher_model, blocks_NT=blocks.validation_NT, batch_size=batch_size), recipe=recipe, tokens=0)
     distilled = distil(
         model,
         teacher=teacher_model,
         blocks_NT=blocks.train_NT,
         plan=_train_plan(recipe),
-        checkpoint=work / CHECKPOINT,
+        checkpoint=sound_checkpoint(work / CHECKPOINT),
         report=report,
         should_stop=should_stop,
     )
-    after = evaluate_kl(model, teacher=teacher_model, blocks_NT=blocks.validation_NT, batch_size=batch_size)
+    likelihood = evaluate_kl(model, teacher=teacher_model, blocks_NT=blocks.validation_NT, batch_size=batch_size)
+    after = _held_out(likelihood, recipe=recipe, tokens=distilled.tokens)
     write_checkpoint(model.state_dict(), config=model.config.to_dict(), tokenizer_from=checked_student.path, folder=out)
-    summary = {
-        "recipe": asdict(recipe),
-        "digests": digests,
-        "tokens": distilled.tokens,
-        "seconds": distilled.seconds,
-        "held_out_before": _held_out(before),
-        "held_out_after": _held_out(after),
-    }
+    summary = {**facts, "tokens": distilled.tokens, "seconds": distilled.seconds, "held_out_before": before, "held_out_after": after}
     write_json(summary, target=out / SUMMARY)
     shutil.rmtree(work)
     return summary
 
 
-def _check_pair(recipe: Recipe, *, student: Teacher, teacher: Teacher) -> None:
+def _check_pair(recipe: Recipe, *, student: Teacher, teacher: Teacher, expected_teacher: str | None) -> None:
     problems = []
+    if expected_teacher is not None and teacher.digest != expected_teacher:
+        expected = f"the one that the student was cut out of, digest {expected_teacher}"
+        problems.append(Problem(field="teacher", expected=expected, got=f"{teacher.path}, digest {teacher.digest}"))
     if student.architecture.vocab_size != teacher.architecture.vocab_size:
         expected = f"the teacher's vocabulary of {teacher.architecture.vocab_size} (a student is distilled by the teacher that it was cut out of)"
         problems.append(Problem(field="student", expected=expected, got=f"one of {student.architecture.vocab_size}"))
     for name, model in (("teacher", teacher), ("student", student)):
-        context = model.config.get("max_position_embeddings")
-        if isinstance(context, int) and recipe.sequence_length > context:
-            problems.append(Problem(field="sequence_length", expected=f"at most the {name}'s context of {context}", got=str(recipe.sequence_length)))
+        problems += _check_context(recipe.sequence_length, name=name, model=model)
     if problems:
         raise InvalidSpec(*problems)
+
+
+def _check_context(sequence_length: int, *, name: str, model: Teacher) -> list[Problem]:
+    context = model.config.get("max_position_embeddings")
+    if not isinstance(context, int) or sequence_length <= context:
+        return []
+    return [Problem(field="sequence_length", expected=f"at most the {name}'s context of {context}", got=str(sequence_length))]
 
 
 def _claim(out: Path, *, mark: str, facts: Mapping[str, Any], inputs: Sequence[Path]) -> Path:
@@ -216,13 +281,13 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _blocks(recipe: Recipe, *, corpus: Corpus, teacher: Teacher, folder: Path) -> Blocks:
+def _blocks(recipe: Recipe, *, corpora: Sequence[tuple[Corpus, float]], teacher: Teacher, folder: Path) -> Blocks:
     """The run's blocks, those of an earlier call where they are whole."""
     try:
         return load_blocks(folder)
     except (NotFound, CorruptFile):
         return build_blocks(
-            [Part(name=corpus.files[0].name, files=corpus.files)],
+            [Part(name=corpus.files[0].name, files=corpus.files, weight=weight) for corpus, weight in corpora],
             tokenizer=load_tokenizer(teacher.path),
             sequence_length=recipe.sequence_length,
             train_tokens=recipe.tokens,
@@ -263,11 +328,12 @@ def prune_teacher(
     """Cut one shape out of a teacher into `out`, a folder that plain transformers loads; `kept_indices.json` says what stayed.
 
     Raises:
-        TeacherUnavailable, CorpusUnavailable: an input cannot be used. InvalidSpec: the shape cannot be cut out of this teacher.
-        Conflict: `out` holds something else, or another pruned student.
+        TeacherUnavailable, CorpusUnavailable: an input cannot be used. InvalidSpec: the shape cannot be cut out of this teacher,
+            or the sequence is longer than its context. Conflict: `out` holds something else, or another pruned student.
     """
-    checked, checked_corpus = check_teacher(teacher), check_corpus(corpus)
-    _check_cut(shape, teacher=checked.architecture.shape)
+    checked = check_teacher(teacher)
+    _check_cut(shape, teacher=checked, sequence_length=sequence_length)
+    checked_corpus = check_corpus(corpus)
     facts = {
         "shape": shape.as_dict(),
         "digests": {"teacher": checked.digest, "corpus": checked_corpus.digest},
@@ -299,17 +365,22 @@ def prune_teacher(
     return {"shape": shape.as_dict(), "parameters": sum(p.numel() for p in student.parameters()), "teacher_parameters": checked.parameters}
 
 
-def _check_cut(shape: Shape, *, teacher: Shape) -> None:
-    """What can be said before the weights are loaded; the rest is `slicing.check_sliceable`."""
+def _check_cut(shape: Shape, *, teacher: Teacher, sequence_length: int) -> None:
+    """What `slicing.check_sliceable` would refuse after all the measuring, and a sequence beyond the context: told before the text is read."""
+    whole = teacher.architecture.shape
     problems = [
-        Problem(field=name, expected=f"at most the teacher's {getattr(teacher, name)}", got=str(getattr(shape, name)))
+        Problem(field=name, expected=f"at most the teacher's {getattr(whole, name)}", got=str(getattr(shape, name)))
         for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_key_value_heads", "num_attention_heads")
-        if getattr(shape, name) > getattr(teacher, name)
+        if getattr(shape, name) > getattr(whole, name)
     ]
-    if shape.head_dim != teacher.head_dim:
-        problems.append(Problem(field="head_dim", expected=f"the teacher's {teacher.head_dim}", got=str(shape.head_dim)))
-    if not problems and shape.query_heads_per_kv > teacher.query_heads_per_kv:
-        expected = f"at most the teacher's {teacher.query_heads_per_kv} query heads per KV head"
+    if shape.head_dim != whole.head_dim:
+        problems.append(Problem(field="head_dim", expected=f"the teacher's {whole.head_dim}", got=str(shape.head_dim)))
+    if teacher.architecture.family.hidden_divisible_by_heads and shape.hidden_size % shape.num_attention_heads:
+        expected = f"a multiple of num_attention_heads={shape.num_attention_heads}"
+        problems.append(Problem(field="hidden_size", expected=expected, got=str(shape.hidden_size)))
+    problems += _check_context(sequence_length, name="teacher", model=teacher)
+    if not problems and shape.query_heads_per_kv > whole.query_heads_per_kv:
+        expected = f"at most the teacher's {whole.query_heads_per_kv} query heads per KV head"
         problems.append(Problem(field="num_attention_heads", expected=expected, got=f"{shape.num_attention_heads} for {shape.num_key_value_heads} KV heads"))
     if problems:
         raise InvalidSpec(*problems)
@@ -329,10 +400,20 @@ def _calibration_blocks(teacher: Path, *, corpus: Corpus, sequence_length: int, 
     return blocks.calibration_NT
 
 
-def _held_out(measured: HeldOut) -> Mapping[str, float | None]:
-    return {
+def _held_out(measured: HeldOut, *, recipe: Recipe, tokens: int) -> dict[str, float]:
+    """The likelihood as plain JSON.
+
+    Raises:
+        Diverged: it is not finite, as when the last step, after which no loss is looked at, broke the weights.
+    """
+    assert measured.kl is not None
+    assert measured.kl_standard_error is not None
+    values = {
         "kl": measured.kl,
         "kl_standard_error": measured.kl_standard_error,
         "loss": measured.loss,
         "loss_standard_error": measured.loss_standard_error,
     }
+    if not all(math.isfinite(value) for value in values.values()):
+        raise Diverged(tokens // (recipe.batch_size * recipe.sequence_length), tokens, "KL or loss on the validation blocks")
+    return values

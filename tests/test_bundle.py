@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from nas.bundle import write_bundle
+from nas.compress.corpus import check_corpus
 from nas.compress.teacher import check_teacher
-from nas.full_run import Recipe, distil_fully
+from nas.full_run import Recipe, RecipeInputs, distil_fully
 from nas.search.confirm import confirm
 from nas.search.prepare import prepare
 from nas.search.trial import run_rung
@@ -26,6 +27,7 @@ from nas.store.store import Store
 from nas.submission import check_submission
 
 SHAPE = Shape(num_hidden_layers=2, hidden_size=24, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+CORPUS = {"parts": [{"name": "words", "weight": 3.0}], "sequence_length": 32, "calibration_tokens": 512, "validation_tokens": 512}
 
 LOAD = """
 import sys
@@ -47,7 +49,7 @@ def request_and_spec(
     settings = Settings.from_environment({"NAS_DATA": str(folder)})
     store = Store.open(settings.database_url, migrate=True)
     register_tiny(store=store, settings=settings)
-    spec = parse_spec(json.dumps(tiny_spec(rungs={"first_tokens": 2048, "factor": 2, "num_trained": 1})))
+    spec = parse_spec(json.dumps(tiny_spec(corpus=CORPUS, rungs={"first_tokens": 2048, "factor": 2, "num_trained": 1})))
     inputs = check_submission(spec, store=store).inputs
     store.close()
     prepared, trial = folder / "prepared", folder / "trial"
@@ -136,7 +138,18 @@ def test_nothing_of_the_machine_is_in_the_bundle(bundle: Path, request_and_spec:
 def test_the_recipe_is_distilled_as_it_is(bundle: Path, tiny_sources: dict[str, Path], tmp_path: Path) -> None:
     recipe = Recipe.read(bundle / "recipe.json")
     assert recipe.tokens == 20480
-    summary = distil_fully(recipe, student=bundle, teacher=tiny_sources["teacher"], corpus=[tiny_sources["corpus"]], out=tmp_path / "out", device="cpu")
+    inputs = RecipeInputs.read(bundle / "recipe.json")
+    corpus = check_corpus([tiny_sources["corpus"]])
+    assert [(entry.name, entry.digest, entry.weight) for entry in inputs.corpora] == [("words", corpus.digest, 3.0)]
+    summary = distil_fully(
+        recipe,
+        student=bundle,
+        teacher=tiny_sources["teacher"],
+        corpora=[(corpus, 3.0)],
+        out=tmp_path / "out",
+        device="cpu",
+        expected_teacher=inputs.teacher,
+    )
     assert summary["held_out_after"]["kl"] < summary["held_out_before"]["kl"]
 
 

@@ -110,7 +110,11 @@ def test_an_exit_code_means_something(error: Exception, code: int) -> None:
         (["distill", "{spec}", "--tokens", "0"], 2, "--tokens"),
         (["evaluate", "/nonexistent", "--task", "choice"], 2, "expected an existing folder"),
         (["evaluate", "{teacher}", "--task", "nosuch"], 3, "task: expected a registered one (choice), got 'nosuch'"),
-        (["evaluate", "{teacher}", "--task", "choice", "--num-fewshot", "999"], 2, "num_fewshot.choice: expected at most"),
+        (
+            ["evaluate", "{teacher}", "--task", "choice", "--num-fewshot", "999"],
+            2,
+            "num_fewshot.choice: expected 0: the task has no split of its own for examples",
+        ),
         (["evaluate", "{teacher}"], 2, "Missing option '--task'"),
         (["nosuch"], 2, "No such command 'nosuch'"),
     ],
@@ -166,6 +170,44 @@ def test_a_teacher_is_pruned_distilled_and_evaluated_without_a_service(registere
     assert "holds another run; learning_rate: expected 0.003" in again.err
     scored = json.loads(registered("evaluate", large, "--task", "choice", "--limit", "10", "--threads", "1", "--json").out)
     assert [(row["task"], row["metric"], row["documents"]) for row in scored] == [("choice", "acc", 10)]
+
+
+@pytest.fixture
+def distilled(nas: Nas, tiny_sources: dict[str, Path], tmp_path: Path) -> Callable[..., Answer]:
+    """`nas distill` of the teacher itself, with the inputs that the recipe names and the corpora of the command line."""
+
+    def run(inputs: dict[str, Any], *corpora: Path) -> Answer:
+        recipe = {"tokens": 512, "learning_rate": 3e-3, "batch_size": 4, "sequence_length": 32, "validation_tokens": 64}
+        (tmp_path / "recipe.json").write_text(json.dumps({"distillation": recipe, **inputs}))
+        options = [argument for path in corpora for argument in ("--corpus", path)]
+        teacher = tiny_sources["teacher"]
+        return nas("distill", tmp_path / "recipe.json", "--student", teacher, "--teacher", teacher, *options, "--out", tmp_path / "out", "--json")
+
+    return run
+
+
+def test_a_bundle_s_teacher_and_no_other_distils_it(distilled: Callable[..., Answer], tiny_sources: dict[str, Path], tmp_path: Path) -> None:
+    answer = distilled({"teacher": {"name": "tiny", "digest": "0" * 64}}, tiny_sources["corpus"])
+    assert (answer.code, answer.out) == (cli.WRONG_INPUT, "")
+    assert f"teacher: expected the one that the student was cut out of, digest {'0' * 64}, got " in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_text_than_the_search_s_is_said_and_used(distilled: Callable[..., Answer], tiny_sources: dict[str, Path]) -> None:
+    answer = distilled({"corpora": [{"name": "words", "digest": "0" * 64, "weight": 2.0}]}, tiny_sources["corpus"])
+    assert (answer.code, json.loads(answer.out)["weights"]) == (0, [2.0])
+    assert f"--corpus {tiny_sources['corpus']}: other text than the recipe's words; going on with it" in answer.err
+
+
+@pytest.mark.parametrize(("num_given", "weights", "is_said"), [(2, [3.0, 1.0], False), (1, [1.0], True)])
+def test_corpora_have_the_recipe_s_weights_where_there_are_as_many(
+    distilled: Callable[..., Answer], tiny_sources: dict[str, Path], tmp_path: Path, num_given: int, weights: list[float], is_said: bool
+) -> None:
+    second = tmp_path / "second.jsonl"
+    second.write_text("".join(tiny_sources["corpus"].read_text().splitlines(keepends=True)[:400]))
+    answer = distilled({"corpora": [{"name": "a", "weight": 3.0}, {"name": "b", "weight": 1.0}]}, *[tiny_sources["corpus"], second][:num_given])
+    assert (answer.code, json.loads(answer.out)["weights"]) == (0, weights)
+    assert ("the recipe mixes a (weight 3), b (weight 1), got 1 corpora; each has weight 1 in this run" in answer.err) is is_said
 
 
 def a_row(number: int, **changes: Any) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nas import full_run
-from nas.compress.distillation import Stopped
+from nas.compress.corpus import check_corpus, load_blocks
+from nas.compress.distillation import Diverged, HeldOut, Stopped
 from nas.compress.teacher import check_teacher
 from nas.errors import Conflict, InvalidSpec
-from nas.full_run import Recipe, distil_fully, prune_teacher
+from nas.full_run import Recipe, RecipeInputs, distil_fully, prune_teacher
 from nas.shape import Shape
 
 SHAPE = Shape(num_hidden_layers=2, hidden_size=24, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
@@ -30,19 +32,30 @@ def student(tiny_sources: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def prune(sources: dict[str, Path], *, out: Path, shape: Shape = SHAPE) -> dict[str, Any]:
-    return prune_teacher(teacher=sources["teacher"], shape=shape, corpus=[sources["corpus"]], out=out, device="cpu", sequence_length=32, calibration_tokens=512)
+def prune(sources: dict[str, Path], *, out: Path, shape: Shape = SHAPE, sequence_length: int = 32) -> dict[str, Any]:
+    corpus = [sources["corpus"]]
+    return prune_teacher(teacher=sources["teacher"], shape=shape, corpus=corpus, out=out, device="cpu", sequence_length=sequence_length, calibration_tokens=512)
 
 
-def distil(sources: dict[str, Path], *, student: Path, out: Path, recipe: Recipe = RECIPE, stop_after: int | None = None) -> dict[str, Any]:
+def distil(
+    sources: dict[str, Path],
+    *,
+    student: Path,
+    out: Path,
+    recipe: Recipe = RECIPE,
+    corpora: Sequence[tuple[Path, float]] | None = None,
+    expected_teacher: str | None = None,
+    stop_after: int | None = None,
+) -> dict[str, Any]:
     asked = iter(range(10**6))
     return distil_fully(
         recipe,
         student=student,
         teacher=sources["teacher"],
-        corpus=[sources["corpus"]],
+        corpora=[(check_corpus([path]), weight) for path, weight in corpora or [(sources["corpus"], 1.0)]],
         out=out,
         device="cpu",
+        expected_teacher=expected_teacher,
         should_stop=lambda: stop_after is not None and next(asked) >= stop_after,
     )
 
@@ -70,12 +83,20 @@ def test_the_full_shape_is_the_teacher(tiny_sources: dict[str, Path], tmp_path: 
     [
         ({"hidden_size": 40}, "hidden_size: expected at most the teacher's 32, got 40"),
         ({"head_dim": 16}, "head_dim: expected the teacher's 8, got 16"),
+        ({"hidden_size": 25}, "hidden_size: expected a multiple of num_attention_heads=2, got 25"),
+        ({"sequence_length": 65}, "sequence_length: expected at most the teacher's context of 64, got 65"),
         ({"num_attention_heads": 4, "num_key_value_heads": 1}, "num_attention_heads: expected at most the teacher's 2 query heads per KV head, got 4 for 1"),
     ],
 )
-def test_a_shape_that_cannot_be_cut_out_is_told_before_the_work(tiny_sources: dict[str, Path], tmp_path: Path, changes: dict[str, int], message: str) -> None:
+def test_what_cannot_be_cut_out_is_told_before_the_work(
+    tiny_sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], message: str
+) -> None:
+    for work in ("check_corpus", "load_model", "build_blocks"):
+        monkeypatch.setattr(full_run, work, None)
+    sequence_length = changes.get("sequence_length", 32)
+    shape = replace(SHAPE, **{name: value for name, value in changes.items() if name != "sequence_length"})
     with pytest.raises(InvalidSpec, match=message):
-        prune(tiny_sources, out=tmp_path / "out", shape=replace(SHAPE, **changes))
+        prune(tiny_sources, out=tmp_path / "out", shape=shape, sequence_length=sequence_length)
     assert not (tmp_path / "out").exists()
 
 
@@ -96,6 +117,61 @@ def test_a_run_that_was_stopped_and_resumed_gives_the_same_weights_bit_for_bit(
         distil(tiny_sources, student=student, out=tmp_path / "stopped", stop_after=stop_after)
     distil(tiny_sources, student=student, out=tmp_path / "stopped")
     assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("damaged", "stop_after"), [("trunk", 7), ("trunk", 30), ("branch", 30)])
+def test_a_damaged_checkpoint_costs_time_and_not_the_run(tiny_sources: dict[str, Path], student: Path, tmp_path: Path, damaged: str, stop_after: int) -> None:
+    distil(tiny_sources, student=student, out=tmp_path / "whole")
+    with pytest.raises(Stopped):
+        distil(tiny_sources, student=student, out=tmp_path / "stopped", stop_after=stop_after)
+    (file,) = (tmp_path / "stopped" / full_run.WORK / full_run.CHECKPOINT).glob(f"{damaged}-*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+    distil(tiny_sources, student=student, out=tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_another_teacher_than_the_student_s_is_refused(tiny_sources: dict[str, Path], student: Path, tmp_path: Path) -> None:
+    digest = check_teacher(tiny_sources["teacher"]).digest
+    expected = f"teacher: expected the one that the student was cut out of, digest {'0' * 64}, got .*, digest {digest}"
+    with pytest.raises(InvalidSpec, match=expected):
+        distil(tiny_sources, student=student, out=tmp_path / "out", expected_teacher="0" * 64)
+    assert not (tmp_path / "out").exists()
+    assert distil(tiny_sources, student=student, out=tmp_path / "out", expected_teacher=digest)["tokens"] == RECIPE.tokens
+
+
+@pytest.fixture
+def second_corpus(tiny_sources: dict[str, Path], tmp_path: Path) -> Path:
+    """The same words in other sentences."""
+    lines = tiny_sources["corpus"].read_text().splitlines()
+    path = tmp_path / "second.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(reversed(json.loads(line)["text"].split()))}) + "\n" for line in lines))
+    return path
+
+
+def test_corpora_are_mixed_by_their_weights(tiny_sources: dict[str, Path], second_corpus: Path, student: Path, tmp_path: Path) -> None:
+    corpora = [(tiny_sources["corpus"], 3.0), (second_corpus, 1.0)]
+    with pytest.raises(Stopped):
+        distil(tiny_sources, student=student, out=tmp_path / "out", corpora=corpora, stop_after=0)
+    parts = load_blocks(tmp_path / "out" / full_run.WORK / "blocks").facts["parts"]
+    assert [(part["name"], part["train"]["blocks"], part["validation"]["blocks"]) for part in parts] == [("corpus.jsonl", 96, 6), ("second.jsonl", 32, 2)]
+
+
+def test_a_run_does_not_go_on_with_other_weights(tiny_sources: dict[str, Path], second_corpus: Path, student: Path, tmp_path: Path) -> None:
+    paths = [tiny_sources["corpus"], second_corpus]
+    with pytest.raises(Stopped):
+        distil(tiny_sources, student=student, out=tmp_path / "out", corpora=list(zip(paths, [3.0, 1.0], strict=True)), stop_after=3)
+    with pytest.raises(Conflict, match=r"weights: expected \[3\.0, 1\.0\], with which it was begun, got \[1\.0, 1\.0\]"):
+        distil(tiny_sources, student=student, out=tmp_path / "out", corpora=list(zip(paths, [1.0, 1.0], strict=True)))
+
+
+def test_a_student_whose_likelihood_is_not_a_number_has_diverged(
+    tiny_sources: dict[str, Path], student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = HeldOut(kl_N=torch.full((2,), math.nan), loss_N=torch.ones(2))
+    monkeypatch.setattr(full_run, "evaluate_kl", lambda *arguments, **options: nothing)
+    with pytest.raises(Diverged, match="KL or loss on the validation blocks: expected a finite number"):
+        distil(tiny_sources, student=student, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "distillation.json").exists()
 
 
 def test_a_finished_run_is_not_run_again(tiny_sources: dict[str, Path], student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +240,7 @@ LEAST = {"tokens": 1, "learning_rate": 0.1, "batch_size": 1, "sequence_length": 
         ({"distillation": {**LEAST, "tokens": True}}, "tokens: expected an integer of at least 1, got True"),
         ({"distillation": {**LEAST, "learning_rate": None}}, "learning_rate: expected a number in"),
         ({"distillation": {**LEAST, "decay_share": 1.0}}, "decay_share: expected a number in"),
+        ({"distillation": {**LEAST, "validation_tokens": 15}}, "validation_tokens: expected at least two blocks of sequence_length=8, .*, got 15"),
         ({"distillation": {**LEAST, "dtype": "float16"}}, "dtype: expected float32 or bfloat16, got 'float16'"),
     ],
 )
@@ -175,3 +252,22 @@ def test_a_wrong_recipe_is_told_by_field(write_recipe: Callable[[Any], Path], co
 def test_what_the_caller_says_is_on_top_of_the_recipe(write_recipe: Callable[[Any], Path]) -> None:
     recipe = Recipe.read(write_recipe({"distillation": LEAST, "note": "for people"}), tokens=7, learning_rate=None)
     assert (recipe.tokens, recipe.learning_rate) == (7, 0.1)
+
+
+def test_a_recipe_written_by_hand_may_leave_its_inputs_out(write_recipe: Callable[[Any], Path]) -> None:
+    inputs = RecipeInputs.read(write_recipe({"distillation": LEAST}))
+    assert (inputs.teacher, inputs.corpora) == (None, ())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"teacher": "llama"}, "expected `teacher` with a digest"),
+        ({"corpora": 3}, "expected `teacher` with a digest and `corpora`, a list"),
+        ({"corpora": [{"weight": 1}]}, "expected `teacher` with a digest and `corpora`, a list"),
+        ({"corpora": [{"name": "a"}, {"name": "b", "weight": 0}]}, r"corpora\.1\.weight: expected a number above 0, got 0"),
+    ],
+)
+def test_wrong_inputs_of_a_recipe_are_told(write_recipe: Callable[[Any], Path], content: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidSpec, match=message):
+        RecipeInputs.read(write_recipe({"distillation": LEAST, **content}))

@@ -125,7 +125,7 @@ def fetch_corpus(name: str, *, cache: Path, split: str = "train") -> list[Path]:
 def read_documents(files: Sequence[Path]) -> Iterator[str]:
     """The documents of the files, in order; blank ones are left out.
 
-    .txt: paragraphs between blank lines, or one document per line if no line is blank. .jsonl: the key `text`. .parquet: the column `text`.
+    .txt: paragraphs between blank lines, or one document per line if no blank line lies between text. .jsonl: the key `text`. .parquet: the column `text`.
     """
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for file in files:
@@ -369,7 +369,7 @@ def _read_lines(file: Path) -> Iterator[str]:
 
 
 def _read_txt(file: Path) -> Iterator[str]:
-    if all(line.strip() for line in _read_lines(file)):
+    if not _has_paragraphs(file):
         yield from _read_lines(file)
         return
     paragraph: list[str] = []
@@ -382,13 +382,26 @@ def _read_txt(file: Path) -> Iterator[str]:
     yield "\n".join(paragraph)
 
 
+def _has_paragraphs(file: Path) -> bool:
+    """Whether a blank line lies between text; one at the start or the end says nothing."""
+    has_text = has_gap = False
+    for line in _read_lines(file):
+        if not line.strip():
+            has_gap = has_text
+        elif has_gap:
+            return True
+        else:
+            has_text = True
+    return False
+
+
 def _read_jsonl(file: Path) -> Iterator[str]:
     for number, line in enumerate(_read_lines(file), start=1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)["text"]
-            if "\\ud" in line:
+            if "\\ud" in line or "\\uD" in line:
                 text.encode()  # half a surrogate pair is legal JSON, but no text
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorpusUnavailable(f"{file}:{number}: expected a JSON object with text under the key 'text', got {line[:80]!r}") from error

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable
@@ -29,12 +30,14 @@ from torch import Tensor, nn
 
 from nas.compress.losses import cross_entropy, final_hidden, forward_kl, head_weight, kl_loss, token_chunks
 from nas.compress.manifest import load_tensors, save_tensors
-from nas.errors import Conflict, NasError
+from nas.errors import Conflict, CorruptFile, NasError, NotFound
 
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 1.0
 _RECENT_STEPS = 16
+_TRAINING_PER_SAVE = 20
+"""Seconds of training for each second that a checkpoint takes, so that saving stays below 5 % however large the student is."""
 _LENGTH = frozenset({"tokens", "decay_tokens"})
 _MEMORY_ONLY = frozenset({"micro_batch_size"})
 
@@ -200,6 +203,7 @@ def distil(
         checkpoint: folder of this run alone; holds `trunk` and, during the decay branch, `branch`.
         report: told at most about once a second, and at the end.
         should_stop: asked before every step.
+        checkpoint_every_seconds: at least; longer where a save takes long. 0: after every step.
     Raises:
         Stopped: after saving. Diverged: nothing saved since the last checkpoint. Conflict: the state is of another recipe, or beyond the plan.
         CorruptFile: the checkpoint differs from its manifest.
@@ -224,6 +228,26 @@ def load_trunk(checkpoint: Path) -> TrainState:
         NotFound, CorruptFile: as `load_tensors`.
     """
     return _load_state(checkpoint, name="trunk")
+
+
+def sound_checkpoint(checkpoint: Path) -> Path:
+    """The folder as `distil` can go on from it: a damaged state is removed, and what was trained for it is trained again, to the same bits.
+
+    Without the trunk the whole run starts again; without the branch, the branch.
+    """
+    for name in ("trunk", "branch"):
+        try:
+            load_tensors(checkpoint, name=name)
+        except NotFound:
+            continue
+        except CorruptFile as damaged:
+            logger.warning("checkpoint is damaged, its %s is trained again", name, extra={"action": "checkpoint_lost", "reason": str(damaged)})
+            if name == "trunk":
+                shutil.rmtree(checkpoint)
+                break
+            for file in checkpoint.glob(f"{name}*"):
+                file.unlink()
+    return checkpoint
 
 
 @torch.no_grad()
@@ -285,6 +309,8 @@ class _Run:
         self.unreported: list[float] = []
         self.recent: deque[float] = deque(maxlen=_RECENT_STEPS)
         self.reported_at = self.saved_at = time.monotonic()
+        self.saved: tuple[str, int] | None = None
+        self.save_seconds = 0.0
         self.recipe = asdict(plan) | {"blocks": list(blocks_NT.shape), "objective": "kl" if teacher is not None else "cross_entropy"}
 
     def go(self, state: TrainState | None) -> Distilled:
@@ -293,6 +319,7 @@ class _Run:
         branch: TrainState | None = None
         if self.checkpoint is not None and (self.checkpoint / "trunk.json").exists():
             self._restore(load_trunk(self.checkpoint), ignore=_MEMORY_ONLY)
+            self.saved = "trunk", self.step
             if self.step == trunk_steps and (self.checkpoint / "branch.json").exists():
                 branch = _load_state(self.checkpoint, name="branch")
         elif state is not None:
@@ -301,11 +328,10 @@ class _Run:
             raise Conflict(f"state: expected at most the {trunk_steps} steps of this plan's trunk, got {self.step}")
         first_step = self.step if branch is None else branch.step
         self._train_to(trunk_steps, name="trunk")
-        trunk = self._snapshot()
-        if branch is None:
-            self._save(trunk, name="trunk")
-        else:
+        trunk = self._save(name="trunk")
+        if branch is not None:
             self._restore(branch, ignore=_MEMORY_ONLY)
+            self.saved = "branch", self.step
         self._train_to(total, name="branch")
         if self.unreported:
             self._report()
@@ -320,7 +346,7 @@ class _Run:
     def _train_to(self, last_step: int, *, name: str) -> None:
         while self.step < last_step:
             if self.should_stop():
-                self._save(self._snapshot(), name=name)
+                self._save(name=name)
                 raise Stopped(f"stopped at step {self.step} of {last_step} of the {name}")
             loss = self._train_step()
             self.unreported.append(loss)
@@ -328,8 +354,8 @@ class _Run:
             self.step += 1
             if time.monotonic() - self.reported_at >= _REPORT_SECONDS:
                 self._report()
-            if self.checkpoint is not None and time.monotonic() - self.saved_at >= self.checkpoint_every_seconds:
-                self._save(self._snapshot(), name=name)
+            if self.checkpoint is not None and time.monotonic() - self.saved_at >= self._seconds_between_saves():
+                self._save(name=name)
 
     def _train_step(self) -> float:
         tokens_BT = self.order.batch(self.step).to(self.device, torch.int64)
@@ -400,11 +426,19 @@ class _Run:
                 tensors[f"{key}/{name}"] = tensor.detach().to("cpu", copy=True)
         return TrainState(step=self.step, tensors=tensors, recipe=self.recipe, recent_losses=tuple(self.recent))
 
-    def _save(self, state: TrainState, *, name: str) -> None:
-        if self.checkpoint is not None:
+    def _save(self, *, name: str) -> TrainState:
+        """The state as it is now, written to the checkpoint unless that holds it."""
+        started = time.monotonic()
+        state = self._snapshot()
+        if self.checkpoint is not None and self.saved != (name, state.step):
             facts = {"step": state.step, "tokens": self._tokens(state.step), "recipe": state.recipe, "recent_losses": state.recent_losses}
             save_tensors(self.checkpoint, name=name, tensors=state.tensors, facts=facts)
-        self.saved_at = time.monotonic()
+            self.saved, self.saved_at = (name, state.step), time.monotonic()
+            self.save_seconds = self.saved_at - started
+        return state
+
+    def _seconds_between_saves(self) -> float:
+        return max(self.checkpoint_every_seconds, _TRAINING_PER_SAVE * self.save_seconds) if self.checkpoint_every_seconds > 0 else 0.0
 
     @torch.no_grad()
     def _restore(self, state: TrainState, *, ignore: frozenset[str]) -> None:

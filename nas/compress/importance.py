@@ -1,6 +1,7 @@
 """How much each hidden channel, MLP neuron, attention head and layer matters: forward passes over calibration text, no gradients.
 
-Measures only; the order that follows from it is sorting.py's. Everything is summed in float64.
+Measures only; the order that follows from it is sorting.py's. Each batch is summed in float32, and the batches'
+sums are added up in float64.
 
 Shapes: B batch, T tokens, D hidden, F intermediate, H query heads, E head_dim, L layers.
 """

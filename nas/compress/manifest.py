@@ -56,9 +56,13 @@ def load_tensors(folder: Path, *, name: str) -> tuple[dict[str, torch.Tensor], d
 
 
 def write_json(value: Any, *, target: Path) -> None:
-    """One JSON file, written under a temporary name and renamed: whole or absent."""
+    """One JSON file, written under a temporary name and renamed: whole or absent.
+
+    Raises:
+        ValueError: the value holds NaN or infinity, which JSON has not: other readers would refuse the file.
+    """
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
     publish(temporary, target=target)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -73,6 +76,16 @@ def test_a_paragraph_keeps_its_lines(tmp_path: Path) -> None:
     assert list(read_documents([tmp_path / "a.txt"])) == ["one\ntwo", "three"]
 
 
+@given(st.lists(st.sampled_from(["", " ", "\t"]), max_size=3), st.lists(st.sampled_from(["", " "]), max_size=3), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_blank_lines_around_the_text_do_not_change_its_documents(before: list[str], after: list[str], paragraphs: bool) -> None:
+    text = ["one", "two", *([""] if paragraphs else []), "three"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "a.txt"
+        file.write_text("\n".join([*before, *text, *after]))
+        assert list(read_documents([file])) == (["one\ntwo", "three"] if paragraphs else ["one", "two", "three"])
+
+
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write_jsonl(tmp_path / "sub" / "x.jsonl", ["second"])
@@ -97,6 +110,7 @@ def test_the_digest_follows_name_and_content(tmp_path: Path) -> None:
         ("a.jsonl", b'{"txt": "good"}\n', r"a\.jsonl:1: expected a JSON object"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: expected text .* got int"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: expected a JSON object"),
+        ("a.jsonl", b'{"text": "\\uD83D"}\n', r"a\.jsonl:1: expected a JSON object"),
         ("a.jsonl", b"\n\n", r"a\.jsonl: expected at least one document, got none"),
         ("a.txt", b"fine\n\xff\xfe\n", r"a\.txt:2: expected UTF-8 text"),
         ("a.txt", b"", r"a\.txt: expected at least one document, got none"),

@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nas.compress.distillation import Distilled, Diverged, Progress, Stopped, TrainPlan, distil, evaluate_kl, load_trunk
+from nas.compress import distillation
+from nas.compress.distillation import Distilled, Diverged, Progress, Stopped, TrainPlan, distil, evaluate_kl, load_trunk, sound_checkpoint
 from nas.compress.losses import forward_kl
 from nas.errors import Conflict, CorruptFile
 
@@ -206,6 +208,74 @@ def test_a_finished_run_that_is_asked_for_again_gives_the_same_bits(tmp_path: Pa
     assert_same_bits(once, again)
 
 
+@pytest.fixture
+def saves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The states that are written, as (name, step)."""
+    written: list[tuple[str, int]] = []
+    save = distillation.save_tensors
+
+    def note(folder: Path, *, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        written.append((name, facts["step"]))
+        save(folder, name=name, tensors=tensors, facts=facts)
+
+    monkeypatch.setattr(distillation, "save_tensors", note)
+    return written
+
+
+@pytest.mark.parametrize(("killed_at", "expected"), [(3, [("trunk", 8)]), (8, []), (10, [])])
+def test_a_state_that_was_just_loaded_is_not_written_again(
+    tmp_path: Path, teacher: LlamaForCausalLM, blocks_NT: Tensor, saves: list[tuple[str, int]], killed_at: int, expected: list[tuple[str, int]]
+) -> None:
+    with pytest.raises(Killed):
+        run(teacher, blocks_NT, plan(), checkpoint=tmp_path, should_stop=stop_at(killed_at, by=kill))
+    saves.clear()
+    run(teacher, blocks_NT, plan(), checkpoint=tmp_path)
+    assert saves == expected
+
+
+def test_the_trunk_of_the_rung_below_is_written_even_where_nothing_is_trained_on_it(
+    tmp_path: Path, teacher: LlamaForCausalLM, blocks_NT: Tensor, saves: list[tuple[str, int]]
+) -> None:
+    _, first = run(teacher, blocks_NT, plan(steps=10, decay_steps=3))
+    run(teacher, blocks_NT, plan(steps=10, decay_steps=3), checkpoint=tmp_path, state=first.trunk)
+    assert saves == [("trunk", 7)]
+
+
+@pytest.mark.parametrize(
+    ("every_seconds", "save_seconds", "expected"),
+    [
+        (0.0, 3.0, list(range(1, 61))),
+        (10.0, 0.0, [10, 20, 30, 40, 50, 60]),
+        (10.0, 1.0, [10, 30, 50, 60]),
+    ],
+)
+def test_a_save_that_takes_long_is_made_less_often(
+    tmp_path: Path,
+    teacher: LlamaForCausalLM,
+    blocks_NT: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    every_seconds: float,
+    save_seconds: float,
+    expected: list[int],
+) -> None:
+    now = [0.0]
+    written: list[int] = []
+
+    def save(folder: Path, *, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        written.append(facts["step"])
+        now[0] += save_seconds
+
+    def a_second_passes() -> bool:
+        now[0] += 1.0
+        return False
+
+    monkeypatch.setattr(distillation, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(distillation, "save_tensors", save)
+    train = plan(steps=60, decay_steps=0)
+    run(teacher, blocks_NT, train, checkpoint=tmp_path, should_stop=a_second_passes, checkpoint_every_seconds=every_seconds)
+    assert written == expected
+
+
 def test_every_epoch_shows_every_block_once_in_another_order(blocks_NT: Tensor) -> None:
     from nas.compress.distillation import _DataOrder
 
@@ -277,13 +347,42 @@ def test_a_student_that_diverges_says_where(teacher: LlamaForCausalLM, blocks_NT
     assert (copied.step, copied.tokens, str(copied)) == (0, 0, str(raised.value))
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path: Path, teacher: LlamaForCausalLM, blocks_NT: Tensor) -> None:
-    with pytest.raises(Stopped):
-        run(teacher, blocks_NT, plan(), checkpoint=tmp_path, should_stop=stop_at(5))
-    file = next(tmp_path.glob("trunk-*.safetensors"))
+def flip_a_bit(checkpoint: Path, *, name: str) -> None:
+    (file,) = checkpoint.glob(f"{name}-*.safetensors")
     content = bytearray(file.read_bytes())
     content[-5] ^= 16
     file.write_bytes(content)
+
+
+@pytest.mark.parametrize(("damaged", "kept", "trained"), [("trunk", set(), 12), ("branch", {"trunk"}, 4)])
+def test_a_damaged_state_alone_is_trained_again_to_the_same_bits(
+    tmp_path: Path, teacher: LlamaForCausalLM, blocks_NT: Tensor, damaged: str, kept: set[str], trained: int
+) -> None:
+    straight, _ = run(teacher, blocks_NT, plan())
+    with pytest.raises(Stopped):
+        run(teacher, blocks_NT, plan(), checkpoint=tmp_path, should_stop=stop_at(10))
+    flip_a_bit(tmp_path, name=damaged)
+    sound_checkpoint(tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.json")} == kept
+    assert len(list(tmp_path.glob("*"))) == 2 * len(kept)
+    resumed, found = run(teacher, blocks_NT, plan(), checkpoint=sound_checkpoint(tmp_path))
+    assert_same_bits(resumed, straight)
+    assert found.trained_tokens == trained * STEP_TOKENS
+
+
+def test_a_sound_checkpoint_is_left_as_it_is(tmp_path: Path, teacher: LlamaForCausalLM, blocks_NT: Tensor) -> None:
+    assert not sound_checkpoint(tmp_path / "none").exists()
+    with pytest.raises(Stopped):
+        run(teacher, blocks_NT, plan(), checkpoint=tmp_path, should_stop=stop_at(10))
+    files = sorted(tmp_path.iterdir())
+    sound_checkpoint(tmp_path)
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path: Path, teacher: LlamaForCausalLM, blocks_NT: Tensor) -> None:
+    with pytest.raises(Stopped):
+        run(teacher, blocks_NT, plan(), checkpoint=tmp_path, should_stop=stop_at(5))
+    flip_a_bit(tmp_path, name="trunk")
     with pytest.raises(CorruptFile, match="trunk-"):
         run(teacher, blocks_NT, plan(), checkpoint=tmp_path)
 

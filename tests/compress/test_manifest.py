@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from nas.compress.manifest import load_tensors, save_tensors
+from nas.compress.manifest import load_tensors, save_tensors, write_json
 from nas.errors import CorruptFile, NotFound
 
 
@@ -66,3 +67,11 @@ def test_a_broken_manifest_is_corrupt(tmp_path: Path, manifest: str) -> None:
     (tmp_path / "state.json").write_text(manifest)
     with pytest.raises(CorruptFile, match="expected a manifest"):
         load_tensors(tmp_path, name="state")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_json_is_not_written(tmp_path: Path, value: float) -> None:
+    write_json({"loss": 1.0}, target=tmp_path / "a.json")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json({"loss": value}, target=tmp_path / "a.json")
+    assert [json.loads(path.read_text()) for path in tmp_path.iterdir()] == [{"loss": 1.0}]
