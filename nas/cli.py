@@ -394,14 +394,18 @@ def prune(
 
 @app.command()
 def distill(
-    recipe: Annotated[Path, typer.Argument(help="recipe.json of a bundle, or the bundle's folder.")],
     teacher: Annotated[str, typer.Option(help="Folder, or Hugging Face id.")],
     corpus: Annotated[list[str], typer.Option(help="Text to distil on; repeat for a mixture, in the order of the recipe's corpora and with their weights.")],
     out_folder: Annotated[Path, typer.Option("--out", help="Folder of the result; plain transformers loads it.")],
+    recipe: Annotated[
+        Path | None, typer.Argument(help="recipe.json of a bundle, or the bundle's folder; without one, --student, --tokens and --learning-rate.")
+    ] = None,
     student: Annotated[Path | None, typer.Option(help="Checkpoint to start from; default: the bundle's.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences per step, instead of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences per step, instead of the recipe's; 16 without one.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=8, help="Tokens per sequence, instead of the recipe's; 512 without one.")] = None,
+    validation_tokens: Annotated[int | None, typer.Option(min=16, help="Held-out tokens, instead of the recipe's; 32,768 without one.")] = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -414,10 +418,25 @@ def distill(
     from nas.full_run import Recipe, RecipeInputs, distil_fully
 
     _prepare_torch(threads, device=device)
-    path = recipe / "recipe.json" if recipe.is_dir() else recipe
-    if not path.is_file():
-        raise InvalidSpec(Problem(field="recipe", expected="a recipe.json or a bundle's folder", got=str(recipe)))
-    plan, inputs = Recipe.read(path, tokens=tokens, learning_rate=learning_rate, batch_size=batch_size), RecipeInputs.read(path)
+    if recipe is not None:
+        path = recipe / "recipe.json" if recipe.is_dir() else recipe
+        if not path.is_file():
+            raise InvalidSpec(Problem(field="recipe", expected="a recipe.json or a bundle's folder", got=str(recipe)))
+        overrides = {"tokens": tokens, "learning_rate": learning_rate, "batch_size": batch_size}
+        plan = Recipe.read(path, **overrides, sequence_length=sequence_length, validation_tokens=validation_tokens)
+        inputs, student = RecipeInputs.read(path), student or path.parent
+    elif student is None or tokens is None or learning_rate is None:
+        missing = [name for name, value in (("--student", student), ("--tokens", tokens), ("--learning-rate", learning_rate)) if value is None]
+        raise InvalidSpec(Problem(field="recipe", expected=f"a recipe, or {', '.join(missing)} as well", got="none"))
+    else:
+        plan = Recipe(
+            tokens=tokens,
+            learning_rate=learning_rate,
+            batch_size=batch_size or 16,
+            sequence_length=sequence_length or 512,
+            validation_tokens=validation_tokens or 32_768,
+        )
+        inputs = RecipeInputs(teacher=None, corpora=())
     teacher_folder = _fetched_teacher(teacher)
     started = time.monotonic()
     corpora = _mixture(corpus, recipe=inputs.corpora)
@@ -425,7 +444,7 @@ def distill(
         with _interruptible() as should_stop, _progress(tokens=plan.tokens) as report:
             summary = distil_fully(
                 plan,
-                student=student or path.parent,
+                student=student,
                 teacher=teacher_folder,
                 corpora=corpora,
                 out=out_folder,

@@ -35,6 +35,8 @@ from nas.errors import Conflict, CorruptFile, NasError, NotFound
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 1.0
+_MIN_REPORTS = 20
+"""A short run reports at least so often, so that its learning curve is one."""
 _RECENT_STEPS = 16
 _TRAINING_PER_SAVE = 20
 """Seconds of training for each second that a checkpoint takes, so that saving stays below 5 % however large the student is."""
@@ -201,7 +203,7 @@ def distil(
         blocks_NT: integer tokens, on the CPU.
         state: of a run that differs in its length only.
         checkpoint: folder of this run alone; holds `trunk` and, during the decay branch, `branch`.
-        report: told at most about once a second, and at the end.
+        report: told about once a second, at least every twentieth of the run, and at the end.
         should_stop: asked before every step.
         checkpoint_every_seconds: at least; longer where a save takes long. 0: after every step.
     Raises:
@@ -305,6 +307,7 @@ class _Run:
         self.device = next(iter(self.weights.values())).device
         self.optimizer = _make_optimizer(self.weights, plan=plan)
         self.micro_batch_size = min(plan.batch_size, plan.micro_batch_size or plan.batch_size)
+        self.steps_between_reports = max(1, plan.steps(self.sequence_length) // _MIN_REPORTS)
         self.step = 0
         self.unreported: list[float] = []
         self.recent: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -352,7 +355,7 @@ class _Run:
             self.unreported.append(loss)
             self.recent.append(loss)
             self.step += 1
-            if time.monotonic() - self.reported_at >= _REPORT_SECONDS:
+            if time.monotonic() - self.reported_at >= _REPORT_SECONDS or self.step % self.steps_between_reports == 0:
                 self._report()
             if self.checkpoint is not None and time.monotonic() - self.saved_at >= self._seconds_between_saves():
                 self._save(name=name)
