@@ -149,6 +149,13 @@ def leaderboard(search: SearchRecord) -> LeaderboardAnswer:
     return LeaderboardAnswer.model_validate({"rows": [], **(search.board or {}), "search": search.id, "state": search.state})
 
 
+def is_verified(confirmation: Mapping[str, Any] | None) -> bool | None:
+    """Whether a trial's file proved to be the model that was scored. A control's is counted but not reloaded: too little to call it so."""
+    if confirmation is None or (confirmation["verified"] and not confirmation.get("reloaded", True)):
+        return None
+    return bool(confirmation["verified"])
+
+
 def leaderboard_csv(board: LeaderboardAnswer, *, task_names: Sequence[str]) -> str:
     """One line per row; a column per task and its standard error. Empty where there is no value."""
     names = ["rank", "tie_group", "number", "origin", *SHAPE_FIELDS, "parameters", "share_of_teacher", "rung", "tokens", "score", "standard_error"]
@@ -158,7 +165,7 @@ def leaderboard_csv(board: LeaderboardAnswer, *, task_names: Sequence[str]) -> s
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*names, *tasks])
     for row in board.rows:
-        values = {"state": None, **row.shape.as_dict(), **dict(row), "verified": (dict(row).get("confirmation") or {}).get("verified")}
+        values = {"state": None, **row.shape.as_dict(), **dict(row), "verified": is_verified(dict(row).get("confirmation"))}
         scores = [row.tasks.get(task, {}).get(key) for task in task_names for key in ("value", "standard_error")]
         writer.writerow([*(values[name] for name in names), *scores])
     return out.getvalue()

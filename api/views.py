@@ -11,6 +11,7 @@ from typing import Any
 
 from api.rendering import format_count, origin_badge
 from api.schemas import SearchAnswer
+from api.summary import is_verified
 from nas.shape import Shape
 from nas.store.records import PointRecord, RungRecord, SearchRecord, TrialRecord, TrialState
 
@@ -54,7 +55,7 @@ def board_rows(search: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Se
             **{name: row[name] for name in ("number", "origin", "parameters", "share_of_teacher", "rank", "rung", "tokens", "score", "standard_error")},
             **{name: row[name] for name in ("kl", "kl_standard_error", "tasks")},
             state=by_number[row["number"]].state,
-            is_verified=_verified(by_number[row["number"]]),
+            is_verified=is_verified(by_number[row["number"]].confirmation),
             shape=Shape.from_dict(row["shape"]),
             tie_group=row["tie_group"] if sizes[row["tie_group"]] > 1 else None,
             is_winner=row["number"] == board.get("winner"),
@@ -70,10 +71,6 @@ def board_rows(search: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Se
         if trial.number not in listed and trial.state is not TrialState.FAILED:
             rows.append(_unranked(trial, latest=latest.get(trial.number), teacher_parameters=teacher))
     return rows
-
-
-def _verified(trial: TrialRecord) -> bool | None:
-    return None if trial.confirmation is None else bool(trial.confirmation["verified"])
 
 
 def _unranked(trial: TrialRecord, *, latest: RungRecord | None, teacher_parameters: int | None) -> Row:

@@ -57,7 +57,7 @@ def confirm(
     Args:
         with_reload: False for a control, which never wins: its file is counted, but not loaded in a fresh process.
     Returns:
-        verified (bool) and why not (reason), parameters counted from the file, held-out result, latency.
+        verified (bool) and why not (reason), whether a fresh process reloaded it, parameters counted from the file, held-out result, latency.
     Raises:
         CorruptFile: the student is not what it claims to be, so much so that it cannot be measured.
     """
@@ -86,7 +86,14 @@ def confirm(
         batch_size=1,
         repeats=5,
     )
-    return {"verified": reason is None, "reason": reason, "parameters": parameters, "held_out": result.as_dict(), "latency": latency.as_dict()}
+    return {
+        "verified": reason is None,
+        "reason": reason,
+        "reloaded": with_reload,
+        "parameters": parameters,
+        "held_out": result.as_dict(),
+        "latency": latency.as_dict(),
+    }
 
 
 def verify(student: Path, *, probe: Path, shape: Shape, config: Mapping[str, Any], with_reload: bool) -> tuple[str | None, int]:

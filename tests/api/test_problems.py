@@ -178,7 +178,7 @@ def test_an_idempotency_key_with_another_body_is_a_conflict(service: Service) ->
 
 def test_a_bug_is_a_500_that_tells_nothing_of_the_inside(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
-        raise RuntimeError("secret /root/password")
+        raise RuntimeError("secret /srv/password")
 
     monkeypatch.setattr(service.store, "list_teachers", fail)
 
