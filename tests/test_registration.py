@@ -81,4 +81,4 @@ def test_what_cannot_be_used_is_not_registered(place: dict[str, Any], tmp_path: 
 def test_tasks_are_copied_so_that_later_runs_do_not_need_the_source(place: dict[str, Any], tiny_sources: dict[str, Path]) -> None:
     (record,) = register_tasks(str(tiny_sources["tasks"]), dataset_path=None, **place)
     assert Path(record.folder).is_relative_to(place["settings"].data_folder)
-    assert record.card["metrics"] == [{"name": "acc", "higher_is_better": True}]
+    assert record.card["metrics"] == [{"name": "acc", "higher_is_better": True, "paired": True}]
