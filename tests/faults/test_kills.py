@@ -349,9 +349,10 @@ def check_kills(service: Service, *, url: str, kills: list[Callable[[Service, in
     assert figures(store, search_id) == undisturbed
     states = [attempt.state for attempt in store.list_attempts(search_id)]
     hits = [ENDS.get(kill, AttemptState.LOST) for kill in kills]
-    assert [states.count(state) for state in (AttemptState.FAILED, AttemptState.LOST)] == [
-        hits.count(state) for state in (AttemptState.FAILED, AttemptState.LOST)
-    ]
+    assert states.count(AttemptState.FAILED) == hits.count(AttemptState.FAILED)
+    # A rung that ended in the moment of a Ctrl-C left its result, which is taken over: nothing is lost then.
+    may_have_ended = kills.count(interrupt_service)
+    assert hits.count(AttemptState.LOST) - may_have_ended <= states.count(AttemptState.LOST) <= hits.count(AttemptState.LOST)
     store.close()
     check_stopped(service)
 
