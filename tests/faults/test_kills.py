@@ -5,6 +5,7 @@ Whatever is killed, the search ends with the leaderboard of a search that nothin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -304,6 +305,9 @@ def kill_controller(service: Service, worker: int) -> None:
     controller = service.find("-m", "workers")
     assert controller is not None
     controller.kill()
+    # Ray's worker ends itself when its raylet is gone, which a stopped process cannot; it is in a process group of its own.
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGKILL)
 
 
 def kill_worker(service: Service, worker: int) -> None:
