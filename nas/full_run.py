@@ -17,12 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nas.compress.corpus import Blocks, Corpus, Part, build_blocks, check_corpus, load_blocks
-from nas.compress.distillation import Diverged, HeldOut, Progress, TrainPlan, distil, evaluate_kl, sound_checkpoint
+from nas.compress.distillation import Diverged, Progress, distil
+from nas.compress.held_out import HeldOut, evaluate_kl
 from nas.compress.importance import measure_importance
 from nas.compress.manifest import write_json
+from nas.compress.objective import TeacherLogits
 from nas.compress.slicing import build_student, kept_indices
 from nas.compress.sorting import layer_damage, load_sorting, make_order, save_sorted, select_layers, sort_teacher
 from nas.compress.teacher import Teacher, check_teacher, load_model, load_tokenizer, write_checkpoint
+from nas.compress.train_plan import TrainPlan
+from nas.compress.train_state import sound_checkpoint
 from nas.errors import Conflict, CorruptFile, InvalidSpec, NotFound, Problem
 from nas.shape import Shape
 
@@ -204,7 +208,7 @@ def distil_fully(
     before = _held_out(evaluate_kl(model, teacher=teacher_model, blocks_NT=blocks.validation_NT, batch_size=batch_size), recipe=recipe, tokens=0)
     distilled = distil(
         model,
-        teacher=teacher_model,
+        objective=TeacherLogits(teacher_model),
         blocks_NT=blocks.train_NT,
         plan=_train_plan(recipe),
         checkpoint=sound_checkpoint(work / CHECKPOINT),

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from nas import full_run
 from nas.compress.corpus import check_corpus, load_blocks
-from nas.compress.distillation import Diverged, HeldOut, Stopped
+from nas.compress.distillation import Diverged, Stopped
+from nas.compress.held_out import HeldOut
 from nas.compress.teacher import check_teacher
 from nas.errors import Conflict, InvalidSpec
 from nas.full_run import Recipe, RecipeInputs, distil_fully, prune_teacher

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nas.client import Client
-from nas.compress import corpus, distillation, losses
+from nas.compress import corpus, data_order, distillation, losses, objective, train_plan
 from nas.compress.corpus import Blocks, load_blocks
 from nas.compress.teacher import load_model
 from nas.demo import language, teacher
@@ -96,7 +96,8 @@ def main() -> int:
 
 def make_inputs() -> Path:
     """Corpus, tasks and teacher; made once and kept under a digest of the code that makes them."""
-    digest = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in (language, teacher, corpus, distillation, losses))).hexdigest()[:12]
+    makers = (language, teacher, corpus, data_order, distillation, losses, objective, train_plan)
+    digest = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in makers)).hexdigest()[:12]
     folder = ROOT / f"inputs-{digest}"
     if (folder / "done").exists():
         console.print(f"teacher, corpus and tasks: kept from an earlier run ({folder})", highlight=False)

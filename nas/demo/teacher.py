@@ -15,8 +15,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nas.compress.corpus import Part, build_blocks
-from nas.compress.distillation import Progress, TrainPlan, distil
+from nas.compress.distillation import Progress, distil
+from nas.compress.objective import NextToken
 from nas.compress.teacher import write_checkpoint
+from nas.compress.train_plan import TrainPlan
 from nas.demo.language import build_tokenizer
 
 SEED = 0
@@ -53,7 +55,7 @@ def train_teacher(folder: Path, *, corpus: Path, report: Callable[[Progress], No
             seed=SEED,
             folder=Path(scratch),
         )
-        distil(model, teacher=None, blocks_NT=blocks.train_NT, plan=PLAN, report=report)
+        distil(model, objective=NextToken(), blocks_NT=blocks.train_NT, plan=PLAN, report=report)
     write_checkpoint(model.state_dict(), config=model.config.to_dict(), tokenizer_from=folder, folder=folder)
     return folder
 

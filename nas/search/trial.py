@@ -20,11 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nas.compress.corpus import Blocks, load_blocks
-from nas.compress.distillation import Diverged, Progress, TrainPlan, TrainState, distil, evaluate_kl, load_trunk, sound_checkpoint
+from nas.compress.distillation import Diverged, Progress, distil
+from nas.compress.held_out import evaluate_kl
 from nas.compress.manifest import save_tensors
+from nas.compress.objective import TeacherLogits
 from nas.compress.slicing import build_student
 from nas.compress.sorting import Sorting, load_sorting
 from nas.compress.teacher import load_model, load_tokenizer, write_checkpoint
+from nas.compress.train_plan import TrainPlan
+from nas.compress.train_state import TrainState, load_trunk, sound_checkpoint
 from nas.errors import CorruptFile, NotFound, TaskUnavailable
 from nas.evaluate.scoring import MetricValue, TaskScore, score
 from nas.evaluate.tasks import load_tasks
@@ -90,7 +94,7 @@ def run_rung(
     if rung > 0:
         distilled = distil(
             student,
-            teacher=shared.teacher,
+            objective=TeacherLogits(shared.teacher),
             blocks_NT=shared.blocks.train_NT,
             plan=train_plan(spec, tokens=spec.rungs.tokens(rung)),
             state=_trunk_below(folder, rung=rung),

@@ -25,7 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from nas.compress.distillation import TrainPlan, distil
+from nas.compress.distillation import distil
+from nas.compress.objective import TeacherLogits
+from nas.compress.train_plan import TrainPlan
 from nas.demo.__main__ import make_inputs
 from nas.families import read_architecture
 from nas.registration import register_corpus, register_tasks, register_teacher
@@ -88,7 +90,7 @@ def _speed(train: Callable[[nn.Module, nn.Module, Tensor, int], None], student: 
 
 
 def _ours(student: nn.Module, teacher: nn.Module, blocks_NT: Tensor, batch_size: int) -> None:
-    distil(student, teacher=teacher, blocks_NT=blocks_NT, plan=TrainPlan(tokens=blocks_NT.numel(), learning_rate=1e-3, batch_size=batch_size))
+    distil(student, objective=TeacherLogits(teacher), blocks_NT=blocks_NT, plan=TrainPlan(tokens=blocks_NT.numel(), learning_rate=1e-3, batch_size=batch_size))
 
 
 def _plain(student: nn.Module, teacher: nn.Module, blocks_NT: Tensor, batch_size: int) -> None:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nas.compress.distillation import distil
+from nas.compress.objective import NextToken, TeacherLogits
 from nas.compress.slicing import build_student
 from nas.registration import register_corpus, register_tasks, register_teacher
 from nas.search.layout import prepared_key
@@ -105,10 +106,10 @@ def _scratch(settings: Settings, *, search_id: str, shape: Shape) -> dict[str, d
     shared = load_shared(spec, inputs=search.inputs, prepared=prepared, device="cpu")
     plan = train_plan(spec, tokens=spec.rungs.tokens(spec.rungs.num_trained))
     results = {}
-    for name, teacher in (("scratch, distilled", shared.teacher), ("scratch, cross-entropy", None)):
+    for name, objective in (("scratch, distilled", TeacherLogits(shared.teacher)), ("scratch, cross-entropy", NextToken())):
         config = build_student(shared.sorting, shape, dtype="float32", device="cpu").config.to_dict()
         student = random_model(shared.sorting.architecture, config=config, seed=spec.seed, device="cpu")
-        distil(student, teacher=teacher, blocks_NT=shared.blocks.train_NT, plan=plan)
+        distil(student, objective=objective, blocks_NT=shared.blocks.train_NT, plan=plan)
         result = measure(
             spec,
             inputs=search.inputs,

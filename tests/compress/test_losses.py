@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-from nas.compress.losses import cross_entropy, forward_kl, kl_loss
+from nas.compress.losses import Head, cross_entropy, final_hidden, forward_kl, head_of, kl_loss
 
 
 def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -40,7 +53,9 @@ def test_chunked_kl_equals_plain_autograd(chunk_tokens: int | None) -> None:
     hidden_ND, head_VD = normal(13, 8, seed=0).requires_grad_(), normal(17, 8, seed=1).requires_grad_()
     teacher_hidden_ND, teacher_head_VD = normal(13, 6, seed=2), normal(17, 6, seed=3)
     plain = forward_kl(hidden_ND @ head_VD.t(), teacher_hidden_ND @ teacher_head_VD.t()).mean()
-    chunked = kl_loss(hidden_ND, head_VD, teacher_hidden_ND=teacher_hidden_ND, teacher_head_VD=teacher_head_VD, chunk_tokens=chunk_tokens)
+    chunked = kl_loss(
+        hidden_ND, Head(weight_VD=head_VD), teacher_hidden_ND=teacher_hidden_ND, teacher_head=Head(weight_VD=teacher_head_VD), chunk_tokens=chunk_tokens
+    )
     torch.testing.assert_close(chunked, plain, atol=1e-5, rtol=1e-5)
     for found, expected in zip(gradients(chunked, hidden_ND, head_VD), gradients(plain, hidden_ND, head_VD), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -51,7 +66,7 @@ def test_chunked_cross_entropy_equals_plain_autograd(chunk_tokens: int | None) -
     hidden_ND, head_VD = normal(13, 8, seed=0).requires_grad_(), normal(17, 8, seed=1).requires_grad_()
     labels_N = torch.randint(17, (13,), generator=torch.Generator().manual_seed(2))
     plain = functional.cross_entropy(hidden_ND @ head_VD.t(), labels_N)
-    chunked = cross_entropy(hidden_ND, head_VD, labels_N=labels_N, chunk_tokens=chunk_tokens)
+    chunked = cross_entropy(hidden_ND, Head(weight_VD=head_VD), labels_N=labels_N, chunk_tokens=chunk_tokens)
     torch.testing.assert_close(chunked, plain, atol=1e-5, rtol=1e-5)
     for found, expected in zip(gradients(chunked, hidden_ND, head_VD), gradients(plain, hidden_ND, head_VD), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -59,19 +74,72 @@ def test_chunked_cross_entropy_equals_plain_autograd(chunk_tokens: int | None) -
 
 def test_a_frozen_head_gets_no_gradient() -> None:
     hidden_ND, head_VD = normal(4, 8, seed=0).requires_grad_(), normal(17, 8, seed=1)
-    kl_loss(hidden_ND, head_VD, teacher_hidden_ND=normal(4, 8, seed=2), teacher_head_VD=head_VD).backward()  # type: ignore[no-untyped-call]
+    kl_loss(hidden_ND, Head(weight_VD=head_VD), teacher_hidden_ND=normal(4, 8, seed=2), teacher_head=Head(weight_VD=head_VD)).backward()  # type: ignore[no-untyped-call]
     assert hidden_ND.grad is not None
     assert head_VD.grad is None
 
 
 def test_under_autocast_the_loss_stays_float32_and_near() -> None:
     hidden_ND, head_VD = normal(64, 32, seed=0).requires_grad_(), normal(50, 32, seed=1, scale=0.2).requires_grad_()
-    teacher = {"teacher_hidden_ND": normal(64, 16, seed=2), "teacher_head_VD": normal(50, 16, seed=3, scale=0.2)}
-    exact = kl_loss(hidden_ND, head_VD, **teacher)
+    teacher: Any = {"teacher_hidden_ND": normal(64, 16, seed=2), "teacher_head": Head(weight_VD=normal(50, 16, seed=3, scale=0.2))}
+    exact = kl_loss(hidden_ND, Head(weight_VD=head_VD), **teacher)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = kl_loss(hidden_ND, head_VD, **teacher)
+        rounded = kl_loss(hidden_ND, Head(weight_VD=head_VD), **teacher)
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.01)
     for found, expected in zip(gradients(rounded, hidden_ND, head_VD), gradients(exact, hidden_ND, head_VD), strict=True):
         assert found.dtype == torch.float32
         assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+# --- heads that do more than multiply
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"scale": 0.25}, {"softcap": 2.0}, {"softcap": 2.0, "scale": 3.0, "bias_V": True}, {"bias_V": True}],
+    ids=["scaled", "capped", "all", "biased"],
+)
+@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
+def test_the_gradient_through_any_head_is_that_of_autograd(parts: dict[str, Any], loss: str) -> None:
+    hidden_ND, weight_VD, bias_V = normal(13, 8, seed=0).requires_grad_(), normal(17, 8, seed=1).requires_grad_(), normal(17, seed=4).requires_grad_()
+    head = Head(weight_VD=weight_VD, **{**parts, **({"bias_V": bias_V} if "bias_V" in parts else {})})
+    teacher_ND, labels_N = normal(13, 8, seed=2), torch.randint(17, (13,), generator=torch.Generator().manual_seed(2))
+    teacher_head = Head(weight_VD=normal(17, 8, seed=3), softcap=head.softcap, scale=head.scale)
+    if loss == "kl":
+        plain = forward_kl(head.logits(hidden_ND), teacher_head.logits(teacher_ND)).mean()
+        chunked = kl_loss(hidden_ND, head, teacher_hidden_ND=teacher_ND, teacher_head=teacher_head, chunk_tokens=5)
+    else:
+        plain = functional.cross_entropy(head.logits(hidden_ND), labels_N)
+        chunked = cross_entropy(hidden_ND, head, labels_N=labels_N, chunk_tokens=5)
+    torch.testing.assert_close(chunked, plain, atol=1e-5, rtol=1e-5)
+    inputs = [hidden_ND, weight_VD, *([bias_V] if "bias_V" in parts else [])]
+    for found, expected in zip(gradients(chunked, *inputs), gradients(plain, *inputs), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def tiny(config: type[PretrainedConfig], model: type[PreTrainedModel], **more: Any) -> PreTrainedModel:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        built = model(config(**sizes, head_dim=8, **more)).eval()
+        with torch.no_grad():
+            for parameter in built.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0, 0.5)
+    return built
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: tiny(LlamaConfig, LlamaForCausalLM),
+        lambda: tiny(Gemma2Config, Gemma2ForCausalLM, final_logit_softcapping=3.0),
+        lambda: tiny(GraniteConfig, GraniteForCausalLM, logits_scaling=4.0),
+    ],
+    ids=["llama", "gemma2", "granite"],
+)
+def test_the_head_gives_the_logits_of_the_model(build: Callable[[], PreTrainedModel]) -> None:
+    model, tokens_BT = build(), torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(head_of(model).logits(final_hidden(model, tokens_BT)), model(tokens_BT).logits.flatten(0, 1))

@@ -1,0 +1,62 @@
+"""How long, how fast and in which batches a student is trained: plain numbers, and the learning rate of every step.
+
+A run of N tokens is a *trunk* at a constant learning rate (after a short warm-up) and then a *decay branch*: the last `decay_tokens`, over which
+the rate falls to zero. All counts are whole steps of `batch_size` blocks: steps = ceil(tokens / (batch_size * T)).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainPlan:
+    """How one student is trained."""
+
+    tokens: int
+    """Seen by the student at the end, trunk and decay branch together; rounded up to whole steps."""
+    learning_rate: float
+    """Of the trunk. Small models on short runs: 1.5e-3 to 2e-3 at 256 to 512 tokens per step (measured on a 260K-parameter teacher)."""
+    batch_size: int
+    """Blocks per step."""
+    warmup_tokens: int = 0
+    """Linear from zero; counted from the trunk's start, so it is the same for every rung."""
+    decay_tokens: int = 0
+    """The last tokens of `tokens`, over which the rate falls linearly to zero."""
+    weight_decay: float = 0.0
+    """Of matrices only, not of norms and biases."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    """Of the data order, and of nothing else."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the arithmetic, on CUDA only; weights and optimizer stay float32."""
+    micro_batch_size: int | None = None
+    """Blocks per forward pass; None: batch_size. Halved when CUDA runs out of memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_size", "learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if not 0 <= self.decay_tokens <= self.tokens:
+            raise ValueError(f"decay_tokens: expected 0 to tokens={self.tokens}, got {self.decay_tokens}")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size: expected at least 1, got {self.micro_batch_size}")
+
+    def steps(self, sequence_length: int) -> int:
+        return math.ceil(self.tokens / (self.batch_size * sequence_length))
+
+    def trunk_steps(self, sequence_length: int) -> int:
+        """Steps before the decay branch."""
+        return self.steps(sequence_length) - math.ceil(self.decay_tokens / (self.batch_size * sequence_length))
+
+    def rate(self, step: int, *, sequence_length: int) -> float:
+        """Learning rate of the step with this index (from 0)."""
+        warmup = math.ceil(self.warmup_tokens / (self.batch_size * sequence_length))
+        total, trunk = self.steps(sequence_length), self.trunk_steps(sequence_length)
+        rising = min(1.0, (step + 1) / (warmup + 1))
+        falling = 1.0 if step < trunk else (total - step) / (total - trunk + 1)
+        return self.learning_rate * rising * falling

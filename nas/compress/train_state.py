@@ -1,0 +1,75 @@
+"""All that the rest of a training run depends on, in memory and in a checkpoint folder. Does not train."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nas.compress.manifest import load_tensors, save_tensors
+from nas.errors import CorruptFile, NotFound
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainState:
+    """The weights, the optimizer's state and the number of steps done, which is the position in the data."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    """`weight/NAME`, and `KEY/NAME` for every KEY of the optimizer's state of that weight (AdamW: step, exp_avg, exp_avg_sq); on the CPU.
+    What an objective learns beside the student is called `objective.NAME`."""
+    recipe: dict[str, Any]
+    """The plan, the blocks' shape and the objective that made it: a run with another recipe must not go on from it."""
+    recent_losses: tuple[float, ...]
+    """Of the last steps."""
+
+
+def save_state(state: TrainState, *, checkpoint: Path, name: str, tokens: int) -> None:
+    """Replace the state of that name ("trunk" or "branch") in the folder; a kill leaves the old one or the new one."""
+    facts = {"step": state.step, "tokens": tokens, "recipe": state.recipe, "recent_losses": state.recent_losses}
+    save_tensors(checkpoint, name=name, tensors=state.tensors, facts=facts)
+
+
+def load_state(checkpoint: Path, *, name: str) -> TrainState:
+    """What `save_state` wrote.
+
+    Raises:
+        NotFound, CorruptFile: as `load_tensors`.
+    """
+    tensors, facts = load_tensors(checkpoint, name=name)
+    return TrainState(step=facts["step"], tensors=tensors, recipe=facts["recipe"], recent_losses=tuple(facts["recent_losses"]))
+
+
+def load_trunk(checkpoint: Path) -> TrainState:
+    """The trunk that a run left in its checkpoint folder.
+
+    Raises:
+        NotFound, CorruptFile: as `load_tensors`.
+    """
+    return load_state(checkpoint, name="trunk")
+
+
+def sound_checkpoint(checkpoint: Path) -> Path:
+    """The folder as `distil` can go on from it: a damaged state is removed, and what was trained for it is trained again, to the same bits.
+
+    Without the trunk the whole run starts again; without the branch, the branch.
+    """
+    for name in ("trunk", "branch"):
+        try:
+            load_tensors(checkpoint, name=name)
+        except NotFound:
+            continue
+        except CorruptFile as damaged:
+            logger.warning("checkpoint is damaged, its %s is trained again", name, extra={"action": "checkpoint_lost", "reason": str(damaged)})
+            if name == "trunk":
+                shutil.rmtree(checkpoint)
+                break
+            for file in checkpoint.glob(f"{name}*"):
+                file.unlink()
+    return checkpoint
