@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from nas.errors import InvalidSpec, Problem
 from nas.families import Architecture, Axis
 from nas.shape import Shape
+
+SignalKind = Literal["exact", "top_k"]
+"""Teacher signals: final hidden states, or the largest log-probabilities (compress/signals.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +71,65 @@ def flops_per_token(architecture: Architecture, shape: Shape, *, context_length:
     head = architecture.vocab_size * shape.hidden_size
     attention = 4 * context_length * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
     return 2 * (count.non_embedding + head) + attention
+
+
+def signal_bytes_per_token(kind: SignalKind, *, hidden_size: int, bytes_per_element: int, top_k: int) -> int:
+    """Bytes on disk of the teacher signals of one token; `exact` has the teacher's head besides, once.
+
+    Args:
+        bytes_per_element: of the teacher's arithmetic: 2 for bf16, 4 for float32.
+        top_k: kept log-probabilities (float16) and their tokens (int32), and the log of the remaining mass (float32).
+    """
+    return hidden_size * bytes_per_element if kind == "exact" else top_k * (2 + 4) + 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignalChoice:
+    """Which teacher signals are kept, and the numbers behind it."""
+
+    kind: SignalKind | None
+    """None: the teacher runs beside every student."""
+    bytes: int
+    """On disk, of training and validation blocks; 0 without signals."""
+    reason: str
+    """One sentence with the numbers."""
+
+
+def choose_signals(
+    wanted: Literal["auto", "exact", "top_k", "off"],
+    *,
+    train_tokens: int,
+    validation_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    bytes_per_element: int,
+    top_k: int,
+    max_bytes: int,
+) -> SignalChoice:
+    """The kind that is asked for; for `auto` the first that fits of exact (the same student as with the teacher in the loop) and top_k.
+
+    Validation blocks are exact whatever the kind: held-out KL is no estimate.
+
+    Args:
+        train_tokens: of the blocks, not of the run: epochs read them again.
+        max_bytes: the disk budget.
+    Raises:
+        InvalidSpec: the kind that is asked for does not fit the budget.
+    """
+    if wanted == "off":
+        return SignalChoice(kind=None, bytes=0, reason="distillation.signals is off: the teacher runs beside every student")
+    sizes = {}
+    kinds: tuple[SignalKind, ...] = ("exact", "top_k") if wanted == "auto" else (wanted,)
+    exact = signal_bytes_per_token("exact", hidden_size=hidden_size, bytes_per_element=bytes_per_element, top_k=top_k)
+    for kind in kinds:
+        per_token = signal_bytes_per_token(kind, hidden_size=hidden_size, bytes_per_element=bytes_per_element, top_k=min(top_k, vocab_size))
+        sizes[kind] = train_tokens * per_token + validation_tokens * exact + vocab_size * exact
+        if sizes[kind] <= max_bytes:
+            reason = f"{kind}: {sizes[kind]:,} bytes for {train_tokens:,} training tokens at {per_token:,} bytes each, of at most {max_bytes:,}"
+            return SignalChoice(kind=kind, bytes=sizes[kind], reason=reason)
+    needs = ", ".join(f"{kind} {size:,}" for kind, size in sizes.items())
+    if wanted == "auto":
+        return SignalChoice(kind=None, bytes=0, reason=f"no kind fits {max_bytes:,} bytes ({needs}): the teacher runs beside every student")
+    raise InvalidSpec(
+        Problem(field="distillation.max_signal_bytes", expected=f"at least the bytes of {needs} for {train_tokens:,} tokens", got=f"{max_bytes:,}")
+    )

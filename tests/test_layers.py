@@ -28,6 +28,8 @@ ROWS = (
     "nas.compress.losses",
     "nas.compress.sorting",
     "nas.compress.slicing",
+    "nas.compress.teacher_outputs",
+    "nas.compress.signals",
     "nas.compress.held_out",
     "nas.compress.objective",
     "nas.compress.train_plan",

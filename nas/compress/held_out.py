@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.compress.losses import final_hidden, forward_kl, head_of, token_chunks
+from nas.compress.teacher_outputs import TeacherOutputs, outputs_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,27 +42,30 @@ class HeldOut:
 
 
 @torch.no_grad()
-def evaluate_kl(student: nn.Module, *, teacher: nn.Module | None, blocks_NT: Tensor, batch_size: int) -> HeldOut:
-    """KL to the teacher and cross-entropy of the student, per block. Models are evaluated in the dtype they have."""
+def evaluate_kl(student: nn.Module, *, teacher: nn.Module | TeacherOutputs | None, blocks_NT: Tensor, batch_size: int) -> HeldOut:
+    """KL to the teacher and cross-entropy of the student, per block. Models are evaluated in the dtype they have.
+
+    Args:
+        teacher: a model, or outputs of one of which row i belongs to `blocks_NT[i]`.
+    """
     device = next(student.parameters()).device
     kl: list[Tensor] = []
     loss: list[Tensor] = []
-    for model in (student, teacher):
-        if model is not None:
-            model.eval()
-    for batch_BT in torch.split(blocks_NT, batch_size):
-        tokens_BT = batch_BT.to(device, torch.int64)
+    student.eval()
+    outputs = None if teacher is None else outputs_of(teacher)
+    for rows_B in torch.split(torch.arange(len(blocks_NT)), batch_size):
+        tokens_BT = blocks_NT[rows_B].to(device, torch.int64)
         num_blocks, num_tokens = tokens_BT.shape
         labels_N = tokens_BT.roll(-1, dims=1).flatten()
         hidden_ND, head = final_hidden(student, tokens_BT), head_of(student)
-        teacher_ND = None if teacher is None else final_hidden(teacher, tokens_BT)
+        teacher_ND = None if outputs is None else outputs.hidden(tokens_BT, rows_B=rows_B)
         kl_N = torch.empty(num_blocks * num_tokens, device=device)
         loss_N = torch.empty_like(kl_N)
         for chunk in token_chunks(len(hidden_ND), head=head, chunk_tokens=None):
             logits_CV = head.logits(hidden_ND[chunk]).float()
             loss_N[chunk] = nn.functional.cross_entropy(logits_CV, labels_N[chunk], reduction="none")
-            if teacher is not None and teacher_ND is not None:
-                kl_N[chunk] = forward_kl(logits_CV, head_of(teacher).logits(teacher_ND[chunk]))
+            if outputs is not None and teacher_ND is not None:
+                kl_N[chunk] = forward_kl(logits_CV, outputs.head.logits(teacher_ND[chunk]))
         loss.append(loss_N.view(num_blocks, num_tokens)[:, :-1].double().mean(dim=1).cpu())
         kl.append(kl_N.view(num_blocks, num_tokens).double().mean(dim=1).cpu())
     return HeldOut(kl_N=None if teacher is None else torch.cat(kl), loss_N=torch.cat(loss))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from nas.compress.losses import cross_entropy, final_hidden, head_of, kl_loss
+from nas.compress.teacher_outputs import TeacherOutputs, outputs_of
 
 
 class Objective(Protocol):
@@ -46,21 +46,20 @@ class NextToken:
 
 
 class TeacherLogits:
-    """Forward KL to a teacher that runs beside the student."""
+    """Forward KL to a teacher that runs beside the student, or to its stored outputs."""
 
     facts: ClassVar[dict[str, Any]] = {"loss": "forward_kl"}
 
-    def __init__(self, teacher: nn.Module) -> None:
+    def __init__(self, teacher: nn.Module | TeacherOutputs) -> None:
         """
         Args:
-            teacher: on the student's device; put into eval mode.
+            teacher: a model on the student's device, which is put into eval mode, or outputs of one on the blocks that are trained on.
         """
-        self.teacher = teacher.eval()
+        self.teacher = outputs_of(teacher)
 
     def weights(self) -> dict[str, nn.Parameter]:
         return {}
 
     def loss(self, student: nn.Module, tokens_BT: Tensor, *, rows_B: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher_ND = final_hidden(self.teacher, tokens_BT)
-        return kl_loss(final_hidden(student, tokens_BT), head_of(student), teacher_hidden_ND=teacher_ND, teacher_head=head_of(self.teacher).detach())
+        teacher_ND = self.teacher.hidden(tokens_BT, rows_B=rows_B)
+        return kl_loss(final_hidden(student, tokens_BT), head_of(student), teacher_hidden_ND=teacher_ND, teacher_head=self.teacher.head)
