@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -80,7 +81,8 @@ def build_signals(
     """
     form = SignalFormat.of(kind, model=teacher, sequence_length=blocks_NT.shape[1], top_k=top_k)
     head = head_of(teacher)
-    for index, shard_NT in enumerate(torch.split(blocks_NT, form.rows_per_shard)):
+    shards = torch.split(blocks_NT, form.rows_per_shard)
+    for index, shard_NT in enumerate(shards):
         facts = {
             "kind": kind,
             "top_k": form.top_k if kind == "top_k" else None,
@@ -94,6 +96,7 @@ def build_signals(
             tensors = _make_shard(teacher, shard_NT=shard_NT, form=form, batch_size=batch_size, report=told)
             save_tensors(folder, name=_shard_name(part, index), tensors=tensors, facts=facts)
         report(first + len(shard_NT), len(blocks_NT))
+    _drop_shards(folder, part=part, first=len(shards))  # of another kind
     whole = {"kind": kind, "num_blocks": len(blocks_NT), "rows_per_shard": form.rows_per_shard, "scale": head.scale, "softcap": head.softcap}
     save_tensors(folder, name=part, tensors=_head_tensors(head) if kind == "exact" else {}, facts=whole)
 
@@ -164,6 +167,13 @@ def _report_shard(report: Callable[[int, int], None], done: int, *, first: int, 
 
 def _shard_name(part: str, index: int) -> str:
     return f"{part}-{index:05d}"
+
+
+def _drop_shards(folder: Path, *, part: str, first: int) -> None:
+    for file in folder.glob(f"{part}-*"):
+        number = re.match(r"(\d{5})[-.]", file.name.removeprefix(f"{part}-"))
+        if number is not None and int(number[1]) >= first:
+            file.unlink()
 
 
 def _is_whole(folder: Path, *, name: str, facts: Mapping[str, Any]) -> bool:
