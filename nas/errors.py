@@ -9,6 +9,7 @@ NasError
 ├─ TeacherUnavailable             cannot be loaded, or its family is unknown         job fails, reason kept
 ├─ CorpusUnavailable              cannot be read, or is too small for the spec       job fails, reason kept
 ├─ TaskUnavailable                cannot be resolved offline, or scores nothing      job fails, reason kept
+├─ DoesNotFit                     more memory or disk is needed than there is        job fails, numbers kept
 └─ CorruptFile                    a file does not match its manifest                 recomputed where possible
 """
 
@@ -68,6 +69,10 @@ class CorpusUnavailable(NasError):
 
 class TaskUnavailable(NasError):
     """An lm-eval task cannot be resolved from its folder, or lacks the metric asked for."""
+
+
+class DoesNotFit(NasError):
+    """More memory or disk is needed than there is; the message names each component and its bytes."""
 
 
 class CorruptFile(NasError):

@@ -1,0 +1,318 @@
+"""What training or preparing takes, in bytes, computed from the shapes before anything is loaded. Closed form, no torch.
+
+The peak of a training step is the largest of its phases; what each holds follows from what autograd keeps of a decoder layer:
+
+    teacher    its weights, and one layer's outputs of a forward pass that keeps nothing
+    loss       what the student's layers keep for the backward pass, a chunk of logits, the head's gradient
+    backward   gradients grow while the kept activations shrink; with more than one micro-batch both are there whole
+    step       gradients, and the moments of one weight where they are not kept as float32 on the device
+
+`fit_training` chooses among the settings that change no result (micro-batch, checkpointing, where the moments lie), and last bfloat16
+moments, and says with all numbers why nothing fits. `tests/benchmarks/memory.py` prints the estimate beside measured peaks.
+Reads no device: compress/device.py does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from nas.cost import count_parameters
+from nas.errors import DoesNotFit
+from nas.families import Architecture, Axis, Weight
+from nas.shape import Shape
+
+Moments = Literal["float32", "offloaded", "bfloat16"]
+"""The optimiser's state: float32 beside the weights; float32 in the host's memory, the same result for transfers of twice its size a step;
+bfloat16 beside the weights, half of it."""
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MEGABYTE = 1_000_000
+
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
+"""Logits that the losses hold at once, in elements: a megabyte on the CPU, half a GiB on CUDA."""
+MIN_CHUNK_TOKENS = 256
+"""The head's gradient is read and written once per chunk, so a large vocabulary needs some tokens to pay for it. On a CPU the
+time per token is flat from 64 to 1024 tokens per chunk (vocabularies of 512 to 32,000)."""
+_CHUNK_COPIES = 5
+"""Float32 arrays of a chunk's size that the KL and its gradient hold at once: the logits and log-probabilities of both, and the probabilities."""
+_EFFICIENT_TOKENS = {"cpu": 256, "cuda": 4096}
+"""Tokens of a forward pass below which a device is no longer busy: checkpointing is dearer than smaller passes only above it."""
+_HEADROOM = 0.05
+"""Share of a device that is left free: what the allocator cannot use, and what the closed form does not know."""
+
+
+def chunk_tokens(*, vocab_size: int, device: str) -> int:
+    """Tokens whose logits exist at once in the losses."""
+    return max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // vocab_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How a student is trained, as far as memory depends on it."""
+
+    sequence_length: int
+    batch_size: int
+    """Blocks of a step on this device."""
+    micro_batch_size: int
+    """Blocks of a forward pass."""
+    dtype: str = "float32"
+    """Of the arithmetic; weights and gradients are float32."""
+    checkpoint_activations: bool = False
+    """Keep each layer's input only and run its forward pass again in the backward pass."""
+    moments: Moments = "float32"
+    device: str = "cpu"
+    num_shards: int = 1
+    """Processes among which weights, gradients and moments are divided (FSDP2); 1: each process holds all."""
+
+    @property
+    def micro_tokens(self) -> int:
+        return self.micro_batch_size * self.sequence_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherMemory:
+    """A teacher that is run beside the student."""
+
+    architecture: Architecture
+    dtype: str
+    num_shards: int = 1
+    """Processes among which its layers are divided."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Bytes at the peak, by what they are for."""
+
+    phase: str
+    """The part of the work at which the most is held."""
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+    """In the host's memory where that is not the device's."""
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    def as_dict(self) -> dict[str, object]:
+        return {"phase": self.phase, "device_bytes": self.device_bytes, "device": dict(self.device), "host_bytes": self.host_bytes, "host": dict(self.host)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """What there is, in bytes, as this process may use it."""
+
+    device: str
+    """cpu or cuda."""
+    device_bytes: int
+    """Free on the device, with what this process already holds there."""
+    host_bytes: int
+    """Free in the host's memory; on a CPU the same memory."""
+
+    @property
+    def usable_bytes(self) -> int:
+        return int(self.device_bytes * (1 - _HEADROOM))
+
+
+def training_memory(architecture: Architecture, shape: Shape, *, training: Training, teacher: TeacherMemory | None) -> Estimate:
+    """The peak of a training step of a student of `shape`; `teacher` None: trained on stored signals or on the next token."""
+    parameters = count_parameters(architecture, shape).total
+    own = parameters // training.num_shards + _unsharded(architecture, shape, num_shards=training.num_shards)
+    largest = max(_numel(weight, architecture=architecture, shape=shape) for weight in architecture.weights)
+    always = {"student weights (float32)": 4 * own}
+    if training.dtype != "float32":
+        always[f"student weights ({training.dtype} copies)"] = DTYPE_BYTES[training.dtype] * _multiplied(architecture, shape) // training.num_shards
+    state = 8 * (parameters // training.num_shards)
+    match training.moments:
+        case "float32":
+            always["optimiser state (float32)"] = state
+        case "bfloat16":
+            always["optimiser state (bfloat16)"] = state // 2
+        case "offloaded":
+            pass
+    if teacher is not None:
+        always[f"teacher weights ({teacher.dtype})"] = _teacher_weights(teacher)
+    phases = {
+        name: always | parts
+        for name, parts in _phases(
+            architecture, shape, training=training, teacher=teacher, gradients=4 * own, moment_buffer=0 if training.moments == "float32" else 16 * largest
+        ).items()
+    }
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    host = {"optimiser state (float32, offloaded)": state} if training.moments == "offloaded" else {}
+    return Estimate(phase=phase, device=phases[phase], host=host)
+
+
+def inference_memory(teacher: TeacherMemory, *, tokens: int, device: str) -> Estimate:
+    """The peak of a forward pass that keeps nothing, logits in chunks."""
+    chunk = _CHUNK_COPIES * 4 * chunk_tokens(vocab_size=teacher.architecture.vocab_size, device=device) * teacher.architecture.vocab_size
+    parts = {
+        f"teacher weights ({teacher.dtype})": _teacher_weights(teacher),
+        "teacher activations": _inference_activations(teacher, tokens=tokens),
+        "a chunk of logits": chunk,
+    }
+    return Estimate(phase="teacher", device=parts, host={})
+
+
+def fit_training(
+    architecture: Architecture,
+    shape: Shape,
+    *,
+    wanted: Training,
+    teacher: TeacherMemory | None,
+    capacity: Capacity,
+    moments: tuple[Moments, ...] = get_args(Moments),
+) -> tuple[Training, Estimate]:
+    """The setting that costs the least time among those that fit, and what it takes.
+
+    Args:
+        wanted: as the user asked; its micro-batch is the largest that is tried, its checkpointing is kept where it is on.
+        moments: kinds of optimiser state that may be chosen, the first that fits is.
+    Raises:
+        DoesNotFit: with the least that would be needed, by component.
+    """
+    tried: Training | None = None
+    for tried in _settings(wanted, moments=moments):
+        estimate = training_memory(architecture, shape, training=tried, teacher=teacher)
+        if estimate.device_bytes <= capacity.usable_bytes and estimate.host_bytes <= capacity.host_bytes * (1 - _HEADROOM):
+            return tried, estimate
+    assert tried is not None
+    least = min(
+        (training_memory(architecture, shape, training=one, teacher=teacher) for one in _settings(wanted, moments=moments)), key=lambda one: one.device_bytes
+    )
+    raise DoesNotFit(explain(least, capacity=capacity, what=f"training a student of {count_parameters(architecture, shape).total:,} parameters"))
+
+
+def explain(estimate: Estimate, *, capacity: Capacity, what: str) -> str:
+    """The estimate as a table, beside what there is."""
+    lines = [f"{what}: expected at most {_gigabytes(capacity.usable_bytes)} on the {capacity.device} device, got {_gigabytes(estimate.device_bytes)}"]
+    lines += [f"  {name:<44} {_gigabytes(size):>12}" for name, size in estimate.device.items()]
+    if estimate.host:
+        lines.append(f"and at most {_gigabytes(int(capacity.host_bytes * (1 - _HEADROOM)))} in the host's memory, got {_gigabytes(estimate.host_bytes)}")
+        lines += [f"  {name:<44} {_gigabytes(size):>12}" for name, size in estimate.host.items()]
+    return "\n".join(lines)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.3f} GB"
+
+
+def _settings(wanted: Training, *, moments: tuple[Moments, ...]) -> Iterator[Training]:
+    """From the fastest to the smallest: smaller passes while the device stays busy, checkpointing, tiny passes; then the next kind of moments."""
+    sizes = [wanted.micro_batch_size]
+    while sizes[-1] > 1:
+        sizes.append((sizes[-1] + 1) // 2)
+    busy = [size for size in sizes if size * wanted.sequence_length >= _EFFICIENT_TOKENS.get(wanted.device, 1)] or sizes[:1]
+    tiny = [size for size in sizes if size not in busy]
+    checkpointing = (True,) if wanted.checkpoint_activations else (False, True)
+    for kind in moments:
+        if kind == "offloaded" and wanted.device == "cpu":
+            continue  # the host's memory is the device's
+        for some in (busy, tiny):
+            for checkpoint in checkpointing:
+                for size in some:
+                    yield replace(wanted, micro_batch_size=size, checkpoint_activations=checkpoint, moments=kind)
+
+
+def _phases(
+    architecture: Architecture, shape: Shape, *, training: Training, teacher: TeacherMemory | None, gradients: int, moment_buffer: int
+) -> dict[str, dict[str, int]]:
+    """What each part of a step holds on top of what is always there."""
+    tokens, width = training.micro_tokens, shape.hidden_size
+    layer = tokens * _kept_per_token(architecture, shape, dtype=training.dtype)
+    kept = tokens * 4 * width * shape.num_hidden_layers + layer if training.checkpoint_activations else layer * shape.num_hidden_layers
+    kept += tokens * (4 * 4 * width + 16)  # the last norm, the final hidden state and its gradient; token ids
+    head = 4 * architecture.vocab_size * width
+    chunk = _CHUNK_COPIES * 4 * chunk_tokens(vocab_size=architecture.vocab_size, device=training.device) * architecture.vocab_size
+    signals = 0 if teacher is None else tokens * teacher.architecture.shape.hidden_size * DTYPE_BYTES[teacher.dtype]
+    # Gradients of one layer's activations on the way back.
+    passing = tokens * 4 * (2 * width + 2 * shape.intermediate_size)
+    accumulating = training.micro_batch_size < training.batch_size
+    phases = {
+        "loss": {
+            "gradients": gradients if accumulating else 0,
+            "activations": kept,
+            "teacher's final hidden states": signals,
+            "the head's gradient": head,
+            "a chunk of logits": chunk,
+        },
+        "backward": {
+            "gradients": gradients if accumulating else max(0, gradients - kept),
+            "activations": kept + passing,
+            "the head's gradient": 2 * head,
+        },
+        "step": {"gradients": gradients, "moments on their way": moment_buffer},
+    }
+    if teacher is not None:
+        activations = _inference_activations(teacher, tokens=tokens)
+        phases["teacher"] = {"gradients": gradients if accumulating else 0, "teacher activations": activations}
+    return phases
+
+
+def _kept_per_token(architecture: Architecture, shape: Shape, *, dtype: str) -> int:
+    """Bytes per token that one layer keeps for the backward pass, attention without its score matrix.
+
+    A norm keeps its input and the normalised input (float32). A matrix product keeps its input, once for all that read the same; under autocast
+    each has its own low-precision copy. Attention keeps queries, keys, values and a log-sum per head; its output is the next product's input.
+    A gated MLP keeps the gate, its activation and the other factor.
+    """
+    size = DTYPE_BYTES[dtype]
+    layer = [weight for weight in architecture.weights if weight.per_layer]
+    norms = sum(2 * 4 * _size(weight.axes[0], architecture=architecture, shape=shape) for weight in layer if weight.is_norm)
+    matrices = [weight for weight in layer if len(weight.axes) == 2]
+    read = [weight.axes[1] for weight in matrices]
+    shared = len(architecture.family.hidden_readers) - 1 if dtype == "float32" else read.count(Axis.HIDDEN)
+    inputs = size * (
+        shared * shape.hidden_size
+        + sum(_size(axis, architecture=architecture, shape=shape) for axis in read if axis is not Axis.HIDDEN)
+    )
+    attention = size * (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim + 4 * shape.num_attention_heads
+    writers = sum(weight.axes[0] is Axis.INTERMEDIATE for weight in matrices)
+    mlp = size * (writers + 1) * shape.intermediate_size
+    return norms + inputs + attention + mlp
+
+
+def _inference_activations(teacher: TeacherMemory, *, tokens: int) -> int:
+    """The most that one layer holds when nothing is kept: residual, its norm in float32, and either the MLP's or the attention's outputs."""
+    shape, size = teacher.architecture.shape, DTYPE_BYTES[teacher.dtype]
+    attention = 3 * shape.num_attention_heads * shape.head_dim + 3 * shape.num_key_value_heads * shape.head_dim
+    widest = max(3 * shape.intermediate_size, attention)
+    return tokens * (size * (2 * shape.hidden_size + widest) + 4 * shape.hidden_size)
+
+
+def _teacher_weights(teacher: TeacherMemory) -> int:
+    architecture = teacher.architecture
+    count = count_parameters(architecture, architecture.shape)
+    layers = count.non_embedding
+    # The embeddings stay whole on every process; one layer is gathered while the next is on its way.
+    gathered = 0 if teacher.num_shards == 1 else 2 * layers // architecture.shape.num_hidden_layers
+    return DTYPE_BYTES[teacher.dtype] * (count.embedding + layers // teacher.num_shards + gathered)
+
+
+def _unsharded(architecture: Architecture, shape: Shape, *, num_shards: int) -> int:
+    """Parameters that are whole on every process during a sharded step: the embeddings and two layers."""
+    if num_shards == 1:
+        return 0
+    count = count_parameters(architecture, shape)
+    return count.embedding + 2 * count.non_embedding // shape.num_hidden_layers
+
+
+def _multiplied(architecture: Architecture, shape: Shape) -> int:
+    """Parameters of the matrices that are multiplied, the head among them; of these autocast makes copies."""
+    layers = sum(_numel(weight, architecture=architecture, shape=shape) for weight in architecture.weights if weight.per_layer and len(weight.axes) == 2)
+    return layers * shape.num_hidden_layers + architecture.vocab_size * shape.hidden_size
+
+
+def _numel(weight: Weight, *, architecture: Architecture, shape: Shape) -> int:
+    numel = 1
+    for axis in weight.axes:
+        numel *= _size(axis, architecture=architecture, shape=shape)
+    return numel
+
+
+def _size(axis: Axis, *, architecture: Architecture, shape: Shape) -> int:
+    return architecture.size(axis, shape)
