@@ -266,10 +266,7 @@ def _kept_per_token(architecture: Architecture, shape: Shape, *, dtype: str) -> 
     matrices = [weight for weight in layer if len(weight.axes) == 2]
     read = [weight.axes[1] for weight in matrices]
     shared = len(architecture.family.hidden_readers) - 1 if dtype == "float32" else read.count(Axis.HIDDEN)
-    inputs = size * (
-        shared * shape.hidden_size
-        + sum(_size(axis, architecture=architecture, shape=shape) for axis in read if axis is not Axis.HIDDEN)
-    )
+    inputs = size * (shared * shape.hidden_size + sum(_size(axis, architecture=architecture, shape=shape) for axis in read if axis is not Axis.HIDDEN))
     attention = size * (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim + 4 * shape.num_attention_heads
     writers = sum(weight.axes[0] is Axis.INTERMEDIATE for weight in matrices)
     mlp = size * (writers + 1) * shape.intermediate_size

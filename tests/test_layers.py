@@ -23,6 +23,7 @@ ROWS = (
     "nas.spec",
     "nas.space",
     "nas.compress.device",
+    "nas.compress.moments",
     "nas.compress.manifest",
     "nas.compress.teacher",
     "nas.compress.corpus",

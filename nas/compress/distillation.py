@@ -16,16 +16,19 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nas.compress.data_order import DataOrder
+from nas.compress.moments import ParkedOptimizer
 from nas.compress.objective import Objective
 from nas.compress.train_plan import TrainPlan
 from nas.compress.train_state import TrainState, load_state, load_trunk, save_state
@@ -40,7 +43,8 @@ _RECENT_STEPS = 16
 _TRAINING_PER_SAVE = 20
 """Seconds of training for each second that a checkpoint takes, so that saving stays below 5 % however large the student is."""
 _LENGTH = frozenset({"tokens", "decay_tokens"})
-_MEMORY_ONLY = frozenset({"micro_batch_size"})
+_MEMORY_ONLY = frozenset({"micro_batch_size", "checkpoint_activations", "moments"})
+"""What a run may change between two calls: where it needs less memory. bfloat16 moments are a measured difference (LOG.md)."""
 
 
 class Diverged(NasError):
@@ -86,8 +90,8 @@ class Distilled:
     """Spent in this call."""
     trained_tokens: int
     """Trained in this call: all of `tokens` less what it resumed from."""
-    trunk: TrainState
-    """For the next rung: the state before the decay branch."""
+    trunk: TrainState | None
+    """For the next rung: the state before the decay branch. None where the checkpoint holds it (`load_trunk`), not to keep it in memory as well."""
 
 
 def distil(
@@ -150,13 +154,14 @@ class _Run:
         if blocks_NT.ndim != 2 or len(blocks_NT) == 0:
             raise ValueError(f"blocks_NT: expected at least one block of tokens, got the shape {tuple(blocks_NT.shape)}")
         self.student, self.objective, self.plan = student.eval(), objective, plan
+        checkpoint_activations(student, on=plan.checkpoint_activations)
         self.checkpoint, self.report, self.should_stop = checkpoint, report, should_stop
         self.checkpoint_every_seconds = checkpoint_every_seconds
         self.blocks_NT, self.sequence_length = blocks_NT, blocks_NT.shape[1]
         self.order = DataOrder(len(blocks_NT), batch_size=plan.batch_size, seed=plan.seed)
         self.weights = dict(student.named_parameters()) | {f"objective.{name}": weight for name, weight in objective.weights().items()}
         self.device = next(iter(self.weights.values())).device
-        self.optimizer = _make_optimizer(self.weights, plan=plan)
+        self.optimizer = make_optimizer(self.weights, plan=plan)
         self.micro_batch_size = min(plan.batch_size, plan.micro_batch_size or plan.batch_size)
         self.steps_between_reports = max(1, plan.steps(self.sequence_length) // _MIN_REPORTS)
         self.step = 0
@@ -182,13 +187,15 @@ class _Run:
             raise Conflict(f"state: expected at most the {trunk_steps} steps of this plan's trunk, got {self.step}")
         first_step = self.step if branch is None else branch.step
         self._train_to(trunk_steps, name="trunk")
-        trunk = self._save(name="trunk")
+        self._save(name="trunk")
+        trunk = self._snapshot() if self.checkpoint is None else None
         if branch is not None:
             self._restore(branch, ignore=_MEMORY_ONLY)
             self.saved = "branch", self.step
         self._train_to(total, name="branch")
         if self.unreported:
             self._report()
+        self.student.eval()  # also the layers, whose flag switches checkpointing on
         return Distilled(
             tokens=self._tokens(total),
             loss=sum(self.recent) / max(1, len(self.recent)),
@@ -264,21 +271,26 @@ class _Run:
         return steps * self.plan.batch_size * self.sequence_length
 
     def _snapshot(self) -> TrainState:
-        tensors: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
-            for key, tensor in {"weight": weight, **self.optimizer.state[weight]}.items():
-                tensors[f"{key}/{name}"] = tensor.detach().to("cpu", copy=True)
+        """The state as it is now, in memory of its own."""
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors()}
         return TrainState(step=self.step, tensors=tensors, recipe=self.recipe, recent_losses=tuple(self.recent))
 
-    def _save(self, *, name: str) -> TrainState:
-        """The state as it is now, written to the checkpoint unless that holds it."""
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self.weights.items():
+            for key, tensor in {"weight": weight, **self.optimizer.state[weight]}.items():
+                yield f"{key}/{name}", tensor.detach()
+
+    def _save(self, *, name: str) -> None:
+        """Write the state as it is now to the checkpoint unless that holds it."""
+        if self.checkpoint is None or self.saved == (name, self.step):
+            return
         started = time.monotonic()
-        state = self._snapshot()
-        if self.checkpoint is not None and self.saved != (name, state.step):
-            save_state(state, checkpoint=self.checkpoint, name=name, tokens=self._tokens(state.step))
-            self.saved, self.saved_at = (name, state.step), time.monotonic()
-            self.save_seconds = self.saved_at - started
-        return state
+        self.optimizer.zero_grad(set_to_none=True)  # room for the copies on their way to the file
+        tensors = {name: tensor.cpu() for name, tensor in self._tensors()}
+        state = TrainState(step=self.step, tensors=tensors, recipe=self.recipe, recent_losses=tuple(self.recent))
+        save_state(state, checkpoint=self.checkpoint, name=name, tokens=self._tokens(state.step))
+        self.saved, self.saved_at = (name, state.step), time.monotonic()
+        self.save_seconds = self.saved_at - started
 
     def _seconds_between_saves(self) -> float:
         return max(self.checkpoint_every_seconds, _TRAINING_PER_SAVE * self.save_seconds) if self.checkpoint_every_seconds > 0 else 0.0
@@ -295,16 +307,36 @@ class _Run:
         self.recent = deque(state.recent_losses, maxlen=_RECENT_STEPS)
 
 
-def _make_optimizer(weights: dict[str, nn.Parameter], *, plan: TrainPlan) -> torch.optim.Optimizer:
+def checkpoint_activations(student: nn.Module, *, on: bool) -> None:
+    """Let each decoder layer keep its input only, and run its forward pass again on the way back; the same bits.
+
+    transformers checkpoints layers in training mode alone, which would switch dropout on; the flag of the layers themselves, and not of what
+    is inside them, switches nothing else.
+    """
+    if not on:
+        return
+    model: Any = student
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    for module in student.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def make_optimizer(weights: dict[str, nn.Parameter], *, plan: TrainPlan) -> torch.optim.Optimizer | ParkedOptimizer:
     """AdamW with its state laid out before the first step, so that every state can be saved."""
     for name, weight in weights.items():
         if weight.dtype != torch.float32:
             raise ValueError(f"{name}: expected float32 weights to train, got {weight.dtype}")
+    make = partial(_make_adamw, plan=plan)
+    return make(weights) if plan.moments == "float32" else ParkedOptimizer(weights, make=make, moments=plan.moments)
+
+
+def _make_adamw(weights: dict[str, nn.Parameter], *, plan: TrainPlan) -> torch.optim.Optimizer:
     groups = [
         {"params": [w for w in weights.values() if w.ndim >= 2], "weight_decay": plan.weight_decay},
         {"params": [w for w in weights.values() if w.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(plan.beta1, plan.beta2), fused=True)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=plan.learning_rate, betas=(plan.beta1, plan.beta2), fused=True)
     for weight in weights.values():
         optimizer.state[weight] = {
             "step": torch.zeros((), dtype=torch.float32, device=weight.device),

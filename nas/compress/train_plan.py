@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from nas.memory import Moments
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainPlan:
@@ -36,6 +38,10 @@ class TrainPlan:
     """Of the arithmetic, on CUDA only; weights and optimizer stay float32."""
     micro_batch_size: int | None = None
     """Blocks per forward pass; None: batch_size. Halved when CUDA runs out of memory."""
+    checkpoint_activations: bool = False
+    """Keep each layer's input only and run the layer again on the way back: the same bits, a third more arithmetic."""
+    moments: Moments = "float32"
+    """Where the optimizer's state lies (moments.py)."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_size", "learning_rate", "max_grad_norm"):

@@ -19,7 +19,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nas.compress.distillation import TrainPlan, distil
+from nas.compress.distillation import distil
+from nas.compress.objective import NextToken, TeacherLogits
+from nas.compress.train_plan import TrainPlan
 from nas.families import read_architecture
 from nas.memory import Moments, TeacherMemory, Training, training_memory
 from nas.search.prepare import random_model
@@ -56,7 +58,9 @@ class Case:
 
 HALF = {**BASE, "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "head_dim": 32}
 CASES = (
-    Case(name="weights dominate", student={**BASE, "hidden_size": 768, "intermediate_size": 2304, "head_dim": 96}, teacher=None, batch_size=2, micro_batch_size=2),
+    Case(
+        name="weights dominate", student={**BASE, "hidden_size": 768, "intermediate_size": 2304, "head_dim": 96}, teacher=None, batch_size=2, micro_batch_size=2
+    ),
     Case(name="activations dominate", student=HALF, teacher=None, batch_size=32, micro_batch_size=32),
     Case(name="with a teacher", student=HALF, teacher=BASE),
     Case(name="accumulation", student=BASE, teacher=BASE, batch_size=8, micro_batch_size=2),
@@ -108,12 +112,14 @@ def _train(case: Case) -> None:
         teacher = random_model(read_architecture(case.teacher), config=case.teacher, seed=1, device="cpu").requires_grad_(False)
     blocks_NT = torch.randint(0, case.student["vocab_size"], (2 * case.batch_size, case.sequence_length))
     plan = TrainPlan(
+        checkpoint_activations=case.checkpoint_activations,
+        moments=case.moments,
         tokens=2 * blocks_NT[: case.batch_size].numel(),
         learning_rate=1e-3,
         batch_size=case.batch_size,
         micro_batch_size=case.micro_batch_size,
     )
-    distil(student, teacher=teacher, blocks_NT=blocks_NT, plan=plan)
+    distil(student, objective=NextToken() if teacher is None else TeacherLogits(teacher), blocks_NT=blocks_NT, plan=plan)
 
 
 def _resident(field: str) -> int:

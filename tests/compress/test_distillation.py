@@ -147,7 +147,8 @@ def test_a_run_killed_anywhere_and_resumed_equals_one_that_was_not(
 
 def test_the_next_rung_goes_on_from_the_trunk_as_if_there_had_been_no_branch(tmp_path: Path, teacher: LlamaForCausalLM, blocks_NT: Tensor) -> None:
     straight, _ = run(TeacherLogits(teacher), blocks_NT, plan(steps=30, decay_steps=5))
-    student, first = run(TeacherLogits(teacher), blocks_NT, plan(steps=10, decay_steps=3), checkpoint=tmp_path / "rung1")
+    student, first = run(TeacherLogits(teacher), blocks_NT, plan(steps=10, decay_steps=3))
+    run(TeacherLogits(teacher), blocks_NT, plan(steps=10, decay_steps=3), checkpoint=tmp_path / "rung1")
     assert first.trunk.step == 7
     for state in (first.trunk, load_trunk(tmp_path / "rung1")):
         student = tiny_model(seed=2)  # whatever it holds, the state replaces it
