@@ -32,8 +32,7 @@ class ParameterCount:
 
 def count_parameters(architecture: Architecture, shape: Shape) -> ParameterCount:
     """Parameters of `architecture` cut to `shape`; tied embeddings are counted once."""
-    sizes = {axis: architecture.size(axis, shape) for axis in Axis}
-    total, embedding = sum_parameters(architecture, sizes=sizes, num_hidden_layers=shape.num_hidden_layers)
+    total, embedding = sum_parameters(architecture, sizes=architecture.sizes(shape), num_hidden_layers=shape.num_hidden_layers)
     return ParameterCount(total=total, embedding=embedding)
 
 
@@ -42,9 +41,7 @@ def sum_parameters(architecture: Architecture, *, sizes: Mapping[Axis, Any], num
     total: Any = 0
     embedding: Any = 0
     for weight in architecture.weights:
-        numel: Any = 1
-        for axis in weight.axes:
-            numel = numel * sizes[axis]
+        numel = weight.numel(sizes)
         total = total + numel * (num_hidden_layers if weight.per_layer else 1)
         embedding = embedding + (numel if weight.in_embedding else 0)
     return total, embedding

@@ -1,30 +1,39 @@
 """What a pruning code must know about a model family: one table row each, plain data, no torch.
 
-A row lists every weight of the model with the axis of each of its sides. Counting (`cost.py`), sorting and slicing
+A row lists every weight of the model with the axes of each of its sides, the activations that those weights read, and what
+the family's norms and its config class impose. Counting (`cost.py`), legality (`space.py`), measuring, sorting and slicing
 (`compress/`) all read this table, so a family is added by one row. How: ARCHITECTURE.md, "Add a model family".
 
-Axes: V vocabulary, D hidden, F intermediate, Q query heads x head_dim, K key/value heads x head_dim.
+Axes: V vocabulary, D hidden, F intermediate, Q query heads x head_dim, K key/value heads x head_dim, E head_dim.
+Source of every row: the modeling and configuration files of transformers 5.23; `tests/compress/test_family_suite.py` holds them to the library.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from math import prod
 from typing import Any
 
-from nas.errors import InvalidSpec, TeacherUnavailable
+from nas.errors import InvalidSpec, Problem, TeacherUnavailable
 from nas.shape import Shape
 
 
 class Axis(StrEnum):
-    """One side of a weight; which prefix of it a student keeps."""
+    """What one side of a weight counts; which prefix of it a student keeps."""
 
     VOCAB = "V"
     HIDDEN = "D"
     INTERMEDIATE = "F"
     QUERY = "Q"
     KEY_VALUE = "K"
+    HEAD_DIM = "E"
+    """Never cut: the rotary embedding pairs its channels."""
+
+
+Side = tuple[Axis, ...]
+"""One side of a weight: a single axis, or where projections are fused, several one after the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,20 +41,37 @@ class Weight:
     """One tensor of the checkpoint. `{layer}` in the name stands for the layer's index."""
 
     name: str
-    axes: tuple[Axis, ...]
-    """The axis of each side, rows first, as in the safetensors file."""
+    sides: tuple[Side, ...]
+    """Rows first, as in the safetensors file."""
     present_if: str | None = None
     """Config flag that must be true for the tensor to exist; None: always."""
     absent_if: str | None = None
     """Config flag that must be false for the tensor to exist; None: always."""
     is_norm: bool = False
-    """A gain over the hidden axis, whose normaliser averages over the width (see slicing.py)."""
+    """The gain of a norm, which averages over this axis (see slicing.py)."""
     in_embedding: bool = False
     """Counted as an embedding parameter: the input table and the untied output head."""
 
     @property
     def per_layer(self) -> bool:
         return "{layer}" in self.name
+
+    def lengths(self, sizes: Mapping[Axis, Any]) -> tuple[Any, ...]:
+        """Length of each side for axis sizes that are integers, or integer arrays of one shape."""
+        return tuple(sum(sizes[axis] for axis in side) for side in self.sides)
+
+    def numel(self, sizes: Mapping[Axis, Any]) -> Any:
+        return prod(self.lengths(sizes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One activation over an axis that can be cut, and the weights whose columns multiply it."""
+
+    axis: Axis
+    readers: tuple[str, ...]
+    norm: str | None = None
+    """The norm whose output it is. None: the neurons, the heads' outputs, or the residual stream itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,53 +80,231 @@ class Family:
 
     model_type: str
     weights: tuple[Weight, ...]
-    hidden_readers: Mapping[str, tuple[str, ...]]
-    """Norm weight -> the weights that read its output over the hidden axis (their column side)."""
-    neuron_reader: str
-    """The weight whose columns read the MLP neurons."""
-    head_reader: str
-    """The weight whose columns read the attention heads' outputs."""
-    hidden_divisible_by_heads: bool
-    """transformers' config class refuses hidden_size % num_attention_heads != 0 even with an explicit head_dim."""
+    sources: tuple[Source, ...]
+    """In the order of the forward pass; together they name every column side over D, F and Q."""
+    output_norms: Mapping[str, str] = field(default_factory=dict)
+    """Weight -> the norm that its output passes before anything else reads it."""
+    gain_minus_one: bool = False
+    """Norms multiply by 1 + the stored weight."""
+    norms_centre: bool = False
+    """Norms subtract the mean over the width first (LayerNorm)."""
+    embedding_grows_with_width: bool = False
+    """The forward pass multiplies the embeddings by sqrt(hidden_size)."""
+    eps_key: str = "rms_norm_eps"
+    """Config key of the one eps that all norms share."""
+    activation_key: str = "hidden_act"
+    activations: tuple[str, ...] = ("silu", "swish")
+    """Those that the row was checked with; the first is the default."""
+    attention: str = "sdpa"
+    """transformers' attention implementation."""
+    hidden_divisible_by_heads: bool = False
+    """The config class refuses hidden_size % num_attention_heads != 0 even with an explicit head_dim."""
+    long_rope_from_hidden: bool = False
+    """The config class checks the number of long-context rope factors against hidden_size // num_attention_heads, not head_dim."""
+    layer_lists: tuple[str, ...] = ()
+    """Config keys with one entry per layer."""
+    layer_thresholds: tuple[str, ...] = ()
+    """Config keys that hold the index of the first layer of another kind."""
+    layer_patterns: tuple[str, ...] = ()
+    """Config keys from which older versions derive a list of `layer_lists`: wrong once layers were removed, then left out."""
+
+    def source(self, axis: Axis) -> Source:
+        """The only source over the neurons or the heads' outputs."""
+        (source,) = (source for source in self.sources if source.axis is axis)
+        return source
 
 
-_A = Axis
+# -- pieces that rows share -------------------------------------------------------------------------------------------------
+
+_V, _D, _F, _Q, _K, _E = ((axis,) for axis in Axis)
 _LAYER = "model.layers.{layer}."
+_ATTENTION = _LAYER + "self_attn."
+_MLP = _LAYER + "mlp."
+_EMBEDDING = Weight(name="model.embed_tokens.weight", sides=(_V, _D), in_embedding=True)
+_HEAD = Weight(name="lm_head.weight", sides=(_V, _D), absent_if="tie_word_embeddings", in_embedding=True)
+
+
+def _norm(name: str, *, side: Side = _D, bias: bool = False) -> tuple[Weight, ...]:
+    weight = Weight(name=f"{name}.weight", sides=(side,), is_norm=True)
+    return (weight, Weight(name=f"{name}.bias", sides=(side,))) if bias else (weight,)
+
+
+def _linear(name: str, rows: Side, columns: Side, *, bias: bool = False, bias_if: str | None = None) -> tuple[Weight, ...]:
+    weight = Weight(name=f"{name}.weight", sides=(rows, columns))
+    return (weight, Weight(name=f"{name}.bias", sides=(rows,), present_if=bias_if)) if bias or bias_if else (weight,)
+
+
+def _attention(*, bias_if: str | None = None, qkv_bias: bool = False) -> tuple[Weight, ...]:
+    inputs = {"q": _Q, "k": _K, "v": _K}
+    weights = [weight for letter, rows in inputs.items() for weight in _linear(_ATTENTION + f"{letter}_proj", rows, _D, bias=qkv_bias, bias_if=bias_if)]
+    return (*weights, *_linear(_ATTENTION + "o_proj", _D, _Q, bias_if=bias_if))
+
+
+def _gated_mlp(*, bias_if: str | None = None) -> tuple[Weight, ...]:
+    inputs = [weight for name in ("gate", "up") for weight in _linear(_MLP + f"{name}_proj", _F, _D, bias_if=bias_if)]
+    return (*inputs, *_linear(_MLP + "down_proj", _D, _F, bias_if=bias_if))
+
+
+def _model(*layer: tuple[Weight, ...], norm_bias: bool = False) -> tuple[Weight, ...]:
+    return (_EMBEDDING, *(weight for part in layer for weight in part), *_norm("model.norm", bias=norm_bias), _HEAD)
+
+
+def _sources(
+    *,
+    attention_norm: str | None = "input_layernorm",
+    mlp_norm: str | None = "post_attention_layernorm",
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj"),
+) -> tuple[Source, ...]:
+    def norm(name: str | None) -> str | None:
+        return f"{_LAYER}{name}.weight" if name else None
+
+    return (
+        Source(axis=Axis.HIDDEN, readers=tuple(f"{_ATTENTION}{name}.weight" for name in attention), norm=norm(attention_norm)),
+        Source(axis=Axis.QUERY, readers=(_ATTENTION + "o_proj.weight",)),
+        Source(axis=Axis.HIDDEN, readers=tuple(f"{_MLP}{name}.weight" for name in mlp), norm=norm(mlp_norm)),
+        Source(axis=Axis.INTERMEDIATE, readers=(_MLP + "down_proj.weight",)),
+        Source(axis=Axis.HIDDEN, readers=("lm_head.weight",), norm="model.norm.weight"),
+    )
+
+
+_PRE_NORMS = tuple(_norm(_LAYER + name) for name in ("input_layernorm", "post_attention_layernorm"))
+_POST_NORMS = tuple(_norm(_LAYER + name) for name in ("post_attention_layernorm", "post_feedforward_layernorm"))
+_FOUR_NORMS = *(_norm(_LAYER + name) for name in ("input_layernorm", "pre_feedforward_layernorm")), *_POST_NORMS
+_HEAD_NORMS = _norm(_ATTENTION + "q_norm", side=_E), _norm(_ATTENTION + "k_norm", side=_E)
+_SUBLAYER_NORMS = {
+    _ATTENTION + "o_proj.weight": _LAYER + "post_attention_layernorm.weight",
+    _MLP + "down_proj.weight": _LAYER + "post_feedforward_layernorm.weight",
+}
+
+# -- the table --------------------------------------------------------------------------------------------------------------
 
 LLAMA = Family(
     model_type="llama",
-    weights=(
-        Weight(name="model.embed_tokens.weight", axes=(_A.VOCAB, _A.HIDDEN), in_embedding=True),
-        Weight(name=_LAYER + "input_layernorm.weight", axes=(_A.HIDDEN,), is_norm=True),
-        Weight(name=_LAYER + "self_attn.q_proj.weight", axes=(_A.QUERY, _A.HIDDEN)),
-        Weight(name=_LAYER + "self_attn.q_proj.bias", axes=(_A.QUERY,), present_if="attention_bias"),
-        Weight(name=_LAYER + "self_attn.k_proj.weight", axes=(_A.KEY_VALUE, _A.HIDDEN)),
-        Weight(name=_LAYER + "self_attn.k_proj.bias", axes=(_A.KEY_VALUE,), present_if="attention_bias"),
-        Weight(name=_LAYER + "self_attn.v_proj.weight", axes=(_A.KEY_VALUE, _A.HIDDEN)),
-        Weight(name=_LAYER + "self_attn.v_proj.bias", axes=(_A.KEY_VALUE,), present_if="attention_bias"),
-        Weight(name=_LAYER + "self_attn.o_proj.weight", axes=(_A.HIDDEN, _A.QUERY)),
-        Weight(name=_LAYER + "self_attn.o_proj.bias", axes=(_A.HIDDEN,), present_if="attention_bias"),
-        Weight(name=_LAYER + "post_attention_layernorm.weight", axes=(_A.HIDDEN,), is_norm=True),
-        Weight(name=_LAYER + "mlp.gate_proj.weight", axes=(_A.INTERMEDIATE, _A.HIDDEN)),
-        Weight(name=_LAYER + "mlp.gate_proj.bias", axes=(_A.INTERMEDIATE,), present_if="mlp_bias"),
-        Weight(name=_LAYER + "mlp.up_proj.weight", axes=(_A.INTERMEDIATE, _A.HIDDEN)),
-        Weight(name=_LAYER + "mlp.up_proj.bias", axes=(_A.INTERMEDIATE,), present_if="mlp_bias"),
-        Weight(name=_LAYER + "mlp.down_proj.weight", axes=(_A.HIDDEN, _A.INTERMEDIATE)),
-        Weight(name=_LAYER + "mlp.down_proj.bias", axes=(_A.HIDDEN,), present_if="mlp_bias"),
-        Weight(name="model.norm.weight", axes=(_A.HIDDEN,), is_norm=True),
-        Weight(name="lm_head.weight", axes=(_A.VOCAB, _A.HIDDEN), absent_if="tie_word_embeddings", in_embedding=True),
-    ),
-    hidden_readers={
-        _LAYER + "input_layernorm.weight": tuple(_LAYER + f"self_attn.{p}_proj.weight" for p in "qkv"),
-        _LAYER + "post_attention_layernorm.weight": (_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
-        "model.norm.weight": ("lm_head.weight",),
-    },
-    neuron_reader=_LAYER + "mlp.down_proj.weight",
-    head_reader=_LAYER + "self_attn.o_proj.weight",
+    weights=_model(*_PRE_NORMS, _attention(bias_if="attention_bias"), _gated_mlp(bias_if="mlp_bias")),
+    sources=_sources(),
     hidden_divisible_by_heads=True,
 )
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA,)}
+MISTRAL = Family(model_type="mistral", weights=_model(*_PRE_NORMS, _attention(), _gated_mlp()), sources=_sources())
+
+# No bias flag: queries, keys and values always have one, the output never.
+QWEN2 = Family(
+    model_type="qwen2",
+    weights=_model(*_PRE_NORMS, _attention(qkv_bias=True), _gated_mlp()),
+    sources=_sources(),
+    layer_lists=("layer_types",),
+    layer_thresholds=("max_window_layers",),
+)
+
+QWEN3 = Family(
+    model_type="qwen3",
+    weights=_model(*_PRE_NORMS, _attention(bias_if="attention_bias"), *_HEAD_NORMS, _gated_mlp()),
+    sources=_sources(),
+    layer_lists=("layer_types",),
+    layer_thresholds=("max_window_layers",),
+)
+
+# Four norms per layer, two of them after the sublayers; attention softcaps, which transformers computes only in its eager form.
+GEMMA2 = Family(
+    model_type="gemma2",
+    weights=_model(*_FOUR_NORMS, _attention(bias_if="attention_bias"), _gated_mlp()),
+    sources=_sources(mlp_norm="pre_feedforward_layernorm"),
+    output_norms=_SUBLAYER_NORMS,
+    gain_minus_one=True,
+    embedding_grows_with_width=True,
+    activation_key="hidden_activation",
+    activations=("gelu_pytorch_tanh",),
+    attention="eager",
+    hidden_divisible_by_heads=True,
+    layer_lists=("layer_types",),
+)
+
+# As Gemma 2, with norms on each head and two rotary bases, chosen by the layer's type.
+GEMMA3 = Family(
+    model_type="gemma3_text",
+    weights=_model(*_FOUR_NORMS, _attention(bias_if="attention_bias"), *_HEAD_NORMS, _gated_mlp()),
+    sources=_sources(mlp_norm="pre_feedforward_layernorm"),
+    output_norms=_SUBLAYER_NORMS,
+    gain_minus_one=True,
+    embedding_grows_with_width=True,
+    activation_key="hidden_activation",
+    activations=("gelu_pytorch_tanh",),
+    hidden_divisible_by_heads=True,
+    layer_lists=("layer_types",),
+    layer_patterns=("sliding_window_pattern", "_sliding_window_pattern"),
+)
+
+# The sublayers read the raw residual stream; their outputs are normalised, and so are queries and keys over all heads together.
+OLMO2 = Family(
+    model_type="olmo2",
+    weights=_model(
+        _attention(bias_if="attention_bias"),
+        _norm(_ATTENTION + "q_norm", side=_Q),
+        _norm(_ATTENTION + "k_norm", side=_K),
+        *_POST_NORMS,
+        _gated_mlp(),
+    ),
+    sources=_sources(attention_norm=None, mlp_norm=None),
+    output_norms={
+        _ATTENTION + "q_proj.weight": _ATTENTION + "q_norm.weight",
+        _ATTENTION + "k_proj.weight": _ATTENTION + "k_norm.weight",
+        **_SUBLAYER_NORMS,
+    },
+)
+
+PHI3 = Family(
+    model_type="phi3",
+    weights=_model(
+        *_PRE_NORMS,
+        _linear(_ATTENTION + "qkv_proj", (*_Q, *_K, *_K), _D),
+        _linear(_ATTENTION + "o_proj", _D, _Q),
+        _linear(_MLP + "gate_up_proj", (*_F, *_F), _D),
+        _linear(_MLP + "down_proj", _D, _F),
+    ),
+    sources=_sources(attention=("qkv_proj",), mlp=("gate_up_proj",)),
+    long_rope_from_hidden=True,
+)
+
+# `no_rope_layers` may be longer than the model is deep.
+SMOLLM3 = Family(
+    model_type="smollm3",
+    weights=_model(*_PRE_NORMS, _attention(bias_if="attention_bias"), _gated_mlp(bias_if="mlp_bias")),
+    sources=_sources(),
+    layer_lists=("layer_types", "no_rope_layers"),
+)
+
+# Its multipliers (embedding, attention, residual, logits) are constants of the config, not of the width.
+GRANITE = Family(
+    model_type="granite",
+    weights=_model(*_PRE_NORMS, _attention(bias_if="attention_bias"), _gated_mlp(bias_if="mlp_bias")),
+    sources=_sources(),
+)
+
+# LayerNorm1P: centres, gain stored minus one, bias; an MLP without a gate; rotary embedding on a part of each head.
+NEMOTRON = Family(
+    model_type="nemotron",
+    weights=_model(
+        _norm(_LAYER + "input_layernorm", bias=True),
+        _norm(_LAYER + "post_attention_layernorm", bias=True),
+        _attention(bias_if="attention_bias"),
+        _linear(_MLP + "up_proj", _F, _D, bias_if="mlp_bias"),
+        _linear(_MLP + "down_proj", _D, _F, bias_if="mlp_bias"),
+        norm_bias=True,
+    ),
+    sources=_sources(mlp=("up_proj",)),
+    gain_minus_one=True,
+    norms_centre=True,
+    eps_key="norm_eps",
+    activations=("relu2",),
+)
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, SMOLLM3, GRANITE, NEMOTRON)
+}
+
+
+# -- one model of a family --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +317,8 @@ class Architecture:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    long_rope_share: float | None = None
+    """Rotary share of each head where `long_rope_from_hidden` rules; None: it does not."""
 
     @property
     def family(self) -> Family:
@@ -127,30 +333,51 @@ class Architecture:
             if (weight.present_if is None or getattr(self, weight.present_if)) and not (weight.absent_if is not None and getattr(self, weight.absent_if))
         )
 
-    def size(self, axis: Axis, shape: Shape) -> int:
-        """Length of one axis in a model of `shape`."""
-        match axis:
-            case Axis.VOCAB:
-                return self.vocab_size
-            case Axis.HIDDEN:
-                return shape.hidden_size
-            case Axis.INTERMEDIATE:
-                return shape.intermediate_size
-            case Axis.QUERY:
-                return shape.num_attention_heads * shape.head_dim
-            case Axis.KEY_VALUE:
-                return shape.num_key_value_heads * shape.head_dim
+    def sizes(self, shape: Shape) -> dict[Axis, int]:
+        """Length of every axis in a model of `shape`."""
+        return {
+            Axis.VOCAB: self.vocab_size,
+            Axis.HIDDEN: shape.hidden_size,
+            Axis.INTERMEDIATE: shape.intermediate_size,
+            Axis.QUERY: shape.num_attention_heads * shape.head_dim,
+            Axis.KEY_VALUE: shape.num_key_value_heads * shape.head_dim,
+            Axis.HEAD_DIM: shape.head_dim,
+        }
+
+    def allows(self, *, hidden_size: Any, num_attention_heads: Any) -> Any:
+        """Whether the family's config class takes these numbers; integers, or integer arrays of one shape."""
+        allowed = hidden_size > 0
+        if self.family.hidden_divisible_by_heads:
+            allowed = allowed & (hidden_size % num_attention_heads == 0)
+        if (share := self.long_rope_share) is not None:
+            allowed = allowed & (hidden_size // num_attention_heads * share // 1 == self.shape.head_dim * share // 1)
+        return allowed
+
+    def refusals(self, shape: Shape) -> tuple[Problem, ...]:
+        """What `allows` forbids, in words; empty if nothing."""
+        if self.allows(hidden_size=shape.hidden_size, num_attention_heads=shape.num_attention_heads):
+            return ()
+        expected = f"a multiple of num_attention_heads={shape.num_attention_heads}"
+        if self.long_rope_share is not None:
+            expected = f"{self.shape.head_dim} x num_attention_heads={shape.num_attention_heads} (long-context rope factors)"
+        return (Problem(field="hidden_size", expected=f"{expected}, as transformers' {self.model_type} wants it", got=str(shape.hidden_size)),)
 
 
 def read_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a Hugging Face `config.json` describes.
+    """The architecture that a Hugging Face config describes; needs neither torch nor transformers.
 
+    Args:
+        config: with everything written out, as `check_teacher` stores it or `model.config.to_dict()` gives it: what a
+            `config.json` leaves to a default differs between families.
     Raises:
         TeacherUnavailable: the `model_type` has no row, or a number is missing or impossible; the message names it.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise TeacherUnavailable(f"model_type: expected one of {', '.join(sorted(FAMILIES))} (a row of nas/families.py), got {model_type!r}")
+        raise TeacherUnavailable(
+            f"model_type: expected one of {', '.join(sorted(FAMILIES))}, got {model_type!r}; a new family is one row of nas/families.py: its weights "
+            'with the axes of their sides, what reads them, its norms and the rules of its config (ARCHITECTURE.md, "A model family")'
+        )
     try:
         num_attention_heads = config["num_attention_heads"]
         shape = Shape(
@@ -168,6 +395,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         raise TeacherUnavailable(f"config.json: {invalid}") from invalid
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
         raise TeacherUnavailable(f"config.json: vocab_size: expected an integer of at least 1, got {vocab_size!r}")
+    rope = config.get("rope_parameters") or {}
     return Architecture(
         model_type=model_type,
         shape=shape,
@@ -175,4 +403,5 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         attention_bias=bool(config.get("attention_bias", False)),
         mlp_bias=bool(config.get("mlp_bias", False)),
+        long_rope_share=float(rope.get("partial_rotary_factor", 1.0)) if FAMILIES[model_type].long_rope_from_hidden and "long_factor" in rope else None,
     )

@@ -379,9 +379,7 @@ def _check_cut(shape: Shape, *, teacher: Teacher, sequence_length: int) -> None:
     ]
     if shape.head_dim != whole.head_dim:
         problems.append(Problem(field="head_dim", expected=f"the teacher's {whole.head_dim}", got=str(shape.head_dim)))
-    if teacher.architecture.family.hidden_divisible_by_heads and shape.hidden_size % shape.num_attention_heads:
-        expected = f"a multiple of num_attention_heads={shape.num_attention_heads}"
-        problems.append(Problem(field="hidden_size", expected=expected, got=str(shape.hidden_size)))
+    problems.extend(teacher.architecture.refusals(shape))
     problems += _check_context(sequence_length, name="teacher", model=teacher)
     if not problems and shape.query_heads_per_kv > whole.query_heads_per_kv:
         expected = f"at most the teacher's {whole.query_heads_per_kv} query heads per KV head"

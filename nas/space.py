@@ -106,11 +106,14 @@ class SearchSpace:
     def _fill_frames(self) -> None:
         grids = np.meshgrid(*(np.asarray(self.axes[name], dtype=np.int64) for name in FRAME_AXES), indexing="ij")
         frames = np.stack([grid.ravel() for grid in grids], axis=1)
-        if self.architecture.family.hidden_divisible_by_heads:
-            frames = frames[frames[:, 1] % (frames[:, 2] * frames[:, 3]) == 0]
+        frames = frames[self.architecture.allows(hidden_size=frames[:, 1], num_attention_heads=frames[:, 2] * frames[:, 3])]
         if not len(frames):
             raise InvalidSpec(
-                Problem(field="space.hidden_size", expected="a value that some number of attention heads divides", got=str(self.axes["hidden_size"]))
+                Problem(
+                    field="space.hidden_size",
+                    expected=f"a value that {self.architecture.model_type} takes with some number of attention heads",
+                    got=str(self.axes["hidden_size"]),
+                )
             )
         widths = np.asarray(self.intermediate_sizes, dtype=np.int64)
         base, slope = self._cost_line(frames)
@@ -136,6 +139,7 @@ class SearchSpace:
             Axis.HIDDEN: frames[:, 1],
             Axis.QUERY: frames[:, 2] * frames[:, 3] * shape.head_dim,
             Axis.KEY_VALUE: frames[:, 2] * shape.head_dim,
+            Axis.HEAD_DIM: shape.head_dim,
         }
         lines = []
         for width in (0, 1):
@@ -220,9 +224,7 @@ class SearchSpace:
             problems.append(
                 Problem(field="head_dim", expected=f"the teacher's {teacher.head_dim}, which is never pruned (rotary embedding)", got=str(shape.head_dim))
             )
-        if self.architecture.family.hidden_divisible_by_heads and shape.hidden_size % shape.num_attention_heads:
-            expected = f"a multiple of num_attention_heads={shape.num_attention_heads} ({self.architecture.model_type} in transformers)"
-            problems.append(Problem(field="hidden_size", expected=expected, got=str(shape.hidden_size)))
+        problems.extend(self.architecture.refusals(shape))
         count = count_parameters(self.architecture, shape)
         counted = count.total if self.budget.counting == "total" else count.non_embedding
         if counted > self.budget.max_parameters:

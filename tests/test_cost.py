@@ -91,7 +91,7 @@ def test_the_closed_form_equals_numel_of_the_model(architecture):
 @given(architectures())
 def test_the_table_names_the_tensors_of_the_model(architecture):
     sides = {
-        weight.name.format(layer=layer): tuple(architecture.size(axis, architecture.shape) for axis in weight.axes)
+        weight.name.format(layer=layer): weight.lengths(architecture.sizes(architecture.shape))
         for weight in architecture.weights
         for layer in range(architecture.shape.num_hidden_layers if weight.per_layer else 1)
     }

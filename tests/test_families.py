@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from nas.errors import TeacherUnavailable
@@ -17,23 +19,41 @@ CONFIG = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+@every_family
 def test_every_weight_that_a_row_mentions_is_in_its_table(family):
     names = {weight.name for weight in family.weights}
-    readers = {reader for readers in family.hidden_readers.values() for reader in readers}
+    mentioned = {reader for source in family.sources for reader in source.readers} | {source.norm for source in family.sources if source.norm}
 
-    assert {*family.hidden_readers, *readers, family.neuron_reader, family.head_reader} <= names
+    assert mentioned | {*family.output_norms, *family.output_norms.values()} <= names
     assert len(names) == len(family.weights)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_every_norm_has_readers_over_the_hidden_axis(family):
-    axes = {weight.name: weight.axes for weight in family.weights}
+@every_family
+def test_the_sources_name_every_column_side_that_can_be_cut_once(family):
+    read = {reader: source.axis for source in family.sources for reader in source.readers}
+    columns = {weight.name: weight.sides[1] for weight in family.weights if len(weight.sides) == 2 and weight.name != "model.embed_tokens.weight"}
 
-    assert set(family.hidden_readers) == {weight.name for weight in family.weights if weight.is_norm}
-    assert all(axes[reader][1] == Axis.HIDDEN for readers in family.hidden_readers.values() for reader in readers)
-    assert axes[family.neuron_reader][1] == Axis.INTERMEDIATE
-    assert axes[family.head_reader][1] == Axis.QUERY
+    assert {name: (axis,) for name, axis in read.items()} == columns
+    assert len(read) == sum(len(source.readers) for source in family.sources)
+
+
+@every_family
+def test_every_norm_over_the_hidden_axis_makes_a_source_or_follows_a_writer(family):
+    norms = {weight.name for weight in family.weights if weight.is_norm and weight.sides == ((Axis.HIDDEN,),)}
+    reading, following = {source.norm for source in family.sources if source.norm}, set(family.output_norms.values())
+
+    assert not reading & following
+    assert norms <= reading | following
+
+
+@every_family
+def test_a_norm_on_a_projection_spans_the_rows_of_that_projection(family):
+    sides = {weight.name: weight.sides for weight in family.weights}
+
+    assert all(sides[norm][0] == sides[writer][0] for writer, norm in family.output_norms.items())
 
 
 def test_the_config_of_multi_head_attention_may_leave_out_kv_heads_and_head_dim():
@@ -60,7 +80,7 @@ def test_a_tied_head_and_absent_biases_are_not_among_the_weights():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type: expected one of llama .*, got 'gpt2'"),
+        ({"model_type": "gpt2"}, "model_type: expected one of gemma2, .*, smollm3, got 'gpt2'; a new family is one row of nas/families.py: its weights"),
         ({"model_type": None}, "got None"),
         ({"hidden_size": None}, "config.json: hidden_size: expected an integer of at least 1, got None"),
         ({"num_key_value_heads": 3}, "num_attention_heads: expected a multiple of num_key_value_heads=3, got 8"),
@@ -79,3 +99,20 @@ def test_a_missing_number_is_named():
 
     with pytest.raises(TeacherUnavailable, match="expected the key 'vocab_size', got none"):
         read_architecture(config)
+
+
+def test_a_width_that_transformers_would_refuse_is_not_legal():
+    llama = read_architecture(CONFIG)
+    long_rope = {"model_type": "phi3", "rope_parameters": {"rope_type": "longrope", "partial_rotary_factor": 0.75, "long_factor": [1.0] * 3}}
+    phi = read_architecture({**CONFIG, **long_rope})
+
+    assert llama.allows(hidden_size=48, num_attention_heads=8)
+    assert not llama.allows(hidden_size=44, num_attention_heads=8)
+    assert read_architecture({**CONFIG, "model_type": "mistral"}).allows(hidden_size=44, num_attention_heads=8)
+    assert phi.allows(hidden_size=48, num_attention_heads=6)
+    assert not phi.allows(hidden_size=48, num_attention_heads=8)
+    for architecture, hidden_size in ((llama, 44), (phi, 48)):
+        (problem,) = architecture.refusals(dataclasses.replace(architecture.shape, hidden_size=hidden_size))
+        assert problem.field == "hidden_size"
+        assert architecture.model_type in problem.expected
+    assert llama.refusals(llama.shape) == phi.refusals(phi.shape) == ()

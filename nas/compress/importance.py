@@ -3,7 +3,7 @@
 Measures only; the order that follows from it is sorting.py's. Each batch is summed in float32, and the batches'
 sums are added up in float64.
 
-Shapes: B batch, T tokens, D hidden, F intermediate, H query heads, E head_dim, L layers.
+Shapes: B batch, T tokens, D hidden, F intermediate, H query heads, E head_dim, Q = H x E, X whichever axis a norm averages over, L layers.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nas.compress.teacher import checkpoint_weights
+from nas.compress.teacher import checkpoint_sources, checkpoint_weights
 from nas.errors import InvalidSpec, Problem, TeacherUnavailable
-from nas.families import Architecture, read_architecture
+from nas.families import Architecture, Axis, Source, read_architecture
 
 Method = Literal["energy", "l2_mean"]
+
+_TINY = torch.finfo(torch.float32).tiny
+"""A token of zeros has no energy to share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,16 +38,19 @@ class Importance:
     block_influence_L: Tensor
     """1 - mean cosine between a layer's input and its output (ShortGPT, arXiv 2403.03853; Minitron's BI)."""
     norm_energy: Mapping[str, Tensor]
-    """Norm weight -> share_D: mean over the tokens of x_j^2 / sum_i x_i^2 at that norm's input. Sums to 1."""
+    """Weight of a norm over an axis that can be cut -> share of each channel: mean over the tokens of x_j^2 / sum_i x_i^2 at the
+    norm's input (of x less its mean, where the family's norms subtract it). Sums to 1."""
+    norm_eps: Mapping[str, float]
+    """Weight of every norm -> mean over the tokens of eps / (mean square + eps): the part of its divisor that is eps."""
 
 
 def measure_importance(model: PreTrainedModel, *, blocks_BT: Tensor, method: Method, batch_size: int) -> Importance:
     """One pass over the calibration blocks, all axes at once.
 
     `energy` scores a unit by the output energy it causes: its mean square activation times the squared norm of the
-    weights that read it. What nobody reads, and what is silent, scores 0. On the hidden axis every norm counts the same.
+    weights that read it. What nobody reads, and what is silent, scores 0. On the hidden axis every source counts the same.
     `l2_mean` is Minitron's (L2, mean), arXiv 2407.14679, 2.2: mean over the sequence of |activation|, L2 over the batch;
-    hidden channels at the norms' outputs summed over all norms, heads by the L2 norm of their attention output.
+    hidden channels at the norms' outputs (the stream itself where a family reads it raw) summed, heads by the L2 norm of their attention output.
 
     Args:
         model: in evaluation mode.
@@ -83,6 +89,10 @@ class _Sums:
     def get(self, quantity: str, name: str) -> Tensor:
         return self._sums[quantity, name]
 
+    def of(self, quantity: str) -> dict[str, Tensor]:
+        """Name -> sum, in the order in which they were first added."""
+        return {name: value for (kind, name), value in self._sums.items() if kind == quantity}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Statistics:
@@ -96,46 +106,63 @@ class _Statistics:
 
 @contextmanager
 def _listening(model: PreTrainedModel, *, architecture: Architecture, statistics: _Statistics, sums: _Sums) -> Iterator[None]:
-    """Hooks on the norms, the readers of neurons and heads, and the layers, for as long as the context lasts."""
-    shape, family = architecture.shape, architecture.family
-
-    def on_norm(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output_BTD: Tensor) -> None:
-            square_BTD = inputs[0].float().square()
-            tiny = torch.finfo(torch.float32).tiny  # a token of zeros has no energy to share
-            sums.add("share", name, (square_BTD / square_BTD.sum(-1, keepdim=True).clamp_min(tiny)).sum((0, 1)))
-            sums.add("hidden", name, statistics.hidden(output_BTD.float()))
-
-        return hook
-
-    def on_neurons(name: str) -> Callable[..., None]:
-        return lambda module, inputs: sums.add("neurons", name, statistics.neurons(inputs[0].float()))
-
-    def on_heads(name: str) -> Callable[..., None]:
-        return lambda module, inputs: sums.add("heads", name, statistics.heads(inputs[0].float().unflatten(-1, (-1, shape.head_dim))))
-
-    def on_layer(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output_BTD: Tensor) -> None:
-            sums.add("cosine", name, nn.functional.cosine_similarity(inputs[0].float(), output_BTD.float(), dim=-1).sum())
-
-        return hook
-
+    """Hooks on the norms, the sources and the layers, for as long as the context lasts."""
+    num_layers = architecture.shape.num_hidden_layers
     handles = []
-    for name, weight, _ in checkpoint_weights(architecture, num_hidden_layers=shape.num_hidden_layers):
-        module = model.get_submodule(name.rpartition(".")[0])
+    for name, weight, _ in checkpoint_weights(architecture, num_hidden_layers=num_layers):
         if weight.is_norm:
-            handles.append(module.register_forward_hook(on_norm(name)))
-        elif weight.name == family.neuron_reader:
-            handles.append(module.register_forward_pre_hook(on_neurons(name)))
-        elif weight.name == family.head_reader:
-            handles.append(module.register_forward_pre_hook(on_heads(name)))
+            add = _add_norm(name, architecture=architecture, eps=float(getattr(model.config, architecture.family.eps_key)), sums=sums)
+            handles.append(_module_of(model, name).register_forward_pre_hook(lambda module, inputs, add=add: add(inputs[0].float())))
+    for source in checkpoint_sources(architecture, num_hidden_layers=num_layers):
+        add = _add_activation(source, statistics=statistics, head_dim=architecture.shape.head_dim, sums=sums)
+        if source.norm is not None:  # its output rather than the reader's input: the head is not run
+            handles.append(_module_of(model, source.norm).register_forward_hook(lambda module, inputs, output_BTD, add=add: add(output_BTD.float())))
+        else:
+            handles.append(_module_of(model, source.readers[0]).register_forward_pre_hook(lambda module, inputs, add=add: add(inputs[0].float())))
     for name in layer_modules(architecture):
-        handles.append(model.get_submodule(name).register_forward_hook(on_layer(name)))
+        handles.append(model.get_submodule(name).register_forward_hook(_add_cosine(name, sums=sums)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _module_of(model: PreTrainedModel, weight: str) -> nn.Module:
+    module: nn.Module = model.get_submodule(weight.rpartition(".")[0])
+    return module
+
+
+def _add_norm(name: str, *, architecture: Architecture, eps: float, sums: _Sums) -> Callable[[Tensor], None]:
+    """What a norm averages over: each channel's share, and the part that is eps."""
+
+    def add(input_BTX: Tensor) -> None:
+        if architecture.family.norms_centre:
+            input_BTX = input_BTX - input_BTX.mean(-1, keepdim=True)
+        square_BTX = input_BTX.square()
+        eps_BT = eps / (square_BTX.mean(-1) + eps).clamp_min(_TINY)
+        sums.add("eps", name, eps_BT.sum())
+        sums.add("normalised", name, torch.tensor(eps_BT.numel()))
+        if square_BTX.ndim == 3:  # a norm on each head has one dimension more; its axis is never cut
+            sums.add("share", name, (square_BTX / square_BTX.sum(-1, keepdim=True).clamp_min(_TINY)).sum((0, 1)))
+
+    return add
+
+
+def _add_activation(source: Source, *, statistics: _Statistics, head_dim: int, sums: _Sums) -> Callable[[Tensor], None]:
+    name = source.readers[0]
+    if source.axis is Axis.HIDDEN:
+        return lambda activation_BTD: sums.add("hidden", name, statistics.hidden(activation_BTD))
+    if source.axis is Axis.INTERMEDIATE:
+        return lambda activation_BTF: sums.add("neurons", name, statistics.neurons(activation_BTF))
+    return lambda activation_BTQ: sums.add("heads", name, statistics.heads(torch.unflatten(activation_BTQ, -1, (-1, head_dim))))
+
+
+def _add_cosine(name: str, *, sums: _Sums) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output_BTD: Tensor) -> None:
+        sums.add("cosine", name, nn.functional.cosine_similarity(inputs[0].float(), output_BTD.float(), dim=-1).sum())
+
+    return hook
 
 
 def layer_modules(architecture: Architecture) -> list[str]:
@@ -155,8 +182,8 @@ def _energy(model: PreTrainedModel, architecture: Architecture, sums: _Sums, num
         gram_HEE = torch.einsum("dhe,dhf->hef", weight_DHE, weight_DHE).double()
         return (gram_HEE * sums.get("heads", name) / num_tokens).sum((1, 2)).clamp_min(0)
 
-    def hidden(name: str, readers: tuple[str, ...]) -> Tensor:
-        energy_D = sums.get("hidden", name) / num_tokens * sum(_column_energy(model.get_parameter(reader)) for reader in readers)
+    def hidden(source: Source) -> Tensor:
+        energy_D = sums.get("hidden", source.readers[0]) / num_tokens * sum(_column_energy(model.get_parameter(reader)) for reader in source.readers)
         return energy_D / energy_D.sum().clamp_min(torch.finfo(torch.float64).tiny)
 
     return _collect(architecture, sums, num_tokens, hidden=hidden, neurons=neurons, heads=heads)
@@ -167,7 +194,7 @@ def _l2_mean(model: PreTrainedModel, architecture: Architecture, sums: _Sums, nu
         architecture,
         sums,
         num_tokens,
-        hidden=lambda name, readers: sums.get("hidden", name).sqrt(),
+        hidden=lambda source: sums.get("hidden", source.readers[0]).sqrt(),
         neurons=lambda name: sums.get("neurons", name).sqrt(),
         heads=lambda name: sums.get("heads", name).sqrt(),
     )
@@ -178,25 +205,23 @@ def _collect(
     sums: _Sums,
     num_tokens: int,
     *,
-    hidden: Callable[[str, tuple[str, ...]], Tensor],
+    hidden: Callable[[Source], Tensor],
     neurons: Callable[[str], Tensor],
     heads: Callable[[str], Tensor],
 ) -> Importance:
-    """Scores per weight, stacked over the layers; hidden channels are summed over the norms."""
-    family, layers = architecture.family, range(architecture.shape.num_hidden_layers)
-    norms = {
-        name: tuple(reader.format(layer=layer) for reader in family.hidden_readers[weight.name])
-        for name, weight, layer in checkpoint_weights(architecture, num_hidden_layers=len(layers))
-        if weight.is_norm
-    }
+    """Scores per weight, stacked over the layers; hidden channels are summed over the sources."""
+    num_layers = architecture.shape.num_hidden_layers
+    sources: dict[Axis, list[Source]] = {axis: [] for axis in Axis}
+    for source in checkpoint_sources(architecture, num_hidden_layers=num_layers):
+        sources[source.axis].append(source)
     cosine_L = torch.stack([sums.get("cosine", name) for name in layer_modules(architecture)]) / num_tokens
-    shares = {name: sums.get("share", name) for name in norms}
     return Importance(
-        hidden_D=torch.stack([hidden(name, readers) for name, readers in norms.items()]).sum(0).cpu(),
-        neurons_LF=torch.stack([neurons(family.neuron_reader.format(layer=layer)) for layer in layers]).cpu(),
-        heads_LH=torch.stack([heads(family.head_reader.format(layer=layer)) for layer in layers]).cpu(),
+        hidden_D=torch.stack([hidden(source) for source in sources[Axis.HIDDEN]]).sum(0).cpu(),
+        neurons_LF=torch.stack([neurons(source.readers[0]) for source in sources[Axis.INTERMEDIATE]]).cpu(),
+        heads_LH=torch.stack([heads(source.readers[0]) for source in sources[Axis.QUERY]]).cpu(),
         block_influence_L=(1 - cosine_L).clamp_min(0).cpu(),
-        norm_energy={name: (share_D / share_D.sum()).cpu() for name, share_D in shares.items()},
+        norm_energy={name: (share_X / share_X.sum()).cpu() for name, share_X in sums.of("share").items()},
+        norm_eps={name: float(total / sums.get("normalised", name)) for name, total in sums.of("eps").items()},
     )
 
 

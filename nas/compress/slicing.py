@@ -9,6 +9,8 @@ Shapes: D hidden, with D' (`kept`) channels kept of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -22,19 +24,19 @@ from nas.compress.sorting import Sorting
 from nas.compress.teacher import WEIGHTS_FILE, checkpoint_weights, resolve_dtype
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem
-from nas.families import Axis, Weight, read_architecture
+from nas.families import Architecture, Axis, Side, Weight, read_architecture
 from nas.shape import Shape
-
-_PER_LAYER_LISTS = ("layer_types",)
-"""Config keys that hold one entry per layer."""
 
 
 def slice_student(sorting: Sorting, shape: Shape) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict (in the dtype of the sorted teacher's file) and Hugging Face config of the student of that shape.
 
-    RMSNorm averages over the width. With the share kappa of the energy at a norm's input that the kept channels carry,
+    A norm averages over the width. With the share kappa of the energy at a norm's input that the kept channels carry,
     the student's mean square is kappa * D / D' times the teacher's, so gamma takes the root of that factor and eps the
-    factor itself, averaged over the norms, as the config holds one eps. Exact where kappa is the same for every token.
+    factor itself (norms over all query or key heads: likewise, over Q and K). Exact where kappa is the same for every
+    token. Where the forward pass multiplies the embeddings by sqrt(D), the student's residual stream is sqrt(D' / D) times
+    the teacher's: the norms behind the sublayers write that scale too, and those that read the stream take it out. The
+    config holds one eps for all norms: it follows the norms by the square of the part that eps is of their divisor.
 
     Raises:
         InvalidSpec: larger than the teacher on an axis, another head_dim, a depth without selected layers, or not legal in the family.
@@ -46,9 +48,10 @@ def slice_student(sorting: Sorting, shape: Shape) -> tuple[dict[str, Tensor], di
     with safe_open(sorting.folder / WEIGHTS_FILE, framework="pt") as file:
         for name, weight, layer in checkpoint_weights(sorting.architecture, num_hidden_layers=len(layers)):
             teacher_name = weight.name.format(layer=layers[layer]) if layer is not None else name
-            tensor = _read_prefix(file.get_slice(teacher_name), weight=weight, teacher=sorting.architecture.shape, shape=shape)
-            if weight.is_norm and (factor := factors[teacher_name]) != 1:
-                tensor = (tensor.double() * math.sqrt(factor)).to(tensor.dtype)
+            tensor = _read_prefix(file.get_slice(teacher_name), weight=weight, architecture=sorting.architecture, shape=shape)
+            if weight.is_norm and (gain := factors[teacher_name].gain) != 1:
+                stored = int(sorting.architecture.family.gain_minus_one)
+                tensor = ((tensor.double() + stored) * gain - stored).to(tensor.dtype)
             state[name] = tensor
     return state, _student_config(sorting, shape, factors=factors, dtype=next(iter(state.values())).dtype)
 
@@ -81,7 +84,7 @@ def build_student(sorting: Sorting, shape: Shape, *, dtype: str, device: str) ->
     architecture = read_architecture(values)
     config = AutoConfig.for_model(**values)
     with no_init_weights():  # every weight is loaded in the next line
-        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation="sdpa", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=architecture.family.attention, trust_remote_code=False)
     loaded = model.load_state_dict(state, strict=False)
     tied = {weight.name for weight in architecture.family.weights} - {weight.name for weight in architecture.weights}
     assert not loaded.unexpected_keys, f"the family's row names tensors that transformers does not have: {loaded.unexpected_keys}"
@@ -113,51 +116,84 @@ def check_sliceable(sorting: Sorting, shape: Shape) -> None:
     if shape.num_hidden_layers not in sorting.layers:
         depths = ", ".join(map(str, sorted(sorting.layers)))
         problems.append(Problem(field="num_hidden_layers", expected=f"a depth with selected layers ({depths})", got=str(shape.num_hidden_layers)))
-    if sorting.architecture.family.hidden_divisible_by_heads and shape.hidden_size % shape.num_attention_heads:
-        expected = f"a multiple of num_attention_heads={shape.num_attention_heads}"
-        problems.append(Problem(field="hidden_size", expected=expected, got=str(shape.hidden_size)))
+    problems.extend(sorting.architecture.refusals(shape))
     if problems:
         raise InvalidSpec(*problems)
 
 
-def _norm_factors(sorting: Sorting, shape: Shape) -> dict[str, float]:
-    """Teacher's norm weight -> kappa * D / D', for the norms that the student has; exactly 1 at full width."""
-    width, kept = sorting.architecture.shape.hidden_size, shape.hidden_size
-    if kept == width:
-        return dict.fromkeys(sorting.norm_energy, 1.0)
-    layers = sorting.layers[shape.num_hidden_layers]
-    names = [weight.name.format(layer=layer) for weight in sorting.architecture.weights if weight.is_norm for layer in (layers if weight.per_layer else (0,))]
-    return {name: float(sorting.norm_energy[name][:kept].sum()) * width / kept for name in names}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _NormFactor:
+    """What a norm of the student needs to give the teacher's output on the kept channels."""
+
+    gain: float
+    """On gamma."""
+    eps: float
+    """On eps: the student's mean square over the teacher's."""
 
 
-def _ranges(axis: Axis, *, teacher: Shape, shape: Shape) -> list[slice]:
-    """Positions of one sorted side that the student keeps; several ranges only where each KV group loses queries."""
-    if axis is Axis.VOCAB:
-        return [slice(None)]
-    if axis is Axis.HIDDEN:
-        return [slice(0, shape.hidden_size)]
-    if axis is Axis.INTERMEDIATE:
-        return [slice(0, shape.intermediate_size)]
-    if axis is Axis.KEY_VALUE:
-        return [slice(0, shape.num_key_value_heads * shape.head_dim)]
-    if shape.query_heads_per_kv == teacher.query_heads_per_kv:
-        return [slice(0, shape.num_attention_heads * shape.head_dim)]
+def _norm_factors(sorting: Sorting, shape: Shape) -> dict[str, _NormFactor]:
+    """Weight of each norm, by its name in the teacher -> its factors, for the layers that stay; exactly 1 at full width."""
+    architecture = sorting.architecture
+    family, sizes, kept_sizes = architecture.family, architecture.sizes(architecture.shape), architecture.sizes(shape)
+    stream_scale = math.sqrt(shape.hidden_size / architecture.shape.hidden_size) if family.embedding_grows_with_width else 1.0
+    factors = {}
+    for weight in (weight for weight in architecture.weights if weight.is_norm):
+        (axis,) = weight.sides[0]
+        after_writer = weight.name in family.output_norms.values()
+        for layer in sorting.layers[shape.num_hidden_layers] if weight.per_layer else (0,):
+            name, square = weight.name.format(layer=layer), 1.0
+            if sizes[axis] != kept_sizes[axis]:
+                ranges = kept_ranges(weight.sides[0], architecture=architecture, shape=shape)
+                kept_share = sum(float(sorting.norm_energy[name][kept].sum()) for kept in ranges)
+                square = kept_share * sizes[axis] / kept_sizes[axis]
+            writes_stream = axis is Axis.HIDDEN and after_writer
+            reads_stream = axis is Axis.HIDDEN and not after_writer
+            factors[name] = _NormFactor(
+                gain=math.sqrt(square) * (stream_scale if writes_stream else 1.0), eps=square * (stream_scale**2 if reads_stream else 1.0)
+            )
+    return factors
+
+
+def kept_ranges(side: Side, *, architecture: Architecture, shape: Shape) -> list[slice]:
+    """Positions of one sorted side that the student keeps: ascending, none touching the next."""
+    sizes, start, ranges = architecture.sizes(architecture.shape), 0, []
+    for axis in side:
+        ranges += [slice(start + kept.start, start + kept.stop) for kept in _kept_of_axis(axis, architecture=architecture, shape=shape)]
+        start += sizes[axis]
+    merged = ranges[:1]
+    for kept in ranges[1:]:
+        merged[-1:] = [slice(merged[-1].start, kept.stop)] if kept.start == merged[-1].stop else [merged[-1], kept]
+    return merged
+
+
+def _kept_of_axis(axis: Axis, *, architecture: Architecture, shape: Shape) -> list[slice]:
+    """A prefix; several ranges only where each KV group loses queries."""
+    teacher, kept = architecture.shape, architecture.sizes(shape)[axis]
+    if axis is not Axis.QUERY or shape.query_heads_per_kv == teacher.query_heads_per_kv:
+        return [slice(0, kept)]
     group, kept = teacher.query_heads_per_kv * shape.head_dim, shape.query_heads_per_kv * shape.head_dim
     return [slice(start, start + kept) for start in range(0, shape.num_key_value_heads * group, group)]
 
 
-def _read_prefix(stored: Any, *, weight: Weight, teacher: Shape, shape: Shape) -> Tensor:
+def _read_prefix(stored: Any, *, weight: Weight, architecture: Architecture, shape: Shape) -> Tensor:
     """The kept part of one tensor, read from the file piece by piece. `stored` is a safetensors slice."""
-    ranges = [_ranges(axis, teacher=teacher, shape=shape) for axis in weight.axes]
+    ranges = [kept_ranges(side, architecture=architecture, shape=shape) for side in weight.sides]
     split = [dim for dim, parts in enumerate(ranges) if len(parts) > 1]
     assert len(split) <= 1, f"{weight.name}: at most one side of a weight is cut into pieces"
     pieces: list[Tensor] = [stored[index] for index in product(*ranges)]
     return torch.cat(pieces, dim=split[0]) if split else pieces[0].contiguous()
 
 
-def _student_config(sorting: Sorting, shape: Shape, *, factors: dict[str, float], dtype: torch.dtype) -> dict[str, Any]:
-    """The teacher's config with the student's numbers; rope, tokens and tie flag stay."""
-    layers = sorting.layers[shape.num_hidden_layers]
-    per_layer = {key: [values[layer] for layer in layers] for key in _PER_LAYER_LISTS if (values := sorting.config.get(key))}
-    eps = sorting.config["rms_norm_eps"] * (sum(factors.values()) / len(factors))
-    return {**sorting.config, **per_layer, **shape.as_dict(), "rms_norm_eps": eps, "dtype": str(dtype).removeprefix("torch.")}
+def _student_config(sorting: Sorting, shape: Shape, *, factors: Mapping[str, _NormFactor], dtype: torch.dtype) -> dict[str, Any]:
+    """The teacher's config with the student's numbers; rope, tokens and tie flag stay, what is said layer by layer follows those that stay."""
+    family, config, layers = sorting.architecture.family, dict(sorting.config), sorting.layers[shape.num_hidden_layers]
+    if len(layers) < sorting.architecture.shape.num_hidden_layers:
+        config |= {key: [config[key][layer] for layer in layers] for key in family.layer_lists}
+        config |= {key: sum(layer < config[key] for layer in layers) for key in family.layer_thresholds}
+        for key in family.layer_patterns:
+            config.pop(key, None)
+    weights = {name: sorting.norm_eps[name] ** 2 for name in factors}
+    if not sum(weights.values()):
+        weights = dict.fromkeys(factors, 1.0)
+    eps = config[family.eps_key] * (sum(weights[name] * factor.eps for name, factor in factors.items()) / sum(weights.values()))
+    return {**config, **shape.as_dict(), family.eps_key: eps, "dtype": str(dtype).removeprefix("torch.")}

@@ -25,7 +25,7 @@ from nas.compress.importance import Importance, layer_modules
 from nas.compress.manifest import file_digest, load_tensors, save_tensors
 from nas.compress.teacher import CONFIG_FILE, WEIGHTS_FILE, checkpoint_weights, write_checkpoint
 from nas.errors import CorruptFile
-from nas.families import Architecture, Axis, read_architecture
+from nas.families import Architecture, Axis, Side, read_architecture
 from nas.shape import Shape
 
 SORTING = "sorting"
@@ -60,7 +60,9 @@ class Sorting:
     config: dict[str, Any]
     order: Order
     norm_energy: dict[str, Tensor]
-    """Norm weight -> share_D in *sorted* hidden order."""
+    """Norm weight -> share of each channel, in *sorted* order of the axis that the norm averages over."""
+    norm_eps: dict[str, float]
+    """Norm weight -> the part of its divisor that is eps."""
     layers: dict[int, tuple[int, ...]]
     """Depth -> original indices of the layers that it keeps, ascending."""
 
@@ -84,8 +86,8 @@ def sort_teacher(model: PreTrainedModel, *, order: Order, architecture: Architec
     state = {}
     for name, weight, layer in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers):
         tensor = model.get_parameter(name).detach().cpu()
-        for dim, axis in enumerate(weight.axes):
-            if (index := _axis_order(axis, order=order, layer=layer, head_dim=architecture.shape.head_dim)) is not None:
+        for dim, side in enumerate(weight.sides):
+            if (index := side_order(side, order=order, layer=layer, architecture=architecture)) is not None:
                 tensor = tensor.index_select(dim, index)
         state[name] = tensor.contiguous()
     return state
@@ -179,9 +181,10 @@ def save_sorted(
     (folder / f"{SORTING}.json").unlink(missing_ok=True)
     write_checkpoint(state, config=config, tokenizer_from=tokenizer_from, folder=folder)
     tensors = {name: getattr(order, name) for name in ("hidden_D", "neurons_LF", "kv_groups_LK", "queries_LKG")}
-    tensors |= {f"{_NORM_ENERGY}{name}": share_D[order.hidden_D] for name, share_D in importance.norm_energy.items()}
+    tensors |= {f"{_NORM_ENERGY}{name}": share_X for name, share_X in _sorted_energy(importance, order=order, architecture=read_architecture(config)).items()}
     facts = {
         "layers": {str(depth): list(kept) for depth, kept in sorted(layers.items())},
+        "norm_eps": dict(importance.norm_eps),
         "sha256": {name: file_digest(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)},
     }
     save_tensors(folder, name=SORTING, tensors=tensors, facts=facts)
@@ -207,6 +210,7 @@ def load_sorting(folder: Path) -> Sorting:
         config=config,
         order=Order(**tensors),
         norm_energy=energy,
+        norm_eps=facts["norm_eps"],
         layers={int(depth): tuple(kept) for depth, kept in facts["layers"].items()},
     )
 
@@ -215,32 +219,56 @@ def _descending(scores: Tensor) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
-def _axis_order(axis: Axis, *, order: Order, layer: int | None, head_dim: int) -> Tensor | None:
+def side_order(side: Side, *, order: Order, layer: int | None, architecture: Architecture) -> Tensor | None:
     """Original index of every position of one sorted side; None: the side stays as it is."""
-    if axis is Axis.VOCAB:
+    if side in ((Axis.VOCAB,), (Axis.HEAD_DIM,)):
         return None
+    sizes, start, indices = architecture.sizes(architecture.shape), 0, []
+    for axis in side:
+        indices.append(start + _axis_order(axis, order=order, layer=layer, head_dim=architecture.shape.head_dim))
+        start += sizes[axis]
+    return torch.cat(indices)
+
+
+def _axis_order(axis: Axis, *, order: Order, layer: int | None, head_dim: int) -> Tensor:
     if axis is Axis.HIDDEN:
         return order.hidden_D
     assert layer is not None, f"axis {axis} exists only inside a layer"
     if axis is Axis.INTERMEDIATE:
         return order.neurons_LF[layer]
+    assert axis in (Axis.QUERY, Axis.KEY_VALUE), f"axis {axis} is not sorted"
     heads = order.heads(layer).flatten() if axis is Axis.QUERY else order.kv_groups_LK[layer]
     return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
+def _sorted_energy(importance: Importance, *, order: Order, architecture: Architecture) -> dict[str, Tensor]:
+    energy = {}
+    for name, weight, layer in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers):
+        if name in importance.norm_energy:
+            index = side_order(weight.sides[0], order=order, layer=layer, architecture=architecture)
+            assert index is not None, f"{name}: no order of {weight.sides[0]}"
+            energy[name] = importance.norm_energy[name][index]
+    return energy
+
+
 @contextmanager
 def _only_layers(model: PreTrainedModel, *, kept: tuple[int, ...], architecture: Architecture) -> Iterator[None]:
-    """The model with only these layers, for as long as the context lasts."""
+    """The model with only these layers, for as long as the context lasts; its config's lists follow, as forward reads them by position."""
     assert all(before < after for before, after in pairwise(kept)), f"layers must be ascending, got {kept}"
     names = layer_modules(architecture)
     parent_name, _, attribute = names[0].rpartition(".")[0].rpartition(".")
     parent = model.get_submodule(parent_name)
     layers = getattr(parent, attribute)
+    lists = {key: getattr(model.config, key) for key in architecture.family.layer_lists}
     setattr(parent, attribute, nn.ModuleList([model.get_submodule(names[layer]) for layer in kept]))
+    for key, values in lists.items():
+        setattr(model.config, key, [values[layer] for layer in kept])
     try:
         yield
     finally:
         setattr(parent, attribute, layers)
+        for key, values in lists.items():
+            setattr(model.config, key, values)
 
 
 def _divergence(teacher_ND: Tensor, student_ND: Tensor, *, head: nn.Module) -> Tensor:

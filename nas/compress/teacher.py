@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from nas.compress.manifest import file_digest, publish, write_json
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem, TeacherUnavailable
-from nas.families import Architecture, Weight, read_architecture
+from nas.families import Architecture, Source, Weight, read_architecture
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -48,7 +48,6 @@ DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _STORED_DTYPES = ("F32", "F16", "BF16")
-_GATED_SILU = ("silu", "swish")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _BUFFERS = ("rotary_emb.inv_freq",)  # Llama-2 files of 2023 still carry this buffer; transformers recomputes it
 
@@ -75,9 +74,8 @@ def check_teacher(folder: Path) -> Teacher:
     """
     if not folder.is_dir():
         raise TeacherUnavailable(f"{folder}: expected a folder with {CONFIG_FILE}, safetensors and tokenizer files, got no folder")
-    config = _read_json(folder, name=CONFIG_FILE)
-    architecture = _check_config(config)
-    config = _explicit_config(folder, config=config, architecture=architecture)
+    config = _explicit_config(folder, config=_check_config(_read_json(folder, name=CONFIG_FILE)))
+    architecture = read_architecture(config)
     weight_files = _weight_files(folder)
     parameters = _check_weights([_inside(folder, name=name) for name in weight_files], architecture=architecture)
     tokenizer_files = [name for name in TOKENIZER_FILES if (folder / name).exists()]
@@ -125,7 +123,7 @@ def load_model(folder: Path, *, dtype: str, device: str) -> PreTrainedModel:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=resolve_dtype(dtype),
-            attn_implementation="sdpa",
+            attn_implementation=read_architecture(_read_json(folder, name=CONFIG_FILE)).family.attention,
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
@@ -162,6 +160,14 @@ def checkpoint_weights(architecture: Architecture, *, num_hidden_layers: int) ->
                 yield weight.name.format(layer=layer), weight, layer
         else:
             yield weight.name, weight, None
+
+
+def checkpoint_sources(architecture: Architecture, *, num_hidden_layers: int) -> Iterator[Source]:
+    """Every source of a model of that depth, with the layers written into its names: kind by kind, the layers of each in order."""
+    for source in architecture.family.sources:
+        for layer in range(num_hidden_layers) if "{layer}" in source.readers[0] else (0,):
+            readers = tuple(reader.format(layer=layer) for reader in source.readers)
+            yield Source(axis=source.axis, readers=readers, norm=source.norm and source.norm.format(layer=layer))
 
 
 def write_checkpoint(state_dict: Mapping[str, Tensor], *, config: Mapping[str, Any], tokenizer_from: Path, folder: Path) -> None:
@@ -221,36 +227,47 @@ def _refuse_code(config: Mapping[str, Any], *, name: str) -> None:
         raise TeacherUnavailable(f"{name}: expected no auto_map (code that comes with a model is never run), got {config['auto_map']!r}")
 
 
-def _check_config(config: dict[str, Any]) -> Architecture:
+def _check_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, once nothing in it is unsafe, and nothing but defaults is missing."""
     _refuse_code(config, name=CONFIG_FILE)
     if config.get("quantization_config"):
         raise TeacherUnavailable(f"{CONFIG_FILE}: quantization_config: expected none (plain float weights), got {config['quantization_config']!r}")
-    architecture = read_architecture(config)
-    if (hidden_act := config.get("hidden_act", "silu")) not in _GATED_SILU:
-        raise TeacherUnavailable(f"{CONFIG_FILE}: hidden_act: expected {' or '.join(_GATED_SILU)}, got {hidden_act!r}")
-    return architecture
+    family = read_architecture(config).family
+    if (activation := config.get(family.activation_key, family.activations[0])) not in family.activations:
+        raise TeacherUnavailable(f"{CONFIG_FILE}: {family.activation_key}: expected {' or '.join(family.activations)}, got {activation!r}")
+    if unknown := [key for key, value in config.items() if "layer" in key and isinstance(value, list) and key not in family.layer_lists]:
+        raise TeacherUnavailable(
+            f"{CONFIG_FILE}: {unknown[0]}: expected no such list ({family.model_type} has one entry per layer only in "
+            f"{', '.join(family.layer_lists) or 'none'}; it could not follow removed layers), got {config[unknown[0]]!r}"
+        )
+    return config
 
 
-def _explicit_config(folder: Path, *, config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """The config with nothing that pruning touches left to a default, which differs between families and versions."""
+def _explicit_config(folder: Path, *, config: dict[str, Any]) -> dict[str, Any]:
+    """The config as transformers resolves it: nothing is left to a default, which differs between families and versions."""
     try:
         resolved = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as refused:  # transformers' validators raise their own types, ValueError, KeyError and TypeError
         raise TeacherUnavailable(f"{folder / CONFIG_FILE}: transformers refuses it: {refused}") from refused
-    flags = {name: getattr(architecture, name) for name in ("vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias")}
-    explicit = {**config, **architecture.shape.as_dict(), **flags, "rms_norm_eps": resolved.rms_norm_eps}
+    explicit = {**config, **resolved.to_diff_dict()}
     for stale in ("_name_or_path", "torch_dtype"):  # a path of another machine; the old spelling of dtype
         explicit.pop(stale, None)
-    return explicit
+    return {**explicit, **read_architecture(explicit).shape.as_dict()}
 
 
 def _legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """transformers 4 and older vLLM do not know `rope_parameters`: without these keys they run at theta 10000, silently."""
     rope = config.get("rope_parameters") or {}
+    local = rope.get("sliding_attention")  # Gemma 3: one set per layer type; the old keys name the local base apart
+    rope = rope.get("full_attention", rope)
     if "rope_theta" not in rope:
         return {}
-    scaling = {} if rope.get("rope_type", "default") == "default" else {"rope_scaling": {key: rope[key] for key in rope if key != "rope_theta"}}
-    return {"rope_theta": rope["rope_theta"], **scaling}
+    legacy = {"rope_theta": rope["rope_theta"]} | ({"rope_local_base_freq": local["rope_theta"]} if local else {})
+    if "partial_rotary_factor" in rope:
+        legacy["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default":
+        legacy["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
+    return legacy
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -289,7 +306,8 @@ def _check_weights(files: list[Path], *, architecture: Architecture) -> int:
 
     shape = architecture.shape
     weights = checkpoint_weights(architecture, num_hidden_layers=shape.num_hidden_layers)
-    expected = {name: tuple(architecture.size(axis, shape) for axis in weight.axes) for name, weight, _ in weights}
+    sizes = architecture.sizes(shape)
+    expected = {name: weight.lengths(sizes) for name, weight, _ in weights}
     counted, promised = sum(map(prod, shapes.values())), count_parameters(architecture, shape).total
     wrong = [
         f"{name} {shapes.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"

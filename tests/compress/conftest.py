@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from nas.compress.importance import Method, measure_importance
 from nas.compress.sorting import Sorting, layer_damage, load_sorting, make_order, save_sorted, select_layers, sort_teacher
@@ -56,17 +56,17 @@ def random_llama(*, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return model
 
 
-def save_teacher(model: LlamaForCausalLM, *, folder: Path) -> Path:
+def save_teacher(model: PreTrainedModel, *, folder: Path, max_shard_size: str = "1GB") -> Path:
     """What a user would bring: the files that transformers itself writes."""
     vocabulary = {f"w{index}": index for index in range(VOCAB_SIZE)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
 
-def sort_on_disk(model: LlamaForCausalLM, *, folder: Path, depths: tuple[int, ...] = (), method: Method = "energy") -> Sorting:
+def sort_on_disk(model: PreTrainedModel, *, folder: Path, depths: tuple[int, ...] = (), method: Method = "energy") -> Sorting:
     """All steps from a model to its sorted teacher; without `depths`, every depth is selected."""
     teacher = check_teacher(save_teacher(model, folder=folder / "teacher"))
     shape = teacher.architecture.shape
@@ -83,7 +83,7 @@ def sort_on_disk(model: LlamaForCausalLM, *, folder: Path, depths: tuple[int, ..
     return load_sorting(folder / "sorted")
 
 
-def max_difference(first: LlamaForCausalLM, second: LlamaForCausalLM, *, tokens_BT: Tensor | None = None) -> float:
+def max_difference(first: PreTrainedModel, second: PreTrainedModel, *, tokens_BT: Tensor | None = None) -> float:
     tokens_BT = random_tokens(rows=4, seed=2) if tokens_BT is None else tokens_BT
     with torch.no_grad():
         return float((first(tokens_BT).logits - second(tokens_BT).logits).abs().max())

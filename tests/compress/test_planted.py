@@ -85,7 +85,7 @@ def plant(small: LlamaForCausalLM, *, axes: set[str], random_llama: Callable[...
                 target = big.get_parameter(weight.name.format(layer=None if layer is None else places.layers[layer]))
                 index = [
                     places.index(axis, layer=layer, head_dim=shape.head_dim, queries_per_group=queries, vocab_size=architecture.vocab_size)
-                    for axis in weight.axes
+                    for (axis,) in weight.sides
                 ]
                 target[torch.meshgrid(*index, indexing="ij")] = source * share**0.5 if weight.is_norm else source
     return big

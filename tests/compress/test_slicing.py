@@ -136,12 +136,6 @@ def test_the_config_says_every_number(sorting: Sorting) -> None:
     assert json.loads(json.dumps(config)) == config
 
 
-def test_lists_with_one_entry_per_layer_follow_the_kept_layers(sorting: Sorting) -> None:
-    listed = dataclasses.replace(sorting, config={**sorting.config, "layer_types": ["a", "b", "c"]}, layers={2: (0, 2)})
-    _, config = slice_student(listed, smaller(sorting))
-    assert config["layer_types"] == ["a", "c"]
-
-
 def test_the_norms_are_exact_where_every_token_loses_the_same_share(
     random_llama: Callable[..., LlamaForCausalLM], sort_on_disk: Callable[..., Sorting], max_difference: Callable[..., float], tmp_path: Path
 ) -> None:
@@ -184,7 +178,7 @@ def test_a_student_is_built_in_the_dtype_asked_for(sorting: Sorting) -> None:
         ({"num_attention_heads": 6}, "num_attention_heads: expected at most the teacher's 2 query heads per KV head, got 6 for 2 KV heads"),
         ({"head_dim": 9}, "head_dim: expected the teacher's 8, got 9"),
         ({"num_hidden_layers": 1}, r"num_hidden_layers: expected a depth with selected layers \(2, 3\), got 1"),
-        ({"hidden_size": 30}, "hidden_size: expected a multiple of num_attention_heads=4, got 30"),
+        ({"hidden_size": 30}, "hidden_size: expected a multiple of num_attention_heads=4, .* got 30"),
         ({"hidden_size": 72, "head_dim": 9}, "hidden_size.*; head_dim"),
     ],
 )

@@ -30,6 +30,7 @@ def importance_of(*, heads_LH: list[list[float]], hidden_D: list[float] | None =
         heads_LH=torch.tensor(heads_LH),
         block_influence_L=torch.zeros(SHAPE.num_hidden_layers),
         norm_energy={},
+        norm_eps={},
     )
 
 

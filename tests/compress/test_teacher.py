@@ -67,7 +67,7 @@ def test_the_digest_is_of_the_content_and_not_of_the_place(folder: Path, tmp_pat
     ("changes", "message"),
     [
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
-        ({"model_type": "gpt2"}, "model_type: expected one of llama"),
+        ({"model_type": "gpt2"}, "model_type: expected one of gemma2, .* got .gpt2"),
         ({"hidden_act": "gelu"}, "hidden_act: expected silu or swish, got 'gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"vocab_size": -1}, "vocab_size"),
