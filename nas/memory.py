@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 from nas.cost import count_parameters
 from nas.errors import DoesNotFit
-from nas.families import Architecture, Axis, Weight
+from nas.families import Architecture, Axis
 from nas.shape import Shape
 
 Moments = Literal["float32", "offloaded", "bfloat16"]
@@ -122,7 +122,7 @@ def training_memory(architecture: Architecture, shape: Shape, *, training: Train
     """The peak of a training step of a student of `shape`; `teacher` None: trained on stored signals or on the next token."""
     parameters = count_parameters(architecture, shape).total
     own = parameters // training.num_shards + _unsharded(architecture, shape, num_shards=training.num_shards)
-    largest = max(_numel(weight, architecture=architecture, shape=shape) for weight in architecture.weights)
+    largest = max(weight.numel(architecture.sizes(shape)) for weight in architecture.weights)
     always = {"student weights (float32)": 4 * own}
     if training.dtype != "float32":
         always[f"student weights ({training.dtype} copies)"] = DTYPE_BYTES[training.dtype] * _multiplied(architecture, shape) // training.num_shards
@@ -262,13 +262,13 @@ def _kept_per_token(architecture: Architecture, shape: Shape, *, dtype: str) -> 
     """
     size = DTYPE_BYTES[dtype]
     layer = [weight for weight in architecture.weights if weight.per_layer]
-    norms = sum(2 * 4 * _size(weight.axes[0], architecture=architecture, shape=shape) for weight in layer if weight.is_norm)
-    matrices = [weight for weight in layer if len(weight.axes) == 2]
-    read = [weight.axes[1] for weight in matrices]
-    shared = len(architecture.family.hidden_readers) - 1 if dtype == "float32" else read.count(Axis.HIDDEN)
-    inputs = size * (shared * shape.hidden_size + sum(_size(axis, architecture=architecture, shape=shape) for axis in read if axis is not Axis.HIDDEN))
+    sizes = architecture.sizes(shape)
+    sizes[Axis.HEAD_DIM] = (sizes[Axis.QUERY] + sizes[Axis.KEY_VALUE]) // 2  # a norm on each head works on all queries, another on all keys
+    norms: int = sum(2 * 4 * weight.lengths(sizes)[0] for weight in layer if weight.is_norm)
+    sources = [source for source in architecture.family.sources if "{layer}" in source.readers[0]]
+    inputs = size * sum(sizes[source.axis] * (1 if dtype == "float32" else len(source.readers)) for source in sources)
     attention = size * (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim + 4 * shape.num_attention_heads
-    writers = sum(weight.axes[0] is Axis.INTERMEDIATE for weight in matrices)
+    writers = sum(weight.sides[0].count(Axis.INTERMEDIATE) for weight in layer if len(weight.sides) == 2)
     mlp = size * (writers + 1) * shape.intermediate_size
     return norms + inputs + attention + mlp
 
@@ -300,16 +300,6 @@ def _unsharded(architecture: Architecture, shape: Shape, *, num_shards: int) -> 
 
 def _multiplied(architecture: Architecture, shape: Shape) -> int:
     """Parameters of the matrices that are multiplied, the head among them; of these autocast makes copies."""
-    layers = sum(_numel(weight, architecture=architecture, shape=shape) for weight in architecture.weights if weight.per_layer and len(weight.axes) == 2)
+    sizes = architecture.sizes(shape)
+    layers: int = sum(weight.numel(sizes) for weight in architecture.weights if weight.per_layer and len(weight.sides) == 2)
     return layers * shape.num_hidden_layers + architecture.vocab_size * shape.hidden_size
-
-
-def _numel(weight: Weight, *, architecture: Architecture, shape: Shape) -> int:
-    numel = 1
-    for axis in weight.axes:
-        numel *= _size(axis, architecture=architecture, shape=shape)
-    return numel
-
-
-def _size(axis: Axis, *, architecture: Architecture, shape: Shape) -> int:
-    return architecture.size(axis, shape)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nas.compress.importance import Importance, layer_modules
+from nas.compress.losses import Head, final_hidden, forward_kl, head_of, token_chunks
 from nas.compress.manifest import file_digest, load_tensors, save_tensors
 from nas.compress.teacher import CONFIG_FILE, WEIGHTS_FILE, checkpoint_weights, write_checkpoint
 from nas.errors import CorruptFile
@@ -32,8 +33,6 @@ SORTING = "sorting"
 """Name of the manifest (and its tensors: the order, the norms' energy) beside the sorted teacher's checkpoint."""
 
 _NORM_ENERGY = "norm_energy."
-_CHUNK_ELEMENTS = 2**24
-"""Logits held at once while a damage is measured: 64 MiB in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -147,21 +146,17 @@ def layer_damage(model: PreTrainedModel, *, blocks_BT: Tensor, batch_size: int) 
     """
     architecture = read_architecture(model.config.to_dict())
     batches = [batch_BT.to(model.device) for batch_BT in torch.split(blocks_BT, batch_size)]
-    head = model.get_output_embeddings()
-
-    def hidden_ND(batch_BT: Tensor) -> Tensor:
-        hidden_BTD: Tensor = model.base_model(input_ids=batch_BT, use_cache=False).last_hidden_state
-        return hidden_BTD.flatten(0, 1)
+    head = head_of(model)
 
     with torch.inference_mode():
-        teacher_ND = [hidden_ND(batch_BT) for batch_BT in batches]
+        teacher_ND = [final_hidden(model, batch_BT) for batch_BT in batches]
 
     @torch.inference_mode()
     def damage(kept: tuple[int, ...]) -> float:
         total = torch.zeros((), dtype=torch.float64, device=model.device)
         with _only_layers(model, kept=kept, architecture=architecture):
             for batch_BT, expected_ND in zip(batches, teacher_ND, strict=True):
-                total += _divergence(expected_ND, hidden_ND(batch_BT), head=head)
+                total += _divergence(expected_ND, final_hidden(model, batch_BT), head=head)
         return float(total) / blocks_BT.numel()
 
     return damage
@@ -271,12 +266,9 @@ def _only_layers(model: PreTrainedModel, *, kept: tuple[int, ...], architecture:
             setattr(model.config, key, values)
 
 
-def _divergence(teacher_ND: Tensor, student_ND: Tensor, *, head: nn.Module) -> Tensor:
+def _divergence(teacher_ND: Tensor, student_ND: Tensor, *, head: Head) -> Tensor:
     """Sum over the tokens of KL(teacher || student) of the next-token distributions, float64."""
     total = torch.zeros((), dtype=torch.float64, device=teacher_ND.device)
-    chunk = max(1, _CHUNK_ELEMENTS // int(head.out_features))  # type: ignore[arg-type]
-    for expected_ND, got_ND in zip(torch.split(teacher_ND, chunk), torch.split(student_ND, chunk), strict=True):
-        teacher_NV = head(expected_ND).float().log_softmax(-1)
-        student_NV = head(got_ND).float().log_softmax(-1)
-        total += (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1).sum(dtype=torch.float64)
+    for chunk in token_chunks(len(teacher_ND), head=head, chunk_tokens=None):
+        total += forward_kl(head.logits(student_ND[chunk]), head.logits(teacher_ND[chunk])).sum(dtype=torch.float64)
     return total
