@@ -102,6 +102,7 @@ def choose_signals(
     bytes_per_element: int,
     top_k: int,
     max_bytes: int,
+    free_bytes: int,
 ) -> SignalChoice:
     """The kind that is asked for; for `auto` the first that fits of exact (the same student as with the teacher in the loop) and top_k.
 
@@ -109,24 +110,23 @@ def choose_signals(
 
     Args:
         train_tokens: of the blocks, not of the run: epochs read them again.
-        max_bytes: the disk budget.
+        max_bytes: the budget, free_bytes: what the disk has.
     Raises:
-        InvalidSpec: the kind that is asked for does not fit the budget.
+        InvalidSpec: the kind that is asked for does not fit the budget or the disk.
     """
     if wanted == "off":
         return SignalChoice(kind=None, bytes=0, reason="distillation.signals is off: the teacher runs beside every student")
     sizes = {}
+    room, limit = min((max_bytes, "distillation.max_signal_bytes"), (free_bytes, "free on disk"))
     kinds: tuple[SignalKind, ...] = ("exact", "top_k") if wanted == "auto" else (wanted,)
     exact = signal_bytes_per_token("exact", hidden_size=hidden_size, bytes_per_element=bytes_per_element, top_k=top_k)
     for kind in kinds:
         per_token = signal_bytes_per_token(kind, hidden_size=hidden_size, bytes_per_element=bytes_per_element, top_k=min(top_k, vocab_size))
         sizes[kind] = train_tokens * per_token + validation_tokens * exact + vocab_size * exact
-        if sizes[kind] <= max_bytes:
-            reason = f"{kind}: {sizes[kind]:,} bytes for {train_tokens:,} training tokens at {per_token:,} bytes each, of at most {max_bytes:,}"
+        if sizes[kind] <= room:
+            reason = f"{kind}: {sizes[kind]:,} bytes for {train_tokens:,} training tokens at {per_token:,} bytes each; {limit} is {room:,}"
             return SignalChoice(kind=kind, bytes=sizes[kind], reason=reason)
     needs = ", ".join(f"{kind} {size:,}" for kind, size in sizes.items())
     if wanted == "auto":
-        return SignalChoice(kind=None, bytes=0, reason=f"no kind fits {max_bytes:,} bytes ({needs}): the teacher runs beside every student")
-    raise InvalidSpec(
-        Problem(field="distillation.max_signal_bytes", expected=f"at least the bytes of {needs} for {train_tokens:,} tokens", got=f"{max_bytes:,}")
-    )
+        return SignalChoice(kind=None, bytes=0, reason=f"{limit} is {room:,} bytes, less than {needs}: the teacher runs beside every student")
+    raise InvalidSpec(Problem(field="distillation.signals", expected=f"{needs} bytes for {train_tokens:,} training tokens", got=f"{room:,} ({limit})"))

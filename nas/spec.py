@@ -187,6 +187,9 @@ class CompressionSpec:
     """energy: mean squared activation times the weights that read it. l2_mean: Minitron's (arXiv 2407.14679, 2.2)."""
     depth: Literal["damage", "block_influence"] = "damage"
     """damage: measured KL of contiguous and of greedy single layer removals. block_influence: 1 - cos(in, out), lowest dropped."""
+    teacher_correction_tokens: Annotated[int, Field(ge=0, le=2**53)] = 0
+    """Tokens of the corpus on which the teacher itself is trained (next token, a fifth of the distillation's rate) before anything else is done with it:
+    the corrected teacher is then pruned and distilled from (arXiv 2408.11796). 0: the teacher as it is."""
 
 
 @_value
@@ -206,6 +209,13 @@ class DistillationSpec:
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward and backward passes; parameters and optimiser are float32."""
+    signals: Literal["auto", "exact", "top_k", "off"] = "auto"
+    """The teacher's outputs, computed once and read by every trial. exact: final hidden states, the same student as with the teacher in the loop.
+    top_k: its largest log-probabilities. auto: the first of these two that fits the disk. off: the teacher runs beside every student."""
+    top_k: Annotated[int, Field(ge=512, le=2**20)] = 512
+    """Log-probabilities of each token that top_k keeps, at most the vocabulary; the mass of all others is kept as one number."""
+    max_signal_bytes: Annotated[int, Field(ge=0, le=2**60)] = 64 * 2**30
+    """Most bytes of signals on disk: 8 KB a token exact for a hidden size of 4096 in bfloat16, 3 KB for the 512 largest."""
 
 
 @_value

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nas.cost import count_parameters, flops_per_token, kv_bytes_per_token, weight_bytes
+from nas.cost import SignalChoice, choose_signals, count_parameters, flops_per_token, kv_bytes_per_token, signal_bytes_per_token, weight_bytes
+from nas.errors import InvalidSpec
 from nas.families import Architecture, read_architecture
 from nas.shape import Shape
 
@@ -141,3 +142,33 @@ def test_the_closed_form_equals_numel_of_the_published_file():
         numel = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118 (safe_open is not a mapping)
 
     assert count_parameters(architecture, architecture.shape).total == numel
+
+
+LLAMA_8B = {"hidden_size": 4096, "vocab_size": 128_256, "bytes_per_element": 2, "top_k": 512}
+
+
+def choose(wanted: str, *, max_bytes: int, free_bytes: int = 2**60) -> SignalChoice:
+    return choose_signals(wanted, train_tokens=10**8, validation_tokens=10**6, max_bytes=max_bytes, free_bytes=free_bytes, **LLAMA_8B)  # type: ignore[arg-type]
+
+
+def test_signals_take_the_bytes_that_are_promised() -> None:
+    assert signal_bytes_per_token("exact", hidden_size=4096, bytes_per_element=2, top_k=512) == 8192
+    assert signal_bytes_per_token("top_k", hidden_size=4096, bytes_per_element=2, top_k=512) == 3076
+    validation_and_head = 8192 * (10**6 + 128_256)
+    assert choose("exact", max_bytes=2**60).bytes == 8192 * 10**8 + validation_and_head
+    assert choose("top_k", max_bytes=2**60).bytes == 3076 * 10**8 + validation_and_head
+
+
+@pytest.mark.parametrize(("gigabytes", "kind"), [(900, "exact"), (500, "top_k"), (300, None)])
+def test_auto_takes_the_first_kind_that_fits_both_budget_and_disk(gigabytes: int, kind: str | None) -> None:
+    assert choose("auto", max_bytes=gigabytes * 10**9).kind == kind
+    assert choose("auto", max_bytes=10**18, free_bytes=gigabytes * 10**9).kind == kind
+    assert "teacher runs beside" in choose("auto", max_bytes=300 * 10**9).reason
+
+
+def test_a_kind_that_is_asked_for_is_refused_where_it_does_not_fit() -> None:
+    with pytest.raises(
+        InvalidSpec, match=r"distillation.signals: expected top_k 316,842,673,152 bytes for 100,000,000 training tokens, got 7 \(free on disk\)"
+    ):
+        choose("top_k", max_bytes=10**12, free_bytes=7)
+    assert choose("off", max_bytes=0).kind is None

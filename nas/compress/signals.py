@@ -104,20 +104,19 @@ def build_signals(
 class StoredSignals:
     """One part of the signals of a folder, read by the rows of its blocks. Keeps open what it has read."""
 
-    def __init__(self, folder: Path, *, part: str, device: str = "cpu", first_row: int = 0, repair: Callable[[], None] | None = None) -> None:
+    def __init__(self, folder: Path, *, part: str, device: str = "cpu", repair: Callable[[], None] | None = None) -> None:
         """
         Args:
             device: where the tensors are wanted.
-            first_row: the part's row that is row 0 here.
             repair: makes shards that are missing or damaged again (`build_signals`, with the teacher); None: their reading raises.
         Raises:
             NotFound, CorruptFile: as `load_tensors`, of the part's facts.
         """
-        self._folder, self._part, self._device, self._first_row, self._repair = folder, part, device, first_row, repair
+        self._folder, self._part, self._device, self._repair = folder, part, device, repair
         self._shards: dict[int, Mapping[str, Tensor]] = {}
         self._head, facts = self._load(part)
         self.kind: SignalKind = facts["kind"]
-        self._num_blocks: int = facts["num_blocks"] - first_row
+        self._num_blocks: int = facts["num_blocks"]
         self._rows_per_shard: int = facts["rows_per_shard"]
         self._scale, self._softcap = facts["scale"], facts["softcap"]
 
@@ -130,7 +129,7 @@ class StoredSignals:
         Raises:
             CorruptFile: a shard that is missing or damaged and could not be repaired.
         """
-        places = [divmod(row + self._first_row, self._rows_per_shard) for row in rows_B.tolist()]
+        places = [divmod(row, self._rows_per_shard) for row in rows_B.tolist()]
         shards = [self._shard(index) for index, _ in places]
         gathered = {name: torch.stack([shard[name][row] for shard, (_, row) in zip(shards, places, strict=True)]) for name in shards[0]}
         return {name: tensor.flatten(0, 1).to(self._device) for name, tensor in gathered.items()}
@@ -245,13 +244,17 @@ def top_k_kl_loss(hidden_MD: Tensor, head: Head, *, log_probs_MK: Tensor, indice
 class StoredTeacher:
     """A teacher's outputs from the kind `exact`: `TeacherOutputs`, for training and for held-out KL."""
 
-    def __init__(self, signals: StoredSignals) -> None:
+    def __init__(self, signals: StoredSignals, *, first_row: int = 0) -> None:
+        """
+        Args:
+            first_row: the row of the signals that is row 0 here.
+        """
         assert signals.kind == "exact", f"a hidden state is kept by the kind exact, not {signals.kind}"
-        self._signals = signals
+        self._signals, self._first_row = signals, first_row
         self.head = signals.read_head()
 
     def hidden(self, tokens_BT: Tensor, *, rows_B: Tensor) -> Tensor:
-        return self._signals.read(rows_B)["hidden"]
+        return self._signals.read(rows_B + self._first_row)["hidden"]
 
 
 class StoredTopK:

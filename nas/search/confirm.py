@@ -23,7 +23,8 @@ from nas.errors import CorruptFile, TeacherUnavailable
 from nas.evaluate.latency import measure_latency
 from nas.families import read_architecture
 from nas.search.layout import PROBE, STUDENT
-from nas.search.trial import measure, teacher_dtype
+from nas.search.shared import teacher_dtype
+from nas.search.trial import measure
 from nas.shape import Shape
 from nas.spec import SearchSpec
 

@@ -12,11 +12,11 @@ from typing import Any
 from nas.space import build_space
 from nas.spec import SearchSpec, dump_spec, objective_metrics
 
-PREPARED, BLOCKS, SORTED, SPLITS = "prepared.json", "blocks", "sorted", "splits.json"
+PREPARED, BLOCKS, SORTED, SPLITS, SIGNALS, CORRECTED = "prepared.json", "blocks", "sorted", "splits.json", "signals", "teacher"
 """Names inside a prepared folder."""
 STUDENT, PROBE = "student", "probe"
 """Names inside a trial's folder: the model of the last rung, and its logits, which a fresh process must reproduce."""
-FORMAT = 1
+FORMAT = 2
 """Raise it when the content of a prepared folder changes meaning, so that old ones are not reused."""
 
 
@@ -56,5 +56,12 @@ def prepared_key(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> str:
         "compression": values["compression"],
         "documents": [spec.evaluation.documents_per_task, spec.evaluation.held_out_documents],
         "dtype": spec.distillation.dtype,
+        "signals": [spec.distillation.signals, spec.distillation.top_k, spec.distillation.max_signal_bytes],
+        "correction": _correction(values) if spec.compression.teacher_correction_tokens else None,
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _correction(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of the teacher's correction, which is that of the students: without a correction it changes nothing that is prepared."""
+    return {name: value for name, value in values["distillation"].items() if name not in ("signals", "top_k", "max_signal_bytes")}

@@ -1,8 +1,8 @@
 """The prepare step: all that is computed once per (teacher, corpus, tasks, method) and reused by every trial and later search.
 
-corpus -> packed blocks; teacher -> importance -> sorted teacher and kept layers per depth; tasks -> the documents of the
-rungs and the held-out ones; teacher and random weights scored on both. Knows no store; trial.py reads the folder it leaves.
-Killed and run again, it takes up the blocks and the sorted teacher where they are whole.
+corpus -> packed blocks; teacher (corrected first where the spec asks for it) -> importance -> sorted teacher and kept layers per depth;
+tasks -> the documents of the rungs and the held-out ones; teacher -> its signals on the blocks; teacher and random weights scored.
+Knows no store; trial.py reads the folder it leaves. Killed and run again, it takes up what is whole: blocks, corrected and sorted teacher, shards.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nas.compress.corpus import Blocks, Part, build_blocks, check_corpus, load_blocks
+from nas.compress.correction import RATE_SHARE, Correction, correct_teacher, load_correction
 from nas.compress.importance import Importance, measure_importance
 from nas.compress.manifest import write_json
 from nas.compress.sorting import Sorting, layer_damage, load_sorting, make_order, save_sorted, select_layers, sort_teacher
@@ -30,8 +32,9 @@ from nas.errors import CorpusUnavailable, CorruptFile, NotFound, TeacherUnavaila
 from nas.evaluate.tasks import load_tasks, split_documents
 from nas.families import Architecture, read_architecture
 from nas.full_run import DEPTH_TOKENS
-from nas.search.layout import BLOCKS, PREPARED, SORTED, SPLITS, searched_depths
-from nas.search.trial import forget_shared, load_shared, measure, teacher_dtype
+from nas.search.layout import BLOCKS, CORRECTED, PREPARED, SORTED, SPLITS, searched_depths
+from nas.search.shared import forget_shared, load_shared, teacher_dtype, teacher_folder
+from nas.search.trial import measure, train_plan
 from nas.spec import SearchSpec
 
 REPORT_SECONDS = 5.0
@@ -61,12 +64,18 @@ def prepare(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, device
     folder.mkdir(parents=True, exist_ok=True)
     with steps.step("corpus"):
         blocks = _found(folder / BLOCKS, load=load_blocks) or _build_blocks(spec, inputs=inputs, folder=folder)
+    correction = _correct(spec, inputs=inputs, folder=folder, blocks=blocks, device=device, steps=steps)
     sorting = _found(folder / SORTED, load=load_sorting) or _sort(spec, inputs=inputs, folder=folder, blocks=blocks, device=device, steps=steps)
     with steps.step("tasks"):
         documents = _split_tasks(spec, inputs=inputs, folder=folder)
     facts = {"layers": {str(depth): list(kept) for depth, kept in sorting.layers.items()}, "documents": documents, "blocks": blocks.facts}
+    facts["correction"] = None if correction is None else asdict(correction)
+    with steps.step("signals"):
+        shared = load_shared(spec, inputs=inputs, prepared=folder, device=device)
+        facts["signals"] = asdict(shared.keep_signals(spec, report=steps.progress))
     with steps.step("baselines"):
         facts |= _measure_baselines(spec, inputs=inputs, folder=folder, device=device)
+    forget_shared()  # with signals no trial needs the teacher
     facts["seconds"] = steps.seconds
     write_json(facts, target=folder / PREPARED)
     return facts
@@ -81,7 +90,7 @@ class _Steps:
 
     def __init__(self, *, report: Report, should_stop: ShouldStop) -> None:
         self.seconds: dict[str, float] = {}
-        self._report, self._should_stop = report, should_stop
+        self._report, self.should_stop = report, should_stop
         self._name = ""
         self._reported = 0.0
 
@@ -101,7 +110,7 @@ class _Steps:
             self._tell({"step": self._name, "done": done, "of": of})
 
     def _check(self) -> None:
-        if self._should_stop():
+        if self.should_stop():
             raise StoppedEarly(self._name)
 
     def _tell(self, line: dict[str, Any]) -> None:
@@ -146,14 +155,38 @@ def _build_blocks(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path) 
     )
 
 
+def _correct(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, blocks: Blocks, device: str, steps: _Steps) -> Correction | None:
+    """The corrected teacher, where the spec asks for one: from here on it is the teacher."""
+    tokens = spec.compression.teacher_correction_tokens
+    if not tokens:
+        return None
+    if (found := _found(folder / CORRECTED, load=load_correction)) is not None:
+        return found
+    forget_shared()  # another search's teacher may still fill the device
+    plan = train_plan(spec, tokens=tokens)
+    with steps.step("correction"):
+        return correct_teacher(
+            Path(inputs["teacher"]["path"]),
+            digest=inputs["teacher"]["digest"],
+            config=inputs["teacher"]["config"],
+            train_NT=blocks.train_NT,
+            validation_NT=blocks.validation_NT,
+            plan=replace(plan, learning_rate=RATE_SHARE * plan.learning_rate),
+            out=folder / CORRECTED,
+            device=device,
+            report=lambda progress: steps.progress(progress.tokens, tokens),
+            should_stop=steps.should_stop,
+        )
+
+
 def _sort(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, blocks: Blocks, device: str, steps: _Steps) -> Sorting:
     """Importance, the layers of every depth, and the sorted teacher on disk."""
-    teacher_folder = Path(inputs["teacher"]["path"])
+    source = teacher_folder(spec, inputs=inputs, prepared=folder)
     architecture = read_architecture(inputs["teacher"]["config"])
     batch_size = spec.distillation.micro_batch_size or spec.distillation.batch_size
     forget_shared()  # another search's teacher may still fill the device
     with steps.step("importance"):
-        teacher = load_model(teacher_folder, dtype=teacher_dtype(spec, device=device), device=device)
+        teacher = load_model(source, dtype=teacher_dtype(spec, device=device), device=device)
         importance = measure_importance(teacher, blocks_BT=blocks.calibration_NT, method=spec.compression.importance, batch_size=batch_size)
         order = make_order(importance, architecture.shape)
     with steps.step("depth"):
@@ -163,7 +196,7 @@ def _sort(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, blocks: 
     del teacher
     with steps.step("sort"):
         # What students are cut from never follows the arithmetic's dtype: bfloat16 would round every weight of every student.
-        stored = load_model(teacher_folder, dtype="float32", device="cpu")
+        stored = load_model(source, dtype="float32", device="cpu")
         save_sorted(
             folder / SORTED,
             state=sort_teacher(stored, order=order, architecture=architecture),
@@ -171,7 +204,7 @@ def _sort(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, blocks: 
             importance=importance,
             config=inputs["teacher"]["config"],
             layers=layers,
-            tokenizer_from=teacher_folder,
+            tokenizer_from=source,
         )
     return load_sorting(folder / SORTED)
 

@@ -6,34 +6,29 @@ killed, and another may go on: `rung<r>/` holds the training checkpoint of a run
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from nas.compress.corpus import Blocks, load_blocks
 from nas.compress.distillation import Diverged, Progress, distil
 from nas.compress.held_out import evaluate_kl
 from nas.compress.manifest import save_tensors
-from nas.compress.objective import TeacherLogits
 from nas.compress.slicing import build_student
-from nas.compress.sorting import Sorting, load_sorting
-from nas.compress.teacher import load_model, load_tokenizer, write_checkpoint
+from nas.compress.teacher import write_checkpoint
 from nas.compress.train_plan import TrainPlan
 from nas.compress.train_state import TrainState, load_trunk, sound_checkpoint
 from nas.errors import CorruptFile, NotFound, TaskUnavailable
 from nas.evaluate.scoring import MetricValue, TaskScore, score
-from nas.evaluate.tasks import load_tasks
-from nas.search.layout import BLOCKS, PROBE, SORTED, SPLITS, STUDENT, rung_folder
+from nas.search.layout import PROBE, STUDENT, rung_folder
 from nas.search.results import Metric, RungResult
+from nas.search.shared import Shared, load_shared
 from nas.shape import Shape
 from nas.spec import SearchSpec, objective_metrics
 
@@ -41,11 +36,6 @@ PROBE_TOKENS = 64
 """Length of the text whose logits are kept."""
 
 logger = logging.getLogger(__name__)
-
-
-def teacher_dtype(spec: SearchSpec, *, device: str) -> str:
-    """The teacher only infers: bfloat16 on an accelerator that trains in it, float32 elsewhere."""
-    return spec.distillation.dtype if device != "cpu" else "float32"
 
 
 def train_plan(spec: SearchSpec, *, tokens: int) -> TrainPlan:
@@ -94,7 +84,7 @@ def run_rung(
     if rung > 0:
         distilled = distil(
             student,
-            objective=TeacherLogits(shared.teacher),
+            objective=shared.objective(),
             blocks_NT=shared.blocks.train_NT,
             plan=train_plan(spec, tokens=spec.rungs.tokens(rung)),
             state=_trunk_below(folder, rung=rung),
@@ -140,7 +130,7 @@ def measure(
     """KL and loss on the validation blocks, and lm-eval on the tasks: on the rungs' documents, or on those that no rung sees."""
     shared = load_shared(spec, inputs=inputs, prepared=prepared, device=device)
     batch_size = spec.distillation.micro_batch_size or spec.distillation.batch_size
-    likelihood = evaluate_kl(model, teacher=shared.teacher, blocks_NT=shared.validation(held_out=held_out), batch_size=batch_size)
+    likelihood = evaluate_kl(model, teacher=shared.validation_outputs(held_out=held_out), blocks_NT=shared.validation(held_out=held_out), batch_size=batch_size)
     assert likelihood.kl_N is not None
     kl = Metric.from_documents(tuple(likelihood.kl_N.tolist()), higher_is_better=False)
     loss = Metric.from_documents(tuple(likelihood.loss_N.tolist()), higher_is_better=False)
@@ -185,59 +175,6 @@ def paired_metric(score: TaskScore, *, name: str) -> Metric:
     documents = tuple(parts.value + scale * (numerator - ratio * denominator) * count / total for numerator, denominator in pairs)
     paired = Metric.from_documents(documents, higher_is_better=value.higher_is_better)
     return Metric(value=value.value, standard_error=paired.standard_error, higher_is_better=value.higher_is_better, documents=documents)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shared:
-    """What all trials of a search read and none changes; loaded once per worker process."""
-
-    teacher: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    sorting: Sorting
-    blocks: Blocks
-    tasks: dict[str, Any]
-    splits: dict[str, dict[str, list[int]]]
-    max_length: int
-
-    def validation(self, *, held_out: bool) -> Tensor:
-        """The half of the validation blocks that compares the rungs, or the half that none of them sees."""
-        half = len(self.blocks.validation_NT) // 2
-        return self.blocks.validation_NT[half:] if held_out else self.blocks.validation_NT[:half]
-
-
-def load_shared(spec: SearchSpec, *, inputs: Mapping[str, Any], prepared: Path, device: str) -> Shared:
-    """The shared inputs of a search; kept in memory for the process's next trial."""
-    fewshot = tuple((task.name, task.num_fewshot) for task in spec.tasks)
-    folders = tuple(task["folder"] for task in inputs["tasks"])
-    key = (str(prepared), inputs["teacher"]["path"], teacher_dtype(spec, device=device), device, folders, fewshot)
-    if key not in _shared:
-        forget_shared()  # before the next one is loaded: two teachers may not fit
-        _shared[key] = _read_shared(*key)
-    return _shared[key]
-
-
-_shared: dict[tuple[Any, ...], Shared] = {}
-"""At most one entry: a worker process mostly runs the trials of one search."""
-
-
-def forget_shared() -> None:
-    """Let go of the teacher and all else that is kept for the next trial."""
-    _shared.clear()
-
-
-def _read_shared(prepared: str, teacher: str, dtype: str, device: str, folders: tuple[str, ...], fewshot: tuple[tuple[str, int], ...]) -> Shared:
-    folder = Path(prepared)
-    model = load_model(Path(teacher), dtype=dtype, device=device)
-    model.requires_grad_(False)
-    return Shared(
-        teacher=model,
-        tokenizer=load_tokenizer(Path(teacher)),
-        sorting=load_sorting(folder / SORTED),
-        blocks=load_blocks(folder / BLOCKS),
-        tasks=load_tasks([Path(name) for name in folders], num_fewshot=dict(fewshot)),
-        splits=json.loads((folder / SPLITS).read_text(encoding="utf-8")),
-        max_length=model.config.max_position_embeddings,
-    )
 
 
 def _save_student(student: PreTrainedModel, *, shared: Shared, folder: Path) -> None:

@@ -26,7 +26,8 @@ from nas.compress.slicing import build_student
 from nas.registration import register_corpus, register_tasks, register_teacher
 from nas.search.layout import prepared_key
 from nas.search.prepare import random_model
-from nas.search.trial import load_shared, measure, train_plan
+from nas.search.shared import load_shared
+from nas.search.trial import measure, train_plan
 from nas.settings import Settings
 from nas.shape import Shape
 from nas.spec import parse_spec

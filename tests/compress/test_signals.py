@@ -68,7 +68,7 @@ def test_a_student_of_exact_signals_is_bit_for_bit_that_of_the_teacher_in_the_lo
 def test_held_out_kl_from_signals_is_that_of_the_teacher(teacher: Any, student: Any, blocks_NT: Tensor, tmp_path: Path) -> None:
     build(teacher, blocks_NT, tmp_path)
     for first in (0, 5):
-        stored = StoredTeacher(StoredSignals(tmp_path, part="train", first_row=first))
+        stored = StoredTeacher(StoredSignals(tmp_path, part="train"), first_row=first)
         found = evaluate_kl(student, teacher=stored, blocks_NT=blocks_NT[first:], batch_size=4)
         expected = evaluate_kl(student, teacher=teacher, blocks_NT=blocks_NT[first:], batch_size=4)
         assert found.kl_N is not None

@@ -7,16 +7,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from nas.compress import signals as signals_module
 from nas.compress.corpus import load_blocks
-from nas.errors import CorpusUnavailable, TeacherUnavailable
+from nas.compress.distillation import Stopped
+from nas.errors import CorpusUnavailable, InvalidSpec, TeacherUnavailable
 from nas.search import prepare as prepare_module
-from nas.search.layout import BLOCKS, PREPARED, SORTED, SPLITS, prepared_key
+from nas.search import shared as shared_module
+from nas.search.layout import BLOCKS, CORRECTED, PREPARED, SIGNALS, SORTED, SPLITS, prepared_key
 from nas.search.prepare import StoppedEarly, prepare
 from nas.search.results import RungResult
 from nas.settings import Settings
@@ -103,7 +107,7 @@ def test_the_facts_are_plain_json(case: Case) -> None:
 
 def test_every_step_is_told_and_timed(case: Case) -> None:
     steps = [line["step"] for line in case.lines if "done" not in line]
-    assert steps == ["check", "corpus", "importance", "depth", "sort", "tasks", "baselines"]
+    assert steps == ["check", "corpus", "importance", "depth", "sort", "tasks", "signals", "baselines"]
     assert list(case.facts["seconds"]) == steps
 
 
@@ -129,7 +133,7 @@ def test_both_halves_of_the_validation_blocks_have_what_the_spec_asks_for(case: 
     assert load_blocks(case.folder / BLOCKS).validation_NT.numel() == 2 * case.spec().corpus.validation_tokens
 
 
-@pytest.mark.parametrize("step", ["check", "corpus", "importance", "depth", "sort", "tasks"])
+@pytest.mark.parametrize("step", ["check", "corpus", "importance", "depth", "sort", "tasks", "signals"])
 def test_stopped_after_any_step_and_run_again_it_finds_the_same(case: Case, tmp_path: Path, step: str) -> None:
     with pytest.raises(StoppedEarly):
         case.prepare(tmp_path, stop_at=step)
@@ -143,6 +147,54 @@ def test_run_again_it_takes_up_the_blocks_and_the_sorted_teacher(case: Case, tmp
     for name in ("build_blocks", "measure_importance"):
         monkeypatch.setattr(prepare_module, name, refuse)
     assert without_seconds(case.prepare(tmp_path)) == without_seconds(case.facts)
+
+
+def test_signals_that_were_begun_are_gone_on_with(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget of an attempt that goes on is not less by what the first one wrote."""
+    shutil.copytree(case.folder / SIGNALS, tmp_path / SIGNALS)
+    (tmp_path / SIGNALS / "choice.json").unlink()
+    monkeypatch.setattr(signals_module, "_make_shard", refuse)
+    used = sum(file.stat().st_size for file in (tmp_path / SIGNALS).iterdir())
+    full = SimpleNamespace(free=case.facts["signals"]["bytes"] - used + 1)
+    monkeypatch.setattr(shared_module.shutil, "disk_usage", lambda _: full)
+    facts = case.prepare(tmp_path)
+    assert facts["signals"]["kind"] == "exact"
+    assert without_seconds(facts) | {"signals": None} == without_seconds(case.facts) | {"signals": None}
+
+
+def test_a_kind_of_signals_that_does_not_fit_is_refused_with_the_numbers(case: Case, tmp_path: Path) -> None:
+    spec = case.spec(distillation={"learning_rate": 3e-3, "batch_size": 4, "signals": "exact", "max_signal_bytes": 1000})
+    with pytest.raises(
+        InvalidSpec, match=r"distillation.signals: expected exact 657,664 bytes for 4,096 training tokens, got 1,000 \(distillation.max_signal_bytes\)"
+    ):
+        prepare(spec, inputs=case.inputs, folder=tmp_path, device="cpu", report=lambda line: None, should_stop=lambda: False)
+
+
+def test_a_corrected_teacher_is_the_teacher_of_all_that_follows(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = case.spec(compression={"teacher_correction_tokens": 16_384})
+
+    def corrected(**changes: Any) -> dict[str, Any]:
+        told = {"report": lambda line: None, "should_stop": lambda: False, **changes}
+        return prepare(spec, inputs=case.inputs, folder=tmp_path, device="cpu", **told)
+
+    lines: list[dict[str, Any]] = []
+    asked = iter(range(10))
+    with pytest.raises(Stopped):
+        corrected(report=lines.append, should_stop=lambda: bool(lines) and lines[-1] == {"step": "correction"} and next(asked) > 4)
+    facts = corrected()
+    assert facts["correction"]["loss_after"] < facts["correction"]["loss_before"] - 3 * facts["correction"]["loss_standard_error"]
+    assert facts["correction"]["learning_rate"] == pytest.approx(3e-3 / 5)
+    with safe_open(tmp_path / SORTED / "model.safetensors", framework="pt") as tensors, safe_open(case.folder / SORTED / "model.safetensors", "pt") as plain:
+        # Sorting permutes: the sum of a matrix is the corrected teacher's.
+        found, expected = (file.get_tensor("lm_head.weight").double().sum() for file in (tensors, plain))
+    with safe_open(tmp_path / CORRECTED / "model.safetensors", framework="pt") as tensors:
+        assert tensors.get_tensor("lm_head.weight").double().sum() == pytest.approx(float(found))
+    assert float(found) != pytest.approx(float(expected))
+    assert abs(RungResult.from_dict(facts["teacher"]).kl.value) < 1e-6
+    assert RungResult.from_dict(facts["teacher"]).loss.value < RungResult.from_dict(case.facts["teacher"]).loss.value
+    monkeypatch.setattr(prepare_module, "correct_teacher", refuse)
+    (tmp_path / PREPARED).unlink()
+    assert without_seconds(corrected()) == without_seconds(facts)
 
 
 def test_a_damaged_sorted_teacher_is_made_again(case: Case, tmp_path: Path) -> None:
@@ -199,6 +251,9 @@ def test_layers_are_selected_on_few_tokens_and_report_how_far_they_are(case: Cas
         {"compression": {"depth": "block_influence"}},
         {"compression": {"depth": "damage", "importance": "l2_mean"}},
         {"evaluation": {"documents_per_task": 8, "latency_prompt_tokens": 8, "latency_new_tokens": 2}},
+        {"distillation": {"learning_rate": 3e-3, "batch_size": 4, "signals": "top_k"}},
+        {"distillation": {"learning_rate": 3e-3, "batch_size": 4, "max_signal_bytes": 10**6}},
+        {"compression": {"teacher_correction_tokens": 2048}},
         {"tasks": [{"name": "choice", "num_fewshot": 1}]},
         {"space": {"num_hidden_layers": {"min": 3}}, "controls": {"anchors": False}},
     ],

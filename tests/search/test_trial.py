@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from nas.compress.distillation import Diverged, Stopped
 from nas.errors import TaskUnavailable
 from nas.evaluate.scoring import DocumentValues, MetricValue, TaskScore
-from nas.search.layout import PROBE, STUDENT, clear_below
+from nas.search import shared as shared_module
+from nas.search.layout import PROBE, SIGNALS, STUDENT, clear_below
 from nas.search.prepare import prepare
 from nas.search.results import RungResult
-from nas.search.trial import load_shared, measure, paired_metric, run_rung
+from nas.search.shared import forget_shared, load_shared
+from nas.search.trial import measure, paired_metric, run_rung
 from nas.settings import Settings
 from nas.shape import Shape
 from nas.spec import SearchSpec, parse_spec
@@ -102,6 +104,53 @@ def test_a_rung_that_was_stopped_and_resumed_equals_one_that_was_not(case: Case,
         last = case.run(tmp_path, rung=2)
     assert bits(last) == bits(results[2])
     assert weights(tmp_path) == weights(folder)
+
+
+@pytest.fixture(scope="module")
+def variant(case: Case, tmp_path_factory: pytest.TempPathFactory, tiny_spec: Callable[..., dict[str, Any]]) -> Callable[[str], Case]:
+    """The same case with other signals."""
+
+    def make(signals: str) -> Case:
+        folder = tmp_path_factory.mktemp(signals)
+        spec = parse_spec(json.dumps(tiny_spec(distillation={"learning_rate": 3e-3, "batch_size": 4, "signals": signals})))
+        prepare(spec, inputs=case.inputs, folder=folder, device="cpu", report=lambda line: None, should_stop=lambda: False)
+        return Case(spec=spec, inputs=case.inputs, prepared=folder)
+
+    return make
+
+
+def test_with_exact_signals_a_trial_gives_the_bits_of_one_with_the_teacher_and_loads_none(
+    case: Case, variant: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_the_loop = variant("off")
+    expected = [in_the_loop.run(tmp_path / "off", rung=rung) for rung in range(3)]
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a trial with signals has no use for the teacher")
+
+    monkeypatch.setattr(shared_module, "load_model", refuse)
+    assert [bits(case.run(tmp_path / "exact", rung=rung)) for rung in range(3)] == [bits(result) for result in expected]
+    assert weights(tmp_path / "exact") == weights(tmp_path / "off")
+
+
+def test_with_top_k_signals_held_out_kl_is_still_exact_and_training_is_close(
+    case: Case, undisturbed: Any, variant: Callable[[str], Case], tmp_path: Path
+) -> None:
+    kept = variant("top_k")
+    results = [kept.run(tmp_path, rung=rung) for rung in range(3)]
+    assert results[0].kl == undisturbed[1][0].kl  # no training yet: measured by the same signals
+    assert results[2].kl.value == pytest.approx(undisturbed[1][2].kl.value, rel=0.02)
+    assert results[2].kl.value != undisturbed[1][2].kl.value
+
+
+def test_a_flipped_bit_in_the_signals_costs_time_and_not_the_trial(case: Case, undisturbed: Any, tmp_path: Path) -> None:
+    forget_shared()  # an open shard was compared with its digest already
+    (shard,) = (case.prepared / SIGNALS).glob("train-00000-*.safetensors")
+    sound = shard.read_bytes()
+    shard.unlink()  # its old content may still be mapped
+    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert bits(case.run(tmp_path, rung=1)) == bits(undisturbed[1][1])
+    assert shard.read_bytes() == sound
 
 
 def test_a_rung_whose_trunk_is_lost_gives_the_same_student_from_the_start(case: Case, undisturbed: Any, tmp_path: Path) -> None:
