@@ -2,6 +2,7 @@
 
 config.json, model.safetensors, tokenizer   the briefly distilled student; `from_pretrained` loads the folder
 pruned/                                     the same shape cut out of the teacher, untrained
+teacher/                                    the corrected teacher, where the search corrected it: a full run is taught by no other
 shape.json, kept_indices.json               what it is, and which rows and columns of the teacher it kept
 spec.json, scores.json, provenance.json     the search, what was measured, digests, seeds and versions
 recipe.json                                 `nas distill` takes it as it is
@@ -18,16 +19,18 @@ import platform
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nas.compress.correction import Correction, load_correction
 from nas.compress.manifest import publish, write_json
 from nas.compress.slicing import build_student, kept_indices
 from nas.compress.sorting import load_sorting
 from nas.compress.teacher import write_checkpoint
 from nas.cost import count_parameters
 from nas.full_run import Recipe
-from nas.search.layout import SORTED, STUDENT
+from nas.search.layout import CORRECTED, SORTED, STUDENT
 from nas.shape import Shape
 from nas.spec import SearchSpec
 
@@ -52,7 +55,8 @@ def write_bundle(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, A
     shutil.copytree(Path(request["trial_folder"]) / STUDENT, folder)
     pruned = build_student(sorting, shape, dtype="float32", device="cpu")
     write_checkpoint(pruned.state_dict(), config=pruned.config.to_dict(), tokenizer_from=sorting.folder, folder=folder / "pruned")
-    provenance = _provenance(request, spec=spec)
+    correction = _copy_corrected(Path(request["prepared"]) / CORRECTED, target=folder / CORRECTED) if spec.compression.teacher_correction_tokens else None
+    provenance = _provenance(request, spec=spec, correction=correction)
     scores = {"search": _without_documents(request["result"]), "confirmation": _without_documents(request["confirmation"])}
     write_json(shape.as_dict(), target=folder / "shape.json")
     write_json(kept_indices(sorting, shape), target=folder / "kept_indices.json")
@@ -83,13 +87,20 @@ def write_bundle(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, A
     }
 
 
-def _provenance(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, Any]:
+def _copy_corrected(source: Path, *, target: Path) -> Correction:
+    correction = load_correction(source)
+    shutil.copytree(source, target)
+    return correction
+
+
+def _provenance(request: Mapping[str, Any], *, spec: SearchSpec, correction: Correction | None) -> dict[str, Any]:
     inputs = request["inputs"]
     return {
         "search_id": request["search_id"],
         "trial": request["trial"],
         "seed": spec.seed,
         "teacher": {name: inputs["teacher"][name] for name in ("name", "digest")},
+        "correction": None if correction is None else asdict(correction),
         "corpora": [{name: corpus[name] for name in ("name", "digest")} for corpus in inputs["corpora"]],
         "tasks": [{name: task[name] for name in ("name", "digest")} for task in inputs["tasks"]],
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -120,10 +131,16 @@ def _recipe(spec: SearchSpec, *, provenance: Mapping[str, Any]) -> dict[str, Any
     )
     return {
         "student": ".",
-        "teacher": provenance["teacher"],
+        "teacher": _recipe_teacher(provenance),
         "corpora": [{**corpus, "weight": part.weight} for part, corpus in zip(spec.corpus.parts, provenance["corpora"], strict=True)],
         "distillation": {name: getattr(recipe, name) for name in Recipe.__slots__},
     }
+
+
+def _recipe_teacher(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher of the full run: a corrected one comes with the bundle."""
+    correction = provenance["correction"]
+    return {**provenance["teacher"], **({} if correction is None else {"digest": correction["digest"], "folder": CORRECTED})}
 
 
 def _card(*, shape: Shape, parameters: int, teacher: int, scores: Mapping[str, Any], provenance: Mapping[str, Any], board: Any) -> str:
@@ -139,11 +156,11 @@ tags: [pruned, distilled, nas]
 
 # {name}, compressed to {parameters:,} parameters ({parameters / teacher:.1%} of the teacher)
 
-Cut out of `{name}` ({teacher:,} parameters, digest `{provenance["teacher"]["digest"][:16]}`) by importance, then distilled from it for
+Cut out of `{name}` ({teacher:,} parameters, digest `{provenance["teacher"]["digest"][:16]}`{_corrected(provenance)}) by importance, then distilled from it for
 {scores["search"]["tokens"]:,} tokens (forward KL on the logits). This shape was chosen{chosen} (search `{provenance["search_id"]}`,
 trial {provenance["trial"]}, seed {provenance["seed"]}). It is the start of a full distillation, not its end:
 
-    nas distill FOLDER --teacher TEACHER --corpus CORPUS --out RESULT
+    nas distill FOLDER {"" if provenance["correction"] else "--teacher TEACHER "}--corpus CORPUS --out RESULT
 
 with this folder as FOLDER; `recipe.json` says how. The folder itself loads with `AutoModelForCausalLM.from_pretrained`, and a fresh process
 reproduced the trained model's logits. `pruned/` holds the same shape before any distillation.
@@ -165,6 +182,14 @@ On text and documents that the search did not use, with lm-eval {provenance["ver
 Licence and limits of use are the teacher's. What was removed from it was chosen on {_names(provenance["corpora"])} and measured on
 {_names(provenance["tasks"])}; other uses were not looked at.
 """
+
+
+def _corrected(provenance: Mapping[str, Any]) -> str:
+    correction = provenance["correction"]
+    if correction is None:
+        return ""
+    losses = f"{correction['loss_before']:.3f} to {correction['loss_after']:.3f}"
+    return f", first trained on the corpus for {correction['tokens']:,} tokens: loss {losses} nats per token; in `{CORRECTED}/`"
 
 
 def _measured(student: Mapping[str, Any], *, teacher: Mapping[str, Any] | None) -> str:

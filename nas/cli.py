@@ -394,12 +394,12 @@ def prune(
 
 @app.command()
 def distill(
-    teacher: Annotated[str, typer.Option(help="Folder, or Hugging Face id.")],
     corpus: Annotated[list[str], typer.Option(help="Text to distil on; repeat for a mixture, in the order of the recipe's corpora and with their weights.")],
     out_folder: Annotated[Path, typer.Option("--out", help="Folder of the result; plain transformers loads it.")],
     recipe: Annotated[
         Path | None, typer.Argument(help="recipe.json of a bundle, or the bundle's folder; without one, --student, --tokens and --learning-rate.")
     ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder, or Hugging Face id; default: the one that the bundle brings, if it was corrected.")] = None,
     student: Annotated[Path | None, typer.Option(help="Checkpoint to start from; default: the bundle's.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
@@ -437,7 +437,9 @@ def distill(
             validation_tokens=validation_tokens or 32_768,
         )
         inputs = RecipeInputs(teacher=None, corpora=())
-    teacher_folder = _fetched_teacher(teacher)
+    if teacher is None and inputs.teacher_folder is None:
+        raise InvalidSpec(Problem(field="--teacher", expected="a folder or Hugging Face id: the recipe brings no teacher of its own", got="nothing"))
+    teacher_folder = _fetched_teacher(teacher or str(inputs.teacher_folder))
     started = time.monotonic()
     corpora = _mixture(corpus, recipe=inputs.corpora)
     try:

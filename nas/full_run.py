@@ -125,6 +125,8 @@ class RecipeInputs:
     teacher: str | None
     """Digest of the teacher that the student was cut out of."""
     corpora: tuple[RecipeCorpus, ...]
+    teacher_folder: Path | None = None
+    """The teacher that lies beside the recipe: a corrected one, which exists nowhere else."""
 
     @classmethod
     def read(cls, path: Path) -> RecipeInputs:
@@ -135,7 +137,8 @@ class RecipeInputs:
         """
         values = _read_recipe(path)
         try:
-            teacher = values.get("teacher", {}).get("digest")
+            teacher, folder = values.get("teacher", {}).get("digest"), values.get("teacher", {}).get("folder")
+            teacher_folder = None if folder is None else path.parent / folder
             corpora = tuple(
                 RecipeCorpus(**{name: entry[name] for name in ("name", "digest", "weight") if name in entry}) for entry in values.get("corpora", [])
             )
@@ -149,7 +152,7 @@ class RecipeInputs:
         ]
         if problems:
             raise InvalidSpec(*problems)
-        return cls(teacher=teacher, corpora=corpora)
+        return cls(teacher=teacher, corpora=corpora, teacher_folder=teacher_folder)
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

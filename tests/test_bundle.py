@@ -28,6 +28,7 @@ from nas.submission import check_submission
 
 SHAPE = Shape(num_hidden_layers=2, hidden_size=24, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 CORPUS = {"parts": [{"name": "words", "weight": 3.0}], "sequence_length": 32, "calibration_tokens": 512, "validation_tokens": 512}
+RUNGS = {"first_tokens": 2048, "factor": 2, "num_trained": 1}
 
 LOAD = """
 import sys
@@ -40,16 +41,12 @@ for folder in sys.argv[1:]:
 """
 
 
-@pytest.fixture(scope="module")
-def request_and_spec(
-    tmp_path_factory: pytest.TempPathFactory, register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]]
-) -> tuple[dict[str, Any], SearchSpec]:
+def win(folder: Path, register_tiny: Callable[..., None], values: dict[str, Any]) -> tuple[dict[str, Any], SearchSpec]:
     """What the controller asks for when a search has been won."""
-    folder = tmp_path_factory.mktemp("bundle")
     settings = Settings.from_environment({"NAS_DATA": str(folder)})
     store = Store.open(settings.database_url, migrate=True)
     register_tiny(store=store, settings=settings)
-    spec = parse_spec(json.dumps(tiny_spec(corpus=CORPUS, rungs={"first_tokens": 2048, "factor": 2, "num_trained": 1})))
+    spec = parse_spec(json.dumps(values))
     inputs = check_submission(spec, store=store).inputs
     store.close()
     prepared, trial = folder / "prepared", folder / "trial"
@@ -71,6 +68,13 @@ def request_and_spec(
         "board": {"cost": {"tokens": 12345}, "teacher": {"held_out": facts["teacher_held_out"]}},
     }
     return request, spec
+
+
+@pytest.fixture(scope="module")
+def request_and_spec(
+    tmp_path_factory: pytest.TempPathFactory, register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]]
+) -> tuple[dict[str, Any], SearchSpec]:
+    return win(tmp_path_factory.mktemp("bundle"), register_tiny, tiny_spec(corpus=CORPUS, rungs=RUNGS))
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +165,17 @@ def test_the_model_card_says_what_it_is_and_how_good(winner: dict[str, Any], bun
     assert "| | this model | teacher |" in card
     assert "| choice | " in card
     assert "None" not in card
+
+
+def test_a_corrected_teacher_comes_with_the_bundle_and_the_recipe_asks_for_it(
+    tmp_path: Path, register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]]
+) -> None:
+    corrected = {"depth": "block_influence", "teacher_correction_tokens": 4096}
+    request, spec = win(tmp_path, register_tiny, tiny_spec(corpus=CORPUS, rungs=RUNGS, compression=corrected))
+    bundle = Path(write_bundle(request, spec=spec)["bundle"]).parent / "bundle"
+    inputs, teacher = RecipeInputs.read(bundle / "recipe.json"), check_teacher(bundle / "teacher")
+    assert (inputs.teacher_folder, inputs.teacher) == (bundle / "teacher", teacher.digest)
+    provenance = json.loads((bundle / "provenance.json").read_text())
+    assert provenance["teacher"]["digest"] == provenance["correction"]["original"] == request["inputs"]["teacher"]["digest"] != teacher.digest
+    assert "first trained on the corpus for 4,096 tokens" in (bundle / "README.md").read_text()
+    assert "--teacher" not in (bundle / "README.md").read_text()

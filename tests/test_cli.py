@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from rich.console import Console
 from nas import cli, terminal
 from nas.client import ApiError
 from nas.compress.distillation import Progress
+from nas.compress.teacher import check_teacher
 from nas.errors import Conflict, InvalidSpec, NotFound, Problem, TeacherUnavailable
 
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -184,9 +186,23 @@ def distilled(nas: Nas, tiny_sources: dict[str, Path], tmp_path: Path) -> Callab
         (tmp_path / "recipe.json").write_text(json.dumps({"distillation": recipe, **inputs}))
         options = [argument for path in corpora for argument in ("--corpus", path)]
         teacher = tiny_sources["teacher"]
-        return nas("distill", tmp_path / "recipe.json", "--student", teacher, "--teacher", teacher, *options, "--out", tmp_path / "out", "--json")
+        named = [] if "folder" in inputs.get("teacher", {}) else ["--teacher", teacher]
+        return nas("distill", tmp_path / "recipe.json", "--student", teacher, *named, *options, "--out", tmp_path / "out", "--json")
 
     return run
+
+
+def test_a_teacher_that_comes_with_the_recipe_need_not_be_named(distilled: Callable[..., Answer], tiny_sources: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_sources["teacher"], tmp_path / "teacher")
+    answer = distilled({"teacher": {"digest": check_teacher(tmp_path / "teacher").digest, "folder": "teacher"}}, tiny_sources["corpus"])
+    assert json.loads(answer.out)["digests"]["teacher"] == check_teacher(tmp_path / "teacher").digest
+
+
+def test_a_teacher_that_no_one_brings_is_asked_for(nas: Nas, tiny_sources: dict[str, Path], tmp_path: Path) -> None:
+    options = ["--student", tiny_sources["teacher"], "--tokens", 512, "--learning-rate", 1e-3, "--corpus", tiny_sources["corpus"], "--out", tmp_path / "out"]
+    answer = nas("distill", *options)
+    assert answer.code == cli.WRONG_INPUT
+    assert "--teacher: expected a folder or Hugging Face id: the recipe brings no teacher of its own, got nothing" in answer.err
 
 
 def test_a_bundle_s_teacher_and_no_other_distils_it(distilled: Callable[..., Answer], tiny_sources: dict[str, Path], tmp_path: Path) -> None:
