@@ -9,20 +9,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nas.compress.distillation import TrainPlan
+from nas.compress.objective import NextToken, TeacherLogits
 from nas.compress.slicing import build_student
+from nas.compress.train_plan import TrainPlan
+from nas.search.prepare import random_model
 from nas.shape import Shape
 from tests.benchmarks.learning import DECAY_SHARE, Point, Run, trace
 from tests.benchmarks.subjects import Choices, Subject, load_subject
-from nas.search.prepare import random_model
 
 DATA = Path(__file__).parent / "data"
 
 
 def _shape(layers: int, hidden: int, mlp: int, heads: int, groups: int, head_dim: int) -> Shape:
-    return Shape(
-        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=groups, head_dim=head_dim
-    )
+    return Shape(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=groups, head_dim=head_dim)
 
 
 SHAPES: dict[str, dict[str, Shape]] = {
@@ -82,7 +81,7 @@ METHODS = {
 }
 
 
-def compute(run: Run, *, tokens: list[int], folder: Path, cache: Path, wrap: Callable[[Subject], nn.Module] = lambda subject: subject.teacher) -> list[Point]:
+def compute(run: Run, *, tokens: list[int], folder: Path, cache: Path) -> list[Point]:
     """The curve of one run, in this process on one thread."""
     torch.set_num_threads(1)
     method = METHODS[run.method]
@@ -93,7 +92,7 @@ def compute(run: Run, *, tokens: list[int], folder: Path, cache: Path, wrap: Cal
         run,
         tokens=tokens,
         student=lambda: method.build(subject, shape, run.seed),
-        teacher=wrap(subject) if method.from_teacher else None,
+        objective=TeacherLogits(subject.outputs) if method.from_teacher else NextToken(),
         plan=lambda number: replace(plan, tokens=number, decay_tokens=int(DECAY_SHARE * number)),
         train_NT=subject.blocks.train_NT,
         held_out=(subject.teacher, subject.blocks.validation_NT),

@@ -14,7 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nas.compress.distillation import TrainPlan, distil, evaluate_kl, load_trunk
+from nas.compress.distillation import distil
+from nas.compress.held_out import evaluate_kl
+from nas.compress.objective import Objective
+from nas.compress.train_plan import TrainPlan
+from nas.compress.train_state import load_trunk
 
 DECAY_SHARE = 0.3
 """Of a run's tokens; chosen in LOG.md (learning rate, batch and decay of a short run)."""
@@ -73,7 +77,7 @@ def trace(
     *,
     tokens: Sequence[int],
     student: Callable[[], nn.Module],
-    teacher: nn.Module | None,
+    objective: Objective,
     plan: Callable[[int], TrainPlan],
     train_NT: Tensor,
     held_out: tuple[nn.Module, Tensor],
@@ -84,22 +88,18 @@ def trace(
     Args:
         tokens: ascending.
         student: makes it as it is before training.
-        teacher: what the student learns from; None: the text.
         plan: of a run of that many tokens; they differ in length only.
         held_out: the teacher of the KL and the blocks.
     """
     file, work = folder / f"{run.key}.jsonl", folder / "work" / run.key
     done = {point.tokens for point in read_points([file])} if file.exists() else set()
     folder.mkdir(parents=True, exist_ok=True)
-    state = None
     for index, number in enumerate(tokens):
         if number in done:
             continue
-        if index and state is None:
-            state = load_trunk(work / str(tokens[index - 1]))
+        state = load_trunk(work / str(tokens[index - 1])) if index else None
         model = student()
-        trained = distil(model, teacher=teacher, blocks_NT=train_NT, plan=plan(number), state=state, checkpoint=work / str(number))
-        state = trained.trunk
+        trained = distil(model, objective=objective, blocks_NT=train_NT, plan=plan(number), state=state, checkpoint=work / str(number))
         measured = evaluate_kl(model, teacher=held_out[0], blocks_NT=held_out[1], batch_size=16)
         assert measured.kl is not None
         assert measured.kl_standard_error is not None
