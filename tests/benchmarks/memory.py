@@ -73,7 +73,11 @@ CASES = (
 def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))
-        return
+    else:
+        bench()
+
+
+def bench() -> bool:
     table = Table(title="Peak memory of a training step, float32, CPU, one thread")
     for column in ("case", "phase", "estimate MB", "measured MB", "estimate / measured"):
         table.add_column(column)
@@ -83,6 +87,7 @@ def main() -> None:
         ratio = found["estimate"] / found["measured"]
         table.add_row(case.name, found["phase"], f"{found['estimate'] / 1e6:,.0f}", f"{found['measured'] / 1e6:,.0f}", f"{ratio:.2f}")
     Console(width=120).print(table)
+    return True
 
 
 def measure(case: Case) -> dict[str, Any]:

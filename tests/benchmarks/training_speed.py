@@ -44,12 +44,22 @@ _COMMON = {
 TEACHERS: dict[str, dict[str, Any]] = {
     "stories260K": {
         **_COMMON,
-        "num_hidden_layers": 5, "hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8,
+        "num_hidden_layers": 5,
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
         "vocab_size": 512,
     },
     "tales4M": {
         **_COMMON,
-        "num_hidden_layers": 8, "hidden_size": 192, "intermediate_size": 576, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32,
+        "num_hidden_layers": 8,
+        "hidden_size": 192,
+        "intermediate_size": 576,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 32,
         "vocab_size": 4096,
     },
 }
