@@ -1,32 +1,33 @@
-"""A teacher made by planting redundancy in a smaller model comes back to that model's function when it is pruned to its shape.
+"""In every family, a teacher made by planting redundancy in a smaller model comes back to that model's function when it is pruned to its shape.
 
 Dead parts are planted on both sides: loud and unread, silent and read; in shuffled positions, on each axis and on all.
+What is planted follows the family's table, and so does a family that someone adds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from nas.compress.slicing import build_student
 from nas.compress.sorting import Sorting
-from nas.families import Axis, read_architecture
+from nas.families import Architecture, Axis, Side, Weight, read_architecture
+from nas.shape import Shape
+from tests.compress.family_models import KINDS, PLAIN, random_model
 
-ADDED = {"hidden_size": 36, "intermediate_size": 8, "num_hidden_layers": 2, "num_key_value_heads": 1, "query_heads_per_kv": 1}
+ADDED = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 2, "num_key_value_heads": 1, "query_heads_per_kv": 1}
 IDENTITY_LAYERS = (0, 3)
 """Scattered: no contiguous cut takes them both."""
-SMALL = {
-    "grouped": {"hidden_size": 36, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "grouped, tied": {"hidden_size": 36, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "grouped, biased": {"hidden_size": 36, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
-    "one query per group": {"hidden_size": 36, "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True},
-}
+ALONE = [(kind, frozenset({axis})) for kind in PLAIN for axis in ADDED]
+TOGETHER = [(kind, frozenset(ADDED)) for kind in KINDS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,147 +37,226 @@ class Places:
     hidden_D: Tensor
     layers: list[int]
     neurons_LF: list[Tensor]
+    heads_LH: list[Tensor]
     groups_LK: list[Tensor]
-    queries_LKG: list[list[Tensor]]
 
-    def index(self, axis: Axis, *, layer: int | None, head_dim: int, queries_per_group: int, vocab_size: int) -> Tensor:
-        if axis is Axis.VOCAB:
-            return torch.arange(vocab_size)
+    def index(self, side: Side, *, layer: int | None, big: Architecture) -> Tensor:
+        """Positions in the big model of one side of one of the small model's weights."""
+        sizes, start, indices = big.sizes(big.shape), 0, []
+        for axis in side:
+            indices.append(start + self.of_axis(axis, layer=layer, size=sizes[axis], head_dim=big.shape.head_dim))
+            start += sizes[axis]
+        return torch.cat(indices)
+
+    def of_axis(self, axis: Axis, *, layer: int | None, size: int, head_dim: int) -> Tensor:
+        if axis in (Axis.VOCAB, Axis.HEAD_DIM):
+            return torch.arange(size)
         if axis is Axis.HIDDEN:
             return self.hidden_D
         assert layer is not None
         if axis is Axis.INTERMEDIATE:
             return self.neurons_LF[layer]
-        heads = self.groups_LK[layer]
-        if axis is Axis.QUERY:
-            heads = torch.cat([group * queries_per_group + queries for group, queries in zip(heads, self.queries_LKG[layer], strict=True)])
+        heads = (self.heads_LH if axis is Axis.QUERY else self.groups_LK)[layer]
         return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
-def plant(small: LlamaForCausalLM, *, axes: set[str], random_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+def plant(small: PreTrainedModel, *, kind: str, axes: frozenset[str]) -> PreTrainedModel:
     """A bigger model that computes the small one's function; what is added on `axes` does nothing, loudly."""
     architecture = read_architecture(small.config.to_dict())
-    shape = architecture.shape
-    extra = {axis: count if axis in axes else 0 for axis, count in ADDED.items()}
-    groups, queries = shape.num_key_value_heads + extra["num_key_value_heads"], shape.query_heads_per_kv + extra["query_heads_per_kv"]
-    sizes = {axis: getattr(shape, axis) + extra[axis] for axis in ("hidden_size", "intermediate_size", "num_hidden_layers")}
-    share = shape.hidden_size / sizes["hidden_size"]  # the big norms average over more channels
-    config = {**small.config.to_dict(), **sizes, "num_attention_heads": groups * queries, "num_key_value_heads": groups}
-    big = random_llama(seed=1, **config | {"rms_norm_eps": small.config.rms_norm_eps * share})
-
-    generator = torch.Generator().manual_seed(2)
-
-    def pick(count: int, size: int) -> Tensor:
-        return torch.randperm(size, generator=generator)[:count]
-
-    count = shape.num_hidden_layers
-    places = Places(
-        hidden_D=pick(shape.hidden_size, sizes["hidden_size"]),
-        layers=[layer for layer in range(sizes["num_hidden_layers"]) if layer not in IDENTITY_LAYERS] if extra["num_hidden_layers"] else list(range(count)),
-        neurons_LF=[pick(shape.intermediate_size, sizes["intermediate_size"]) for _ in range(count)],
-        groups_LK=[pick(shape.num_key_value_heads, groups) for _ in range(count)],
-        queries_LKG=[[pick(shape.query_heads_per_kv, queries) for _ in range(shape.num_key_value_heads)] for _ in range(count)],
-    )
+    shape = bigger(architecture, axes=axes)
+    places = choose_places(architecture.shape, shape)
+    lists = layer_lists(small, places=places, num_hidden_layers=shape.num_hidden_layers)
+    key, share = architecture.family.eps_key, architecture.shape.hidden_size / shape.hidden_size  # the big norms average over more channels
+    eps = getattr(small.config, key) * (share if one_eps(architecture) else 1)
+    big = random_model(kind, seed=1, **shape.as_dict(), **lists, **{key: eps})
+    planted = read_architecture(big.config.to_dict())
     with torch.no_grad():
-        silence(big, places=places, head_dim=shape.head_dim)
+        silence(big, planted=planted, places=places)
         for weight in architecture.weights:
-            for layer in range(count) if weight.per_layer else [None]:
+            for layer in range(architecture.shape.num_hidden_layers) if weight.per_layer else [None]:
                 source = small.get_parameter(weight.name.format(layer=layer))
                 target = big.get_parameter(weight.name.format(layer=None if layer is None else places.layers[layer]))
-                index = [
-                    places.index(axis, layer=layer, head_dim=shape.head_dim, queries_per_group=queries, vocab_size=architecture.vocab_size)
-                    for (axis,) in weight.sides
-                ]
-                target[torch.meshgrid(*index, indexing="ij")] = source * share**0.5 if weight.is_norm else source
+                index = [places.index(side, layer=layer, big=planted) for side in weight.sides]
+                target[torch.meshgrid(*index, indexing="ij")] = rescaled(source, weight=weight, small=architecture, big=planted)
     return big
 
 
-def silence(big: LlamaForCausalLM, *, places: Places, head_dim: int) -> None:
+def bigger(architecture: Architecture, *, axes: frozenset[str]) -> Shape:
+    shape = architecture.shape
+    extra = {axis: count if axis in axes else 0 for axis, count in ADDED.items()}
+    groups, queries = shape.num_key_value_heads + extra["num_key_value_heads"], shape.query_heads_per_kv + extra["query_heads_per_kv"]
+    widths = range(shape.hidden_size + extra["hidden_size"], 200)
+    return Shape(
+        num_hidden_layers=shape.num_hidden_layers + extra["num_hidden_layers"],
+        hidden_size=next(width for width in widths if architecture.allows(hidden_size=width, num_attention_heads=groups * queries)),
+        intermediate_size=shape.intermediate_size + extra["intermediate_size"],
+        num_attention_heads=groups * queries,
+        num_key_value_heads=groups,
+        head_dim=shape.head_dim,
+    )
+
+
+def choose_places(small: Shape, big: Shape) -> Places:
+    generator = torch.Generator().manual_seed(2)
+    layers = range(big.num_hidden_layers)
+    groups_LK = [torch.randperm(big.num_key_value_heads, generator=generator)[: small.num_key_value_heads] for _ in range(small.num_hidden_layers)]
+
+    def heads(groups_K: Tensor) -> Tensor:
+        queries = [torch.randperm(big.query_heads_per_kv, generator=generator)[: small.query_heads_per_kv] for _ in groups_K]
+        return torch.cat([group * big.query_heads_per_kv + chosen for group, chosen in zip(groups_K, queries, strict=True)])
+
+    return Places(
+        hidden_D=torch.randperm(big.hidden_size, generator=generator)[: small.hidden_size],
+        layers=[layer for layer in layers if big.num_hidden_layers == small.num_hidden_layers or layer not in IDENTITY_LAYERS],
+        neurons_LF=[torch.randperm(big.intermediate_size, generator=generator)[: small.intermediate_size] for _ in range(small.num_hidden_layers)],
+        heads_LH=[heads(groups_K) for groups_K in groups_LK],
+        groups_LK=groups_LK,
+    )
+
+
+def layer_lists(small: PreTrainedModel, *, places: Places, num_hidden_layers: int) -> dict[str, Any]:
+    """What the small config says of a layer holds for its place; the planted layers are of the first layer's kind."""
+    family = read_architecture(small.config.to_dict()).family
+    changes = {}
+    for key in family.layer_lists:
+        values = [getattr(small.config, key)[0]] * num_hidden_layers
+        for layer, place in enumerate(places.layers):
+            values[place] = getattr(small.config, key)[layer]
+        changes[key] = values
+    return changes
+
+
+def rescaled(source: Tensor, *, weight: Weight, small: Architecture, big: Architecture) -> Tensor:
+    """A gain that makes up for the silent channels in the average, and for embeddings that are scaled by the bigger width."""
+    if not weight.is_norm:
+        return source
+    family, (axis,) = small.family, weight.sides[0]
+    gain = math.sqrt(small.sizes(small.shape)[axis] / big.sizes(big.shape)[axis])
+    if family.embedding_grows_with_width and weight.name in family.output_norms.values() and axis is Axis.HIDDEN:
+        gain *= math.sqrt(big.shape.hidden_size / small.shape.hidden_size)
+    stored = int(family.gain_minus_one)
+    return (source + stored) * gain - stored
+
+
+def one_eps(architecture: Architecture) -> bool:
+    """Whether every norm reads the residual stream, so that one eps is right for all of them."""
+    return not architecture.family.output_norms and not any(weight.is_norm and weight.sides[0] == (Axis.HEAD_DIM,) for weight in architecture.weights)
+
+
+def silence(big: PreTrainedModel, *, planted: Architecture, places: Places) -> None:
     """Make what is not the small model's do nothing; the other side of each dead part stays loud."""
-    unused_D = outside(places.hidden_D, size=big.config.hidden_size)
-    big.model.embed_tokens.weight[:, unused_D] = 0
-    for number, layer in enumerate(big.model.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        written = [attention.o_proj, mlp.down_proj]
-        rows = unused_D
-        if number not in places.layers:  # an identity layer writes nothing at all
-            rows = torch.arange(big.config.hidden_size)
-        for module in written:
-            module.weight[rows] = 0
-            if module.bias is not None:
-                module.bias[rows] = 0
-        if number in places.layers:
-            index = places.layers.index(number)
-            silence_neurons(layer, dead_F=outside(places.neurons_LF[index], size=big.config.intermediate_size))
-            silence_heads(layer, groups_K=places.groups_LK[index], queries_KG=places.queries_LKG[index], head_dim=head_dim)
+    unused_D = outside(places.hidden_D, size=planted.shape.hidden_size)
+    gains = {weight.name for weight in planted.weights if weight.is_norm}
+    for weight in planted.weights:
+        for number in range(planted.shape.num_hidden_layers) if weight.per_layer else [None]:
+            parameter = big.get_parameter(weight.name.format(layer=number))
+            if weight.name == "model.embed_tokens.weight":
+                parameter[:, unused_D] = 0
+            elif weight.sides[0] == (Axis.HIDDEN,) and not weight.is_norm:
+                writes = weight.name.replace(".bias", ".weight") not in gains
+                parameter[unused_D if number in places.layers or not writes else slice(None)] = 0  # an identity layer writes nothing at all
+            if number in places.layers:
+                layer = places.layers.index(number)
+                silence_neurons(parameter, weight=weight, planted=planted, dead_F=outside(places.neurons_LF[layer], size=planted.shape.intermediate_size))
+                silence_heads(parameter, weight=weight, planted=planted, heads_H=places.heads_LH[layer], groups_K=places.groups_LK[layer])
 
 
-def silence_neurons(layer: torch.nn.Module, *, dead_F: Tensor) -> None:
+def silence_neurons(parameter: Tensor, *, weight: Weight, planted: Architecture, dead_F: Tensor) -> None:
     unread_F, silent_F = dead_F[::2], dead_F[1::2]
-    layer.mlp.down_proj.weight[:, unread_F] = 0
-    for module in (layer.mlp.gate_proj, layer.mlp.up_proj):
-        module.weight[silent_F] = 0
-        if module.bias is not None:
-            module.bias[silent_F] = 0
-    layer.mlp.down_proj.weight[:, silent_F] *= 100
-    layer.mlp.up_proj.weight[unread_F] *= 100
+    for start in starts(weight.sides[0], axis=Axis.INTERMEDIATE, planted=planted):
+        parameter[start + unread_F] *= 100
+        parameter[start + silent_F] = 0
+    if weight.sides[1:] == ((Axis.INTERMEDIATE,),):
+        parameter[:, unread_F] = 0
+        parameter[:, silent_F] *= 100
 
 
-def silence_heads(layer: torch.nn.Module, *, groups_K: Tensor, queries_KG: list[Tensor], head_dim: int) -> None:
-    attention = layer.self_attn
-    queries_per_group = attention.num_key_value_groups
-    num_groups = attention.k_proj.out_features // head_dim
-    for number, group in enumerate(outside(groups_K, size=num_groups).tolist()):
-        values, outputs = (
-            slice(group * head_dim, (group + 1) * head_dim),
-            slice(group * queries_per_group * head_dim, (group + 1) * queries_per_group * head_dim),
-        )
-        if (number + layer.self_attn.layer_idx) % 2:  # silent and read
-            attention.v_proj.weight[values] = 0
-            if attention.v_proj.bias is not None:
-                attention.v_proj.bias[values] = 0
-            attention.o_proj.weight[:, outputs] *= 100
-        else:  # loud and unread
-            attention.v_proj.weight[values] *= 100
-            attention.o_proj.weight[:, outputs] = 0
-    for group, queries in zip(groups_K.tolist(), queries_KG, strict=True):
-        for query in outside(queries, size=queries_per_group).tolist():
-            head = group * queries_per_group + query
-            attention.o_proj.weight[:, head * head_dim : (head + 1) * head_dim] = 0
+def silence_heads(parameter: Tensor, *, weight: Weight, planted: Architecture, heads_H: Tensor, groups_K: Tensor) -> None:
+    """Dead groups are silent and read, or loud and unread in turn; dead queries of living groups are unread.
+
+    Queries and keys that share a norm with others are silent: a norm's average cannot be corrected for what changes from token to token.
+    """
+    shape = planted.shape
+    spanned = {weight.sides[0] for weight in planted.weights if weight.is_norm}
+    dead_groups = outside(groups_K, size=shape.num_key_value_heads)
+    silent = dead_groups if (Axis.KEY_VALUE,) in spanned else dead_groups[::2]
+    dead_heads = outside(heads_H, size=shape.num_attention_heads)
+    read = torch.isin(dead_heads // shape.query_heads_per_kv, silent)
+    for start in starts(weight.sides[0], axis=Axis.KEY_VALUE, planted=planted):
+        parameter[start + channels(outside(torch.cat([groups_K, silent]), size=shape.num_key_value_heads), head_dim=shape.head_dim)] *= 100
+        parameter[start + channels(silent, head_dim=shape.head_dim)] = 0
+    if (Axis.QUERY,) in spanned and not weight.is_norm:
+        for start in starts(weight.sides[0], axis=Axis.QUERY, planted=planted):
+            parameter[start + channels(dead_heads, head_dim=shape.head_dim)] = 0
+    if weight.sides[1:] == ((Axis.QUERY,),):
+        parameter[:, channels(dead_heads[read], head_dim=shape.head_dim)] *= 100
+        parameter[:, channels(dead_heads[~read], head_dim=shape.head_dim)] = 0
+
+
+def starts(side: Side, *, axis: Axis, planted: Architecture) -> list[int]:
+    """Where the segments of one axis begin on a side."""
+    sizes = planted.sizes(planted.shape)
+    return [sum(sizes[before] for before in side[:number]) for number, segment in enumerate(side) if segment is axis]
+
+
+def channels(heads_H: Tensor, *, head_dim: int) -> Tensor:
+    return (heads_H[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 def outside(kept: Tensor, *, size: int) -> Tensor:
     return torch.tensor([index for index in range(size) if index not in set(kept.tolist())], dtype=torch.int64)
 
 
-@pytest.mark.parametrize("axes", [{axis} for axis in ADDED] + [set(ADDED)], ids=[*ADDED, "all together"])
-@pytest.mark.parametrize("kind", SMALL)
-def test_pruning_finds_the_planted_model(
-    kind: str,
-    axes: set[str],
-    random_llama: Callable[..., LlamaForCausalLM],
-    sort_on_disk: Callable[..., Sorting],
-    max_difference: Callable[..., float],
-    tmp_path: Path,
-) -> None:
-    small = random_llama(**SMALL[kind])
-    big = plant(small, axes=axes, random_llama=random_llama)
-    assert max_difference(big, small) <= 1e-3, "the planted teacher itself is wrong"
-    shape = read_architecture(small.config.to_dict()).shape
-    sorting = sort_on_disk(big, folder=tmp_path, depths=(shape.num_hidden_layers, big.config.num_hidden_layers))
+def small_model(kind: str) -> PreTrainedModel:
+    """Where norms centre, what is written into the residual stream has no mean, so that silent channels do not move it."""
+    small = random_model(kind)
+    architecture = read_architecture(small.config.to_dict())
+    small = random_model(kind, **{architecture.family.eps_key: 1e-3 if one_eps(architecture) else 1e-9})
+    gains = {weight.name for weight in architecture.weights if weight.is_norm}
+    with torch.no_grad():
+        for weight in architecture.weights if architecture.family.norms_centre else ():
+            if (
+                weight.name.replace(".bias", ".weight") in gains
+                or Axis.HIDDEN not in (weight.sides[0][0], *weight.sides[-1])
+                or weight.name == "lm_head.weight"
+            ):
+                continue
+            for layer in range(architecture.shape.num_hidden_layers) if weight.per_layer else [None]:
+                parameter = small.get_parameter(weight.name.format(layer=layer))
+                if weight.name == "model.embed_tokens.weight":
+                    parameter -= parameter.mean(1, keepdim=True)
+                elif weight.sides[0] == (Axis.HIDDEN,):
+                    parameter -= parameter.mean(0, keepdim=True)
+    return small
 
-    student = build_student(sorting, shape, dtype="float32", device="cpu").eval()
+
+@pytest.mark.parametrize(
+    ("kind", "axes"), ALONE + TOGETHER, ids=[f"{kind}-{'+'.join(sorted(axes)) if len(axes) == 1 else 'all'}" for kind, axes in ALONE + TOGETHER]
+)
+def test_pruning_finds_the_planted_model(
+    kind: str, axes: frozenset[str], sort_on_disk: Callable[..., Sorting], max_difference: Callable[..., float], tmp_path: Path
+) -> None:
+    small = small_model(kind)
+    big = plant(small, kind=kind, axes=axes)
+    assert max_difference(big, small) <= 1e-3, "the planted teacher itself is wrong"
+    architecture = read_architecture(small.config.to_dict())
+    sorting = sort_on_disk(big, folder=tmp_path, depths=(architecture.shape.num_hidden_layers, big.config.num_hidden_layers))
+
+    student = build_student(sorting, architecture.shape, dtype="float32", device="cpu").eval()
 
     assert max_difference(student, small) <= 1e-3
-    assert student.config.rms_norm_eps == pytest.approx(small.config.rms_norm_eps)
+    if one_eps(architecture):
+        key = architecture.family.eps_key
+        assert getattr(student.config, key) == pytest.approx(getattr(small.config, key))
 
 
+@pytest.mark.parametrize("kind", PLAIN)
 def test_a_score_that_ignores_the_readers_loses_the_planted_model(
-    random_llama: Callable[..., LlamaForCausalLM], sort_on_disk: Callable[..., Sorting], max_difference: Callable[..., float], tmp_path: Path
+    kind: str, sort_on_disk: Callable[..., Sorting], max_difference: Callable[..., float], tmp_path: Path
 ) -> None:
     """A control: the claim above is not true of any pruning, and neurons that are loud and unread deceive Minitron's own score."""
-    small = random_llama(**SMALL["grouped"])
-    big = plant(small, axes={"intermediate_size"}, random_llama=random_llama)
+    small = small_model(kind)
+    big = plant(small, kind=kind, axes=frozenset({"intermediate_size"}))
     sorting = sort_on_disk(big, folder=tmp_path, depths=(3,), method="l2_mean")
     student = build_student(sorting, read_architecture(small.config.to_dict()).shape, dtype="float32", device="cpu").eval()
     assert max_difference(student, small) > 0.1
