@@ -3,16 +3,17 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nas.cost import SignalChoice, choose_signals, count_parameters, flops_per_token, kv_bytes_per_token, signal_bytes_per_token, weight_bytes
 from nas.errors import InvalidSpec
-from nas.families import Architecture, read_architecture
+from nas.families import FAMILIES, Architecture, read_architecture
 from nas.shape import Shape
 
 STORIES_260K = {
@@ -25,15 +26,38 @@ STORIES_260K = {
     "vocab_size": 512,
     "tie_word_embeddings": True,
 }
-LLAMA_31_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
+
+
+def public(
+    model_type: str, *, layers: int, hidden: int, mlp: int, heads: tuple[int, int], vocab: int, tied: bool = False, head_dim: int | None = None
+) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": head_dim,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+    }
+
+
+LLAMA_31_8B = public("llama", layers=32, hidden=4096, mlp=14336, heads=(32, 8), vocab=128256)
+PUBLISHED = {
+    "stories260K": (STORIES_260K, 260_032),
+    "Llama-3.1-8B": (LLAMA_31_8B, 8_030_261_248),
+    "Mistral-7B-v0.1": (public("mistral", layers=32, hidden=4096, mlp=14336, heads=(32, 8), vocab=32000), 7_241_732_096),
+    "Qwen2.5-0.5B": (public("qwen2", layers=24, hidden=896, mlp=4864, heads=(14, 2), vocab=151936, tied=True), 494_032_768),
+    "Qwen2.5-7B": (public("qwen2", layers=28, hidden=3584, mlp=18944, heads=(28, 4), vocab=152064), 7_615_616_512),
+    "Qwen3-8B": (public("qwen3", layers=36, hidden=4096, mlp=12288, heads=(32, 8), head_dim=128, vocab=151936), 8_190_735_360),
+    "gemma-2-2b": (public("gemma2", layers=26, hidden=2304, mlp=9216, heads=(8, 4), head_dim=256, vocab=256000, tied=True), 2_614_341_888),
+    "gemma-3-1b": (public("gemma3_text", layers=26, hidden=1152, mlp=6912, heads=(4, 1), head_dim=256, vocab=262144, tied=True), 999_885_952),
+    "OLMo-2-1124-7B": (public("olmo2", layers=32, hidden=4096, mlp=11008, heads=(32, 32), vocab=100352), 7_298_617_344),
+    "Phi-3-mini-4k": (public("phi3", layers=32, hidden=3072, mlp=8192, heads=(32, 32), vocab=32064), 3_821_079_552),
+    "SmolLM3-3B": (public("smollm3", layers=36, hidden=2048, mlp=11008, heads=(16, 4), vocab=128256, tied=True), 3_075_098_624),
+    "granite-3.0-2b": (public("granite", layers=40, hidden=2048, mlp=8192, heads=(32, 8), vocab=49155, tied=True), 2_533_531_648),
 }
 
 
@@ -50,7 +74,7 @@ def architectures(draw: st.DrawFn) -> Architecture:
         head_dim=2 * draw(st.integers(1, 8)),
     )
     return Architecture(
-        model_type="llama",
+        model_type=draw(st.sampled_from(sorted(FAMILIES))),
         shape=shape,
         vocab_size=draw(st.integers(1, 300)),
         tie_word_embeddings=draw(st.booleans()),
@@ -59,23 +83,25 @@ def architectures(draw: st.DrawFn) -> Architecture:
     )
 
 
-def build(architecture: Architecture) -> LlamaForCausalLM:
-    config = LlamaConfig(
+def build(architecture: Architecture) -> PreTrainedModel:
+    config = AutoConfig.for_model(
+        architecture.model_type,
         **architecture.shape.as_dict(),
         vocab_size=architecture.vocab_size,
         tie_word_embeddings=architecture.tie_word_embeddings,
         attention_bias=architecture.attention_bias,
         mlp_bias=architecture.mlp_bias,
+        pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     return model
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(architectures())
 def test_the_closed_form_equals_numel_of_the_model(architecture):
     model = build(architecture)
@@ -88,7 +114,7 @@ def test_the_closed_form_equals_numel_of_the_model(architecture):
     assert count.non_embedding == count.total - count.embedding
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(architectures())
 def test_the_table_names_the_tensors_of_the_model(architecture):
     sides = {
@@ -100,7 +126,7 @@ def test_the_table_names_the_tensors_of_the_model(architecture):
     assert sides == {name: tuple(parameter.shape) for name, parameter in build(architecture).named_parameters()}
 
 
-@pytest.mark.parametrize(("config", "expected"), [(STORIES_260K, 260_032), (LLAMA_31_8B, 8_030_261_248)], ids=["stories260K", "Llama-3.1-8B"])
+@pytest.mark.parametrize(("config", "expected"), PUBLISHED.values(), ids=PUBLISHED)
 def test_the_parameters_of_public_models_are_what_their_cards_say(config, expected):
     architecture = read_architecture(config)
 

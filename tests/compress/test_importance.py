@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from nas.compress.importance import Importance, measure_importance
 from nas.errors import InvalidSpec, TeacherUnavailable
+from tests.compress.family_models import random_model
 
 
 def record(model: LlamaForCausalLM, tokens_BT: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -155,3 +156,30 @@ def test_activations_that_are_not_finite_are_refused(random_llama: Callable[...,
         model.model.layers[0].mlp.down_proj.weight.fill_(torch.nan)
     with pytest.raises(TeacherUnavailable, match="expected finite activations"):
         measure_importance(model, blocks_BT=random_tokens(rows=1), method="energy", batch_size=1)
+
+
+def test_what_a_centring_norm_subtracts_is_no_energy(random_tokens: Callable[..., Tensor]) -> None:
+    model, tokens_BT = random_model("nemotron"), random_tokens(rows=4)
+    before = measure_importance(model, blocks_BT=tokens_BT, method="energy", batch_size=4)
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 3.0  # the same on every channel: a LayerNorm does not see it
+    after = measure_importance(model, blocks_BT=tokens_BT, method="energy", batch_size=4)
+    for name, share_D in before.norm_energy.items():
+        torch.testing.assert_close(after.norm_energy[name], share_D, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(after.hidden_D, before.hidden_D, rtol=1e-3, atol=1e-6)
+
+
+def test_only_norms_over_an_axis_that_can_be_cut_have_shares(random_tokens: Callable[..., Tensor]) -> None:
+    for kind, absent in (("qwen3", {"q_norm", "k_norm"}), ("gemma3", {"q_norm", "k_norm"}), ("olmo2", set())):
+        importance = measure_importance(random_model(kind), blocks_BT=random_tokens(rows=2), method="energy", batch_size=2)
+        without = {name.split(".")[-2] for name in importance.norm_eps.keys() - importance.norm_energy.keys()}
+        assert without == absent, kind
+
+
+def test_the_part_of_a_divisor_that_is_eps(random_llama: Callable[..., LlamaForCausalLM], random_tokens: Callable[..., Tensor]) -> None:
+    model, tokens_BT = random_llama(rms_norm_eps=0.05), random_tokens(rows=4)
+    seen = record(model, tokens_BT)
+    importance = measure_importance(model, blocks_BT=tokens_BT, method="energy", batch_size=2)
+    for name, part in importance.norm_eps.items():
+        square_BT = seen[name.removesuffix(".weight")][0].square().mean(-1)
+        assert part == pytest.approx(float((0.05 / (square_BT + 0.05)).mean()), rel=1e-4)
