@@ -7,18 +7,22 @@ Shape suffixes: N or T tokens, C tokens of a chunk, B batch, D hidden, V vocabul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
 """Logits held at once, in elements: a megabyte on the CPU, half a GiB on CUDA."""
-_MIN_CHUNK_TOKENS = 256
+_MIN_CHUNK_TOKENS = 64
 """The head's gradient is read and written once per chunk, so a large vocabulary needs some tokens to pay for it. On a CPU the
 time per token is flat from 64 to 1024 tokens per chunk (vocabularies of 512 to 32,000)."""
+
+LogitLoss = Literal["forward_kl", "reverse_kl", "js", "mse", "cosine"]
+"""Distances of the student's logits from the teacher's, as in arXiv 2407.14679, A.3."""
 
 Criterion = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 """(the tokens of a chunk, their student logits_CV in float32, which it may overwrite)
@@ -46,15 +50,6 @@ class Head:
         if self.softcap is not None:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
         return logits_NV
-
-    def input_gradient(self, grad_CV: Tensor, logits_CV: Tensor) -> Tensor:
-        """The derivative by hidden W^T + b out of that by the logits; works in place on `grad_CV`.
-
-        The cap's derivative is 1 - tanh^2 = 1 - (logits / softcap)^2.
-        """
-        if self.softcap is not None:
-            grad_CV.mul_(1.0 - (logits_CV / self.softcap).square())
-        return grad_CV if self.scale == 1.0 else grad_CV.mul_(self.scale)
 
     def detach(self) -> Head:
         """The same head as a constant."""
@@ -88,17 +83,85 @@ def forward_kl(student_logits_TV: Tensor, teacher_logits_TV: Tensor) -> Tensor:
     return (teacher_TV.exp() * (teacher_TV - student_TV)).sum(dim=-1)
 
 
-def kl_loss(hidden_ND: Tensor, head: Head, *, teacher_hidden_ND: Tensor, teacher_head: Head, chunk_tokens: int | None = None) -> Tensor:
-    """Mean of `forward_kl` over the tokens, from the final hidden states; logits exist for `chunk_tokens` tokens at a time."""
+def logit_loss(
+    hidden_ND: Tensor,
+    head: Head,
+    *,
+    teacher_hidden_ND: Tensor,
+    teacher_head: Head,
+    loss: LogitLoss = "forward_kl",
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Mean over the tokens of a distance between the logits, from the final hidden states; logits exist for `chunk_tokens` tokens at a time.
+
+    Args:
+        loss: forward_kl: KL(teacher || student). reverse_kl: KL(student || teacher). js: Jensen-Shannon divergence. mse: mean over the vocabulary of
+            the squared difference. cosine: 1 - cosine similarity of the two rows of logits.
+        temperature: both logits are divided by it, and the loss multiplied by its square, so that the gradient keeps its scale (Hinton et al.,
+            arXiv 1503.02531, section 2).
+    """
+    distance, factor = _DISTANCES[loss], temperature**2
 
     def criterion(chunk: slice, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-        student_CV = torch.log_softmax(logits_CV, dim=-1)
-        teacher_CV = torch.log_softmax(teacher_head.logits(teacher_hidden_ND[chunk]).float(), dim=-1)
-        p_CV = teacher_CV.exp()
-        total = torch.dot(p_CV.view(-1), teacher_CV.sub_(student_CV).view(-1))
-        return total, student_CV.exp_().sub_(p_CV)
+        teacher_CV = teacher_head.logits(teacher_hidden_ND[chunk]).float()
+        if temperature == 1.0:
+            return distance(logits_CV, teacher_CV)
+        total, grad_CV = distance(logits_CV / temperature, teacher_CV / temperature)
+        return total * factor, grad_CV.mul_(temperature)  # temperature^2, and 1 / temperature of the inner derivative
 
     return chunked_loss(hidden_ND, head, criterion=criterion, chunk_tokens=chunk_tokens)
+
+
+def _forward_kl(logits_CV: Tensor, teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """d/dz = q - p, for the student's q and the teacher's p."""
+    log_q_CV, log_p_CV = torch.log_softmax(logits_CV, dim=-1), torch.log_softmax(teacher_CV, dim=-1)
+    p_CV = torch.exp(log_p_CV, out=teacher_CV)
+    total = torch.dot(p_CV.view(-1), log_p_CV.sub_(log_q_CV).view(-1))
+    return total, log_q_CV.exp_().sub_(p_CV)
+
+
+def _reverse_kl(logits_CV: Tensor, teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """d/dz = q (log q - log p - KL)."""
+    log_q_CV, log_p_CV = torch.log_softmax(logits_CV, dim=-1), torch.log_softmax(teacher_CV, dim=-1)
+    q_CV = log_q_CV.exp()
+    difference_CV = log_q_CV.sub_(log_p_CV)
+    kl_C1 = (q_CV * difference_CV).sum(dim=-1, keepdim=True)
+    return kl_C1.sum(), difference_CV.sub_(kl_C1).mul_(q_CV)
+
+
+def _js(logits_CV: Tensor, teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """With m = (p + q) / 2: (KL(p || m) + KL(q || m)) / 2; d/dq = log(q / m) / 2."""
+    log_q_CV, log_p_CV = torch.log_softmax(logits_CV, dim=-1), torch.log_softmax(teacher_CV, dim=-1)
+    log_m_CV = torch.logaddexp(log_q_CV, log_p_CV).sub_(math.log(2.0))
+    q_CV, to_middle_CV = log_q_CV.exp(), log_q_CV.sub_(log_m_CV)
+    kl_C1 = (q_CV * to_middle_CV).sum(dim=-1, keepdim=True)
+    total = 0.5 * (kl_C1.sum() + (log_p_CV.exp() * log_p_CV.sub_(log_m_CV)).sum())
+    return total, to_middle_CV.sub_(kl_C1).mul_(q_CV).mul_(0.5)
+
+
+def _mse(logits_CV: Tensor, teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
+    difference_CV = logits_CV.sub_(teacher_CV)
+    vocab_size = difference_CV.shape[1]
+    return difference_CV.square().sum() / vocab_size, difference_CV.mul_(2.0 / vocab_size)
+
+
+def _cosine(logits_CV: Tensor, teacher_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """d/dz = (c z / |z| - t / |t|) / |z|, for the similarity c of z and t."""
+    norm_C1 = logits_CV.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    student_CV, teacher_CV = logits_CV.div_(norm_C1), teacher_CV / teacher_CV.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    similarity_C1 = (student_CV * teacher_CV).sum(dim=-1, keepdim=True)
+    return (1.0 - similarity_C1).sum(), student_CV.mul_(similarity_C1).sub_(teacher_CV).div_(norm_C1)
+
+
+_DISTANCES: dict[LogitLoss, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "js": _js,
+    "mse": _mse,
+    "cosine": _cosine,
+}
+"""(student logits_CV, teacher logits_CV: float32, both may be written over) -> the sum over the tokens, and its derivative by the student's logits."""
 
 
 def cross_entropy(hidden_ND: Tensor, head: Head, *, labels_N: Tensor, chunk_tokens: int | None = None) -> Tensor:
@@ -138,22 +201,36 @@ class _ChunkedLoss(torch.autograd.Function):
         bias_grad_V = None if bias_V is None else torch.zeros_like(bias_V)
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         for chunk in token_chunks(num_tokens, head=head, chunk_tokens=chunk_tokens):
-            logits_CV = head.logits(hidden_ND[chunk]).float()
-            # The criterion may write over its logits, which the cap's derivative still needs.
-            chunk_total, grad_CV = criterion(chunk, logits_CV if head.softcap is None else logits_CV.clone())
+            chunk_total, grad_CV = _through_the_cap(head, hidden_ND[chunk], chunk=chunk, criterion=criterion)
             total += chunk_total
-            grad_CV = head.input_gradient(grad_CV, logits_CV)
             hidden_grad_ND[chunk] = (grad_CV @ weight_VD).div_(num_tokens)
-            weight_grad_VD += grad_CV.t() @ hidden_ND[chunk]
+            if torch.is_autocast_enabled(hidden_ND.device.type):
+                weight_grad_VD += grad_CV.t() @ hidden_ND[chunk]
+            else:  # without a product as large as the head beside its sum
+                weight_grad_VD.addmm_(grad_CV.t(), hidden_ND[chunk])
             if bias_grad_V is not None:
                 bias_grad_V += grad_CV.sum(dim=0)
-        ctx.save_for_backward(hidden_grad_ND, weight_grad_VD.div_(num_tokens), None if bias_grad_V is None else bias_grad_V.div_(num_tokens))
+        # Not `save_for_backward`, whose tensors must not be written over: the head's gradient is as large as the head.
+        ctx.gradients = hidden_grad_ND, weight_grad_VD.div_(num_tokens), None if bias_grad_V is None else bias_grad_V.div_(num_tokens)
         return total / num_tokens
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
-        hidden_grad_ND, weight_grad_VD, bias_grad_V = ctx.saved_tensors
-        return hidden_grad_ND * grad, weight_grad_VD * grad, None if bias_grad_V is None else bias_grad_V * grad, None, None, None
+        hidden_grad_ND, weight_grad_VD, bias_grad_V = ctx.gradients
+        del ctx.gradients  # a second way back would multiply them twice: it fails instead
+        return hidden_grad_ND.mul_(grad), weight_grad_VD.mul_(grad), None if bias_grad_V is None else bias_grad_V.mul_(grad), None, None, None
+
+
+def _through_the_cap(head: Head, hidden_CD: Tensor, *, chunk: slice, criterion: Criterion) -> tuple[Tensor, Tensor]:
+    """The criterion's loss of a chunk, and its derivative by hidden W^T + b. The cap's own derivative is 1 - tanh^2 = 1 - (logits / softcap)^2."""
+    if head.softcap is None:
+        total, grad_CV = criterion(chunk, head.logits(hidden_CD).float())
+    else:
+        logits_CV = head.logits(hidden_CD).float()
+        slope_CV = (logits_CV / head.softcap).square_().neg_().add_(1.0)  # first: the criterion may write over its logits
+        total, grad_CV = criterion(chunk, logits_CV)
+        grad_CV.mul_(slope_CV)
+    return total, grad_CV if head.scale == 1.0 else grad_CV.mul_(head.scale)
 
 
 def token_chunks(num_tokens: int, *, head: Head, chunk_tokens: int | None) -> Iterator[slice]:

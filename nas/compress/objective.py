@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from nas.compress.losses import cross_entropy, final_hidden, head_of, kl_loss
+from nas.compress.losses import LogitLoss, cross_entropy, final_hidden, head_of, logit_loss
 from nas.compress.teacher_outputs import TeacherOutputs, outputs_of
 
 
@@ -46,20 +46,26 @@ class NextToken:
 
 
 class TeacherLogits:
-    """Forward KL to a teacher that runs beside the student, or to its stored outputs."""
+    """A distance to the logits of a teacher that runs beside the student, or of its stored outputs."""
 
-    facts: ClassVar[dict[str, Any]] = {"loss": "forward_kl"}
-
-    def __init__(self, teacher: nn.Module | TeacherOutputs) -> None:
+    def __init__(self, teacher: nn.Module | TeacherOutputs, *, loss: LogitLoss = "forward_kl", temperature: float = 1.0) -> None:
         """
         Args:
             teacher: a model on the student's device, which is put into eval mode, or outputs of one on the blocks that are trained on.
+            loss, temperature: as for `logit_loss`.
         """
-        self.teacher = outputs_of(teacher)
+        self.teacher, self.loss_name, self.temperature = outputs_of(teacher), loss, temperature
+        self.facts: dict[str, Any] = {"loss": loss, "temperature": temperature}
 
     def weights(self) -> dict[str, nn.Parameter]:
         return {}
 
     def loss(self, student: nn.Module, tokens_BT: Tensor, *, rows_B: Tensor) -> Tensor:
-        teacher_ND = self.teacher.hidden(tokens_BT, rows_B=rows_B)
-        return kl_loss(final_hidden(student, tokens_BT), head_of(student), teacher_hidden_ND=teacher_ND, teacher_head=self.teacher.head)
+        return logit_loss(
+            final_hidden(student, tokens_BT),
+            head_of(student),
+            teacher_hidden_ND=self.teacher.hidden(tokens_BT, rows_B=rows_B),
+            teacher_head=self.teacher.head,
+            loss=self.loss_name,
+            temperature=self.temperature,
+        )
