@@ -37,6 +37,7 @@ ROWS = (
     "nas.compress.objective",
     "nas.compress.train_plan",
     "nas.compress.data_order",
+    "nas.compress.heap",
     "nas.compress.train_state",
     "nas.compress.distillation",
     "nas.compress.correction",

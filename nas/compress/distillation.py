@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nas.compress.data_order import DataOrder
+from nas.compress.heap import keep_freed_memory
 from nas.compress.moments import ParkedOptimizer
 from nas.compress.objective import Objective
 from nas.compress.train_plan import TrainPlan
@@ -42,22 +43,29 @@ _MIN_REPORTS = 20
 _RECENT_STEPS = 16
 _TRAINING_PER_SAVE = 20
 """Seconds of training for each second that a checkpoint takes, so that saving stays below 5 % however large the student is."""
+_STEPS_BETWEEN_LOOKS = {"cuda": 16}
+"""Steps whose losses stay on the device: to read one, the host waits for all that it has asked for. On the CPU nothing waits, every step is looked at."""
+_MIN_STEPS_TO_WORSEN = 100
+_WORSE = 0.5, 0.2
+"""Diverged is a mean loss of `_RECENT_STEPS` above the untrained student's by so many nats and by such a share, whichever is more: a student that starts
+near its teacher first goes away from it, by less (LOG.md)."""
 _LENGTH = frozenset({"tokens", "decay_tokens"})
 _MEMORY_ONLY = frozenset({"micro_batch_size", "checkpoint_activations", "moments"})
 """What a run may change between two calls: where it needs less memory. bfloat16 moments are a measured difference (LOG.md)."""
 
 
 class Diverged(NasError):
-    """A loss or a gradient stopped being a number; the weights are those of before that step."""
+    """Training does not work: something is not a number, or the student has become worse than it was untrained. No checkpoint holds such a state."""
 
-    def __init__(self, step: int, tokens: int, what: str = "loss") -> None:
-        super().__init__(step, tokens, what)
+    def __init__(self, step: int, tokens: int, what: str = "loss", reason: str = "expected a finite number, got none") -> None:
+        super().__init__(step, tokens, what, reason)
         self.step = step
         self.tokens = tokens
         self.what = what
+        self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.what}: expected a finite number, got none at step {self.step} ({self.tokens} tokens)"
+        return f"{self.what}: {self.reason} at step {self.step} ({self.tokens} tokens)"
 
 
 class Stopped(NasError):
@@ -162,11 +170,17 @@ class _Run:
         self.weights = dict(student.named_parameters()) | {f"objective.{name}": weight for name, weight in objective.weights().items()}
         self.device = next(iter(self.weights.values())).device
         self.optimizer = make_optimizer(self.weights, plan=plan)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.steps_between_looks = _STEPS_BETWEEN_LOOKS.get(self.device.type, 1)
         self.micro_batch_size = min(plan.batch_size, plan.micro_batch_size or plan.batch_size)
         self.steps_between_reports = max(1, plan.steps(self.sequence_length) // _MIN_REPORTS)
         self.step = 0
+        self.unread: list[Tensor] = []
+        """loss_norm_2 of the last steps, on the device."""
         self.unreported: list[float] = []
         self.recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self.untrained_loss: float | None = None
         self.reported_at = self.saved_at = time.monotonic()
         self.saved: tuple[str, int] | None = None
         self.save_seconds = 0.0
@@ -205,22 +219,56 @@ class _Run:
         )
 
     def _train_to(self, last_step: int, *, name: str) -> None:
+        """
+        Raises:
+            Diverged: at most `_STEPS_BETWEEN_LOOKS` steps later.
+        """
         while self.step < last_step:
             if self.should_stop():
                 self._save(name=name)
                 raise Stopped(f"stopped at step {self.step} of {last_step} of the {name}")
-            loss = self._train_step()
-            self.unreported.append(loss)
-            self.recent.append(loss)
+            self.unread.append(self._train_step())
             self.step += 1
+            if len(self.unread) >= self.steps_between_looks:
+                self._look()
             if time.monotonic() - self.reported_at >= _REPORT_SECONDS or self.step % self.steps_between_reports == 0:
                 self._report()
             if self.checkpoint is not None and time.monotonic() - self.saved_at >= self._seconds_between_saves():
                 self._save(name=name)
+        self._look()
 
-    def _train_step(self) -> float:
+    def _look(self) -> None:
+        """Read the losses of the steps that were not looked at.
+
+        Raises:
+            Diverged
+        """
+        if not self.unread:
+            return
+        first, pairs = self.step - len(self.unread), torch.stack(self.unread).tolist()
+        self.unread = []
+        for step, (loss, norm) in enumerate(pairs, start=first):
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise Diverged(step, self._tokens(step), "gradient" if math.isfinite(loss) else "loss")
+            if step == 0:
+                self.untrained_loss = loss
+            self.unreported.append(loss)
+            self.recent.append(loss)
+            self._check_not_worse(step)
+
+    def _check_not_worse(self, step: int) -> None:
+        if self.untrained_loss is None or step < max(_MIN_STEPS_TO_WORSEN, self.plan.warmup_steps(self.sequence_length) + _RECENT_STEPS):
+            return
+        loss, (nats, share) = sum(self.recent) / len(self.recent), _WORSE
+        if loss > self.untrained_loss + max(nats, share * self.untrained_loss):
+            raise Diverged(step, self._tokens(step), "loss", f"expected less than the untrained student's {self.untrained_loss:.3f}, got {loss:.3f}")
+
+    def _train_step(self) -> Tensor:
+        """Returns: loss_norm_2, the step's mean loss and the norm of its gradient, on the device."""
         rows_B = self.order.rows(self.step)
-        tokens_BT = self.blocks_NT[rows_B].to(self.device, torch.int64)
+        tokens_BT = self.blocks_NT[rows_B].to(torch.int64)
+        if self.device.type == "cuda":  # out of pinned memory the copy waits for nothing
+            tokens_BT = tokens_BT.pin_memory().to(self.device, non_blocking=True)
         while True:
             try:
                 loss = self._accumulate_gradients(tokens_BT, rows_B=rows_B)
@@ -231,15 +279,13 @@ class _Run:
                 self.micro_batch_size = (self.micro_batch_size + 1) // 2
                 logger.warning("out of memory: micro batch halved to %d", self.micro_batch_size, extra={"action": "halve_micro_batch"})
             torch.cuda.empty_cache()  # outside the handler, where the failed pass is no longer referenced by the traceback
-        norm = float(nn.utils.clip_grad_norm_(self.weights.values(), self.plan.max_grad_norm))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise Diverged(self.step, self._tokens(self.step), "gradient" if math.isfinite(loss) else "loss")
+        norm = nn.utils.clip_grad_norm_(self.weights.values(), self.plan.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(self.step, sequence_length=self.sequence_length)
         self.optimizer.step()
-        return loss
+        return torch.stack((loss, norm))
 
-    def _accumulate_gradients(self, tokens_BT: Tensor, *, rows_B: Tensor) -> float:
+    def _accumulate_gradients(self, tokens_BT: Tensor, *, rows_B: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for micro_BT, micro_B in zip(torch.split(tokens_BT, self.micro_batch_size), torch.split(rows_B, self.micro_batch_size), strict=True):
@@ -247,7 +293,7 @@ class _Run:
                 loss = self.objective.loss(self.student, micro_BT, rows_B=micro_B) * (len(micro_BT) / len(tokens_BT))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        return float(total)
+        return total
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.plan.dtype == "bfloat16" and self.device.type == "cuda":
@@ -255,6 +301,7 @@ class _Run:
         return nullcontext()
 
     def _report(self) -> None:
+        self._look()
         now = time.monotonic()
         self.report(
             Progress(
@@ -273,7 +320,7 @@ class _Run:
     def _snapshot(self) -> TrainState:
         """The state as it is now, in memory of its own."""
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors()}
-        return TrainState(step=self.step, tensors=tensors, recipe=self.recipe, recent_losses=tuple(self.recent))
+        return TrainState(step=self.step, tensors=tensors, recipe=self.recipe, recent_losses=tuple(self.recent), untrained_loss=self.untrained_loss)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self.weights.items():
@@ -284,10 +331,11 @@ class _Run:
         """Write the state as it is now to the checkpoint unless that holds it."""
         if self.checkpoint is None or self.saved == (name, self.step):
             return
+        self._look()  # a state that is not sound is not saved
         started = time.monotonic()
         self.optimizer.zero_grad(set_to_none=True)  # room for the copies on their way to the file
         tensors = {name: tensor.cpu() for name, tensor in self._tensors()}
-        state = TrainState(step=self.step, tensors=tensors, recipe=self.recipe, recent_losses=tuple(self.recent))
+        state = TrainState(step=self.step, tensors=tensors, recipe=self.recipe, recent_losses=tuple(self.recent), untrained_loss=self.untrained_loss)
         save_state(state, checkpoint=self.checkpoint, name=name, tokens=self._tokens(state.step))
         self.saved, self.saved_at = (name, state.step), time.monotonic()
         self.save_seconds = self.saved_at - started
@@ -305,6 +353,7 @@ class _Run:
                 tensor.copy_(state.tensors[f"{key}/{name}"])
         self.step = state.step
         self.recent = deque(state.recent_losses, maxlen=_RECENT_STEPS)
+        self.untrained_loss = state.untrained_loss
 
 
 def checkpoint_activations(student: nn.Module, *, on: bool) -> None:

@@ -59,10 +59,12 @@ class TrainPlan:
         """Steps before the decay branch."""
         return self.steps(sequence_length) - math.ceil(self.decay_tokens / (self.batch_size * sequence_length))
 
+    def warmup_steps(self, sequence_length: int) -> int:
+        return math.ceil(self.warmup_tokens / (self.batch_size * sequence_length))
+
     def rate(self, step: int, *, sequence_length: int) -> float:
         """Learning rate of the step with this index (from 0)."""
-        warmup = math.ceil(self.warmup_tokens / (self.batch_size * sequence_length))
         total, trunk = self.steps(sequence_length), self.trunk_steps(sequence_length)
-        rising = min(1.0, (step + 1) / (warmup + 1))
+        rising = min(1.0, (step + 1) / (self.warmup_steps(sequence_length) + 1))
         falling = 1.0 if step < trunk else (total - step) / (total - trunk + 1)
         return self.learning_rate * rising * falling

@@ -28,11 +28,19 @@ class TrainState:
     """The plan, the blocks' shape and the objective that made it: a run with another recipe must not go on from it."""
     recent_losses: tuple[float, ...]
     """Of the last steps."""
+    untrained_loss: float | None
+    """Of the first step, before any update; None: no step was done."""
 
 
 def save_state(state: TrainState, *, checkpoint: Path, name: str, tokens: int) -> None:
     """Replace the state of that name ("trunk" or "branch") in the folder; a kill leaves the old one or the new one."""
-    facts = {"step": state.step, "tokens": tokens, "recipe": state.recipe, "recent_losses": state.recent_losses}
+    facts = {
+        "step": state.step,
+        "tokens": tokens,
+        "recipe": state.recipe,
+        "recent_losses": state.recent_losses,
+        "untrained_loss": state.untrained_loss,
+    }
     save_tensors(checkpoint, name=name, tensors=state.tensors, facts=facts)
 
 
@@ -43,7 +51,9 @@ def load_state(checkpoint: Path, *, name: str) -> TrainState:
         NotFound, CorruptFile: as `load_tensors`.
     """
     tensors, facts = load_tensors(checkpoint, name=name)
-    return TrainState(step=facts["step"], tensors=tensors, recipe=facts["recipe"], recent_losses=tuple(facts["recent_losses"]))
+    return TrainState(
+        step=facts["step"], tensors=tensors, recipe=facts["recipe"], recent_losses=tuple(facts["recent_losses"]), untrained_loss=facts["untrained_loss"]
+    )
 
 
 def load_trunk(checkpoint: Path) -> TrainState:

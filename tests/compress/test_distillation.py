@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from nas.compress import distillation
 from nas.compress.distillation import Diverged, Progress, Stopped, distil
 from nas.compress.held_out import evaluate_kl
 from nas.compress.losses import forward_kl
-from nas.compress.objective import NextToken, TeacherLogits
+from nas.compress.objective import NextToken, Objective, TeacherLogits
 from nas.compress.train_plan import TrainPlan
 from nas.compress.train_state import TrainState, load_trunk, sound_checkpoint
 from nas.errors import Conflict, CorruptFile
@@ -252,6 +254,94 @@ def test_a_student_that_diverges_says_where(teacher: LlamaForCausalLM, blocks_NT
     assert (copied.step, copied.tokens, str(copied)) == (0, 0, str(raised.value))
 
 
+class Scaled:
+    """An objective whose loss is another one's times a factor that may change with the step."""
+
+    facts: ClassVar[dict[str, Any]] = {"loss": "scaled"}
+
+    def __init__(self, objective: Objective, factor: Callable[[int], float]) -> None:
+        self.objective, self.factor, self.calls = objective, factor, 0
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        return {}
+
+    def loss(self, student: nn.Module, tokens_BT: Tensor, *, rows_B: Tensor) -> Tensor:
+        self.calls += 1
+        return self.objective.loss(student, tokens_BT, rows_B=rows_B) * self.factor(self.calls - 1)
+
+
+@pytest.mark.parametrize("steps_between_looks", [1, 5])
+@pytest.mark.parametrize("broken_at", [3, 7])
+def test_what_is_saved_is_sound_whenever_the_losses_are_looked_at(
+    tmp_path: Path, teacher: LlamaForCausalLM, blocks_NT: Tensor, monkeypatch: pytest.MonkeyPatch, steps_between_looks: int, broken_at: int
+) -> None:
+    monkeypatch.setattr(distillation, "_STEPS_BETWEEN_LOOKS", {"cpu": steps_between_looks})
+    straight, _ = run(Scaled(TeacherLogits(teacher), lambda step: 1.0), blocks_NT, plan())
+    objective = Scaled(TeacherLogits(teacher), lambda step: math.nan if step >= broken_at else 1.0)
+    with pytest.raises(Diverged, match=rf"loss: expected a finite number, got none at step {broken_at} "):
+        run(objective, blocks_NT, plan(), checkpoint=tmp_path, checkpoint_every_seconds=0.0)
+    assert load_trunk(tmp_path).step == broken_at
+    resumed, _ = run(Scaled(TeacherLogits(teacher), lambda step: 1.0), blocks_NT, plan(), checkpoint=tmp_path)
+    assert_same_bits(resumed, straight)
+
+
+def test_looking_at_the_losses_less_often_changes_nothing(teacher: LlamaForCausalLM, blocks_NT: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, expected = run(TeacherLogits(teacher), blocks_NT, plan())
+    monkeypatch.setattr(distillation, "_STEPS_BETWEEN_LOOKS", {"cpu": 5})
+    seldom, found = run(TeacherLogits(teacher), blocks_NT, plan())
+    assert_same_bits(seldom, straight)
+    assert found.loss == expected.loss
+
+
+def test_a_student_that_gets_worse_than_it_was_untrained_is_stopped_with_both_losses(teacher: LlamaForCausalLM, blocks_NT: Tensor, tmp_path: Path) -> None:
+    worse = Scaled(TeacherLogits(teacher), lambda step: 1.0 if step < 150 else 10.0)
+    with pytest.raises(Diverged, match=r"loss: expected less than the untrained student's \d+\.\d+, got \d+\.\d+ at step 1[56]\d ") as raised:
+        run(worse, blocks_NT, plan(steps=200, learning_rate=1e-4), checkpoint=tmp_path)
+    copied = pickle.loads(pickle.dumps(raised.value))  # crosses process borders
+    assert str(copied) == str(raised.value)
+
+
+def test_the_untrained_loss_outlives_a_resume(teacher: LlamaForCausalLM, blocks_NT: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(Scaled(TeacherLogits(teacher), lambda step: 1.0), blocks_NT, plan(steps=200), checkpoint=tmp_path, should_stop=stop_at(50))
+    with pytest.raises(Diverged, match="untrained"):
+        run(Scaled(TeacherLogits(teacher), lambda step: 10.0), blocks_NT, plan(steps=200), checkpoint=tmp_path)
+
+
+def test_a_student_that_starts_at_its_teacher_may_go_away_from_it(teacher: LlamaForCausalLM, blocks_NT: Tensor) -> None:
+    student = copy.deepcopy(teacher)
+    distilled = distil(student, objective=NextToken(), blocks_NT=blocks_NT, plan=plan(steps=5, decay_steps=0))
+    assert distilled.loss > 0
+    distil(copy.deepcopy(teacher), objective=TeacherLogits(teacher), blocks_NT=blocks_NT, plan=plan(steps=150, learning_rate=1e-3))
+
+
+class Learned:
+    """An objective with a weight of its own: the loss through a learned temperature."""
+
+    facts: ClassVar[dict[str, Any]] = {"loss": "learned"}
+
+    def __init__(self, teacher: nn.Module) -> None:
+        self.objective, self.factor = TeacherLogits(teacher), nn.Parameter(torch.ones(3))
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        return {"factor": self.factor}
+
+    def loss(self, student: nn.Module, tokens_BT: Tensor, *, rows_B: Tensor) -> Tensor:
+        return self.objective.loss(student, tokens_BT, rows_B=rows_B) * self.factor.square().mean() + (self.factor - 0.5).square().sum()
+
+
+@pytest.mark.parametrize("step", [0, 5, 10])
+def test_what_an_objective_learns_is_resumed_with_the_student(tmp_path: Path, teacher: LlamaForCausalLM, blocks_NT: Tensor, step: int) -> None:
+    whole, again = Learned(teacher), Learned(teacher)
+    straight, _ = run(whole, blocks_NT, plan())
+    assert not torch.equal(whole.factor, torch.ones(3))
+    with pytest.raises(Stopped):
+        run(Learned(teacher), blocks_NT, plan(), checkpoint=tmp_path, should_stop=stop_at(step))
+    resumed, _ = run(again, blocks_NT, plan(), checkpoint=tmp_path)
+    assert_same_bits(resumed, straight)
+    assert torch.equal(again.factor, whole.factor)
+
+
 def flip_a_bit(checkpoint: Path, *, name: str) -> None:
     (file,) = checkpoint.glob(f"{name}-*.safetensors")
     content = bytearray(file.read_bytes())
@@ -299,7 +389,7 @@ def test_a_checkpoint_of_another_plan_is_not_gone_on_from(tmp_path: Path, teache
         run(TeacherLogits(teacher), blocks_NT, plan(learning_rate=0.1), checkpoint=tmp_path)
     with pytest.raises(Conflict, match="tokens: expected 768"):
         run(TeacherLogits(teacher), blocks_NT, plan(steps=20), checkpoint=tmp_path)
-    with pytest.raises(Conflict, match=r"objective: expected {'loss': 'forward_kl'}, .* got {'loss': 'cross_entropy'}"):
+    with pytest.raises(Conflict, match=r"objective: expected {'loss': 'forward_kl', 'temperature': 1.0}, .* got {'loss': 'cross_entropy'}"):
         run(NextToken(), blocks_NT, plan(), checkpoint=tmp_path)
 
 

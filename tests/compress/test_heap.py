@@ -1,0 +1,36 @@
+"""The heap keeps what a step frees: the next step faults in no pages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+
+STEPS = """
+import resource, sys, torch
+from nas.compress.heap import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def step():
+    kept = [torch.ones(2**20) for _ in range(8)]
+    del kept
+for _ in range(4):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_a_repeated_step_faults_in_no_pages() -> None:
+    """Against a heap that returns every large block, as glibc's does until it has adapted, and whenever the heap's top is free."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    run = partial(subprocess.run, env=environment, capture_output=True, check=True)
+    faults = {mode: int(run([sys.executable, "-c", STEPS, mode]).stdout) for mode in ("kept", "returned")}
+    assert faults["kept"] < 100 < faults["returned"]
