@@ -1,11 +1,14 @@
 """`make bench`, or some of its sections: python -m tests.benchmarks [SECTION ...]
 
+    headline    how many times more tokens training from scratch needs
+    curves      how many tokens our students need for plain slicing's loss
+    reproduce   a few random cells of those two tables' data, computed again (with NAS_REFERENCE)
     training    tokens per second of our training loop against the loop that one writes with the transformers Trainer
     memory      peaks of real training steps beside the estimate
     search      seconds per trial by step, in a search through the running service
 
-Every number is a ratio against a baseline in the same run, or held-out loss; the goal stands beside it. Speed is printed and never fails
-(machines are noisy); the command fails where a committed number cannot be reproduced.
+Every number is a ratio against a baseline in the same run, or a held-out loss; the goal stands beside it. Speed is printed and never fails
+(machines are noisy); the command fails where a committed number cannot be reproduced. campaign.py computes what is committed.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from importlib import import_module
 from rich.console import Console
 
 SECTIONS = {
+    "headline": "headline",
+    "curves": "curves",
+    "reproduce": "reproduce",
     "training": "training_speed",
     "memory": "memory",
     "search": "search_cost",

@@ -1,6 +1,6 @@
 """Computes the data under tests/benchmarks/data: every run in a process of its own on one thread, some side by side; stopped and started again at will.
 
-    NAS_REFERENCE=... python -m tests.benchmarks.campaign grid|curves|scratch|headline [--teacher T] [--method M] [--processes N] [--folder build/benchmarks]
+    NAS_REFERENCE=... python -m tests.benchmarks.campaign grid|curves|headline [--teacher T] [--method M] [--processes N] [--folder build/benchmarks]
 
 First `grid` (which learning rate and batch suits each method), then `curves` and `headline` with what the grid's data says. Each adds its curves to its
 file under data/. Hours on one core.
@@ -73,7 +73,7 @@ def main() -> None:
 
 def merge(curves: Iterable[Curve], *, file: Path) -> None:
     """Add curves to a data file, sorted; a curve replaces one of the same run."""
-    known = {curve.run: curve for curve in (*(read_curves(file) if file.exists() else ()), *curves)}
+    known = {curve.run: curve for curve in (*read_curves(file), *curves)}
     file.parent.mkdir(exist_ok=True)
     file.write_text("".join(known[run].as_line() + "\n" for run in sorted(known)), encoding="utf-8")
 

@@ -1,101 +1,83 @@
-"""How many tokens plain slicing needs for our loss: shapes x seeds x methods x tokens."""
+"""How many tokens our students need for the loss of plain slicing, from the committed curves (campaign.py computes them)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+import math
+from collections.abc import Sequence
+from statistics import mean, median
 
-import torch
-from torch import nn
+from rich.console import Console
+from rich.table import Table
 
-from nas.compress.objective import NextToken, TeacherLogits
-from nas.compress.slicing import build_student
-from nas.compress.train_plan import TrainPlan
-from nas.search.prepare import random_model
-from nas.shape import Shape
-from tests.benchmarks.learning import DECAY_SHARE, Point, Run, trace
-from tests.benchmarks.subjects import Choices, Subject, load_subject
+from tests.benchmarks.campaign import CURVE_SHAPES, CURVE_TOKENS, DATA
+from tests.benchmarks.learning import Curve, Run, read_curves, tokens_to_reach
 
-DATA = Path(__file__).parent / "data"
+OURS = "ours"
+BASELINES = {"plain": "plain slicing with our importance and depth", "minitron": "the published recipe: plain slicing, (L2, mean) and block influence"}
+GOAL = 0.5
+AT_TOKENS = {"stories260K": (100_000, 200_000, 400_000, 1_000_000), "tales4M": (100_000, 200_000, 500_000)}
+"""Of the baseline: the loss that it has then is what ours has to reach."""
 
-
-def _shape(layers: int, hidden: int, mlp: int, heads: int, groups: int, head_dim: int) -> Shape:
-    return Shape(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=groups, head_dim=head_dim)
+console = Console(width=160)
 
 
-SHAPES: dict[str, dict[str, Shape]] = {
-    "stories260K": {
-        "mlp75": _shape(5, 64, 104, 8, 4, 8),
-        "mlp50": _shape(5, 64, 36, 8, 4, 8),
-        "heads84": _shape(5, 64, 172, 2, 2, 8),
-        "hidden75": _shape(5, 48, 172, 8, 4, 8),
-        "hidden50": _shape(5, 32, 172, 8, 4, 8),
-        "depth65": _shape(3, 64, 172, 8, 4, 8),
-        "depth48": _shape(2, 64, 172, 8, 4, 8),
-        "mixed75": _shape(5, 56, 136, 8, 4, 8),
-        "mixed51": _shape(4, 56, 112, 4, 4, 8),
-        "mixed30": _shape(3, 48, 80, 4, 4, 8),
-        "winner58": _shape(5, 64, 80, 4, 4, 8),
-    },
-    "tales4M": {
-        "mlp75": _shape(8, 192, 336, 6, 3, 32),
-        "hidden50": _shape(8, 96, 576, 6, 3, 32),
-        "depth59": _shape(4, 192, 576, 6, 3, 32),
-        "mixed52": _shape(6, 168, 320, 6, 3, 32),
-        "mixed29": _shape(5, 120, 240, 6, 3, 32),
-    },
-}
-"""Name -> shape; the number is the share of the teacher's parameters in percent."""
+def bench() -> bool:
+    curves = read_curves(DATA / "curves.jsonl")
+    for teacher in CURVE_SHAPES:
+        for baseline, words in BASELINES.items():
+            pairs = paired(curves, teacher=teacher, baseline=baseline)
+            if pairs:
+                _print(teacher, pairs, baseline=baseline, words=words)
+            else:
+                console.print(f"{teacher}: no curves of {OURS} and {baseline} with the same shape and seed")
+    return True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """How a student is begun and trained."""
-
-    choices: Choices
-    build: Callable[[Subject, Shape, int], nn.Module]
-    """The student before training, from (subject, shape, seed)."""
-    from_teacher: bool = True
-    """Distilled; else trained on the text."""
-    warmup_tokens: int = 2_000
+def paired(curves: Sequence[Curve], *, teacher: str, baseline: str) -> dict[str, list[tuple[Curve, Curve]]]:
+    """Shape -> (ours, baseline) of every seed that both have."""
+    by_run = {(curve.run.method, curve.run.shape, curve.run.seed): curve for curve in curves if curve.run.teacher == teacher}
+    found: dict[str, list[tuple[Curve, Curve]]] = {}
+    for (method, shape, seed), curve in sorted(by_run.items(), key=lambda item: item[0]):
+        if method == OURS and (other := by_run.get((baseline, shape, seed))) is not None:
+            found.setdefault(shape, []).append((curve, other))
+    return {shape: found[shape] for shape in CURVE_SHAPES[teacher] if shape in found}
 
 
-def _sliced(subject: Subject, shape: Shape, seed: int) -> nn.Module:
-    return build_student(subject.sorting, shape, dtype="float32", device="cpu")
+def share_of_tokens(ours: Curve, baseline: Curve, *, tokens: int, quantity: str) -> float:
+    """Tokens that ours needs for what the baseline has after `tokens`, over `tokens`; 0: fewer than its first point, infinity: more than its last."""
+    return tokens_to_reach(baseline.at(tokens, quantity=quantity), tokens=ours.tokens, values=getattr(ours, quantity)) / tokens
 
 
-def _scratch(initializer_range: float) -> Callable[[Subject, Shape, int], nn.Module]:
-    def build(subject: Subject, shape: Shape, seed: int) -> nn.Module:
-        config = {**subject.sorting.config, **shape.as_dict(), "initializer_range": initializer_range}
-        return random_model(subject.sorting.architecture, config=config, seed=seed, device="cpu")
+def _print(teacher: str, pairs: dict[str, list[tuple[Curve, Curve]]], *, baseline: str, words: str) -> None:
+    first, at = CURVE_TOKENS[teacher][0], AT_TOKENS[teacher]
+    shown = at[0]
+    table = Table("shape", "seeds", f"loss {baseline}, {shown:,}", f"loss ours, {shown:,}", *(f"share of {tokens:,}" for tokens in at), box=None)
+    shares: dict[tuple[int, str], list[float]] = {}
+    for shape, seeds in pairs.items():
+        cells = []
+        for tokens in at:
+            for quantity in ("loss", "kl"):
+                share = median(share_of_tokens(ours, other, tokens=tokens, quantity=quantity) for ours, other in seeds)
+                shares.setdefault((tokens, quantity), []).append(share)
+            cells.append(_share_text(shares[tokens, "loss"][-1], least=first / tokens))
+        table.add_row(shape, str(len(seeds)), *(_loss_text([pair[side] for pair in seeds], tokens=shown) for side in (1, 0)), *cells)
+    for quantity in ("loss", "kl"):
+        middle = (_share_text(median(shares[tokens, quantity]), least=first / tokens) for tokens in at)
+        table.add_row(f"median shape, by {quantity}", "", "", "", *middle, style="bold")
+    recipes = [f"{name}: rate {run.learning_rate:g}, batch {run.batch_size}" for name, run in zip((OURS, baseline), _recipes(pairs), strict=True)]
+    console.print(f"{teacher}: tokens that {OURS} needs for the loss of {words}, as a share (goal: the median shape at most {GOAL:.2f}); {'; '.join(recipes)}")
+    console.print(table)
 
-    return build
+
+def _recipes(pairs: dict[str, list[tuple[Curve, Curve]]]) -> tuple[Run, Run]:
+    ours, other = next(iter(pairs.values()))[0]
+    return ours.run, other.run
 
 
-METHODS = {
-    "plain": Method(choices="ours", build=_sliced),
-    "minitron": Method(choices="minitron", build=_sliced),
-    "scratch": Method(choices="ours", build=_scratch(0.02), from_teacher=False, warmup_tokens=50_000),
-    "scratch-wide": Method(choices="ours", build=_scratch(0.1), from_teacher=False, warmup_tokens=50_000),
-}
+def _loss_text(curves: list[Curve], *, tokens: int) -> str:
+    """Mean over the seeds; the standard error is that over the held-out blocks, which all runs share."""
+    return f"{mean(curve.at(tokens, quantity='loss') for curve in curves):.3f} ± {curves[0].at(tokens, quantity='loss_se'):.3f}"
 
 
-def compute(run: Run, *, tokens: list[int], folder: Path, cache: Path) -> list[Point]:
-    """The curve of one run, in this process on one thread."""
-    torch.set_num_threads(1)
-    method = METHODS[run.method]
-    subject = load_subject(run.teacher, choices=method.choices, cache=cache)
-    shape = SHAPES[run.teacher][run.shape]
-    plan = TrainPlan(tokens=1, learning_rate=run.learning_rate, batch_size=run.batch_size, warmup_tokens=method.warmup_tokens, seed=run.seed)
-    points = trace(
-        run,
-        tokens=tokens,
-        student=lambda: method.build(subject, shape, run.seed),
-        objective=TeacherLogits(subject.outputs) if method.from_teacher else NextToken(),
-        plan=lambda number: replace(plan, tokens=number, decay_tokens=int(DECAY_SHARE * number)),
-        train_NT=subject.blocks.train_NT,
-        held_out=(subject.teacher, subject.blocks.validation_NT),
-        folder=folder,
-    )
-    return list(points)
+def _share_text(share: float, *, least: float) -> str:
+    return f"< {least:.2f}" if share == 0 else "> all" if math.isinf(share) else f"{share:.2f}"

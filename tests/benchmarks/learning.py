@@ -57,6 +57,8 @@ class Curve:
     """Standard error over the held-out blocks."""
     kl: list[float] = field(default_factory=list)
     kl_se: list[float] = field(default_factory=list)
+    epoch_tokens: int = 0
+    """Distinct training tokens."""
 
     def at(self, tokens: int, *, quantity: str) -> float:
         values: list[float] = getattr(self, quantity)
@@ -74,6 +76,9 @@ class Curve:
 
 
 def read_curves(file: Path) -> list[Curve]:
+    """The curves of a data file; none where there is no file."""
+    if not file.exists():
+        return []
     return [Curve.from_line(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
@@ -97,7 +102,7 @@ def trace(
         held_out: the teacher's outputs on `held_out_NT`.
     """
     file, work = folder / f"{run.key}.json", folder / "work" / run.key
-    curve = Curve.from_line(file.read_text(encoding="utf-8")) if file.exists() else Curve(run=run)
+    curve = Curve.from_line(file.read_text(encoding="utf-8")) if file.exists() else Curve(run=run, epoch_tokens=train_NT.numel())
     folder.mkdir(parents=True, exist_ok=True)
     for before, number in pairwise((None, *tokens)):
         assert number is not None
