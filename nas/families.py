@@ -101,6 +101,8 @@ class Family:
     """The config class refuses hidden_size % num_attention_heads != 0 even with an explicit head_dim."""
     long_rope_from_hidden: bool = False
     """The config class checks the number of long-context rope factors against hidden_size // num_attention_heads, not head_dim."""
+    code_taken_over: bool = False
+    """Published checkpoints still point at code of their own (`auto_map`) that transformers has taken over; it is not run."""
     layer_lists: tuple[str, ...] = ()
     """Config keys with one entry per layer."""
     layer_thresholds: tuple[str, ...] = ()
@@ -264,6 +266,7 @@ PHI3 = Family(
     ),
     sources=_sources(attention=("qkv_proj",), mlp=("gate_up_proj",)),
     long_rope_from_hidden=True,
+    code_taken_over=True,
 )
 
 # `no_rope_layers` may be longer than the model is deep.

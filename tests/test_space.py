@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from nas.cost import count_parameters
 from nas.errors import BudgetInfeasible, InvalidSpec
-from nas.families import Architecture
+from nas.families import FAMILIES, Architecture, read_architecture
 from nas.shape import Shape
 from nas.space import Choices, SearchSpace
 from nas.spec import AxisSpec, BudgetSpec, SpaceSpec
@@ -32,7 +34,7 @@ def spaces(draw: st.DrawFn) -> SearchSpace:
     groups = draw(st.integers(1, 3))
     heads = groups * draw(st.integers(1, 3))
     architecture = Architecture(
-        model_type="llama",
+        model_type=draw(st.sampled_from(sorted(FAMILIES))),
         shape=Shape(
             num_hidden_layers=draw(st.integers(1, 6)),
             hidden_size=heads * draw(st.integers(2, 8)),
@@ -272,3 +274,28 @@ def test_the_depth_only_anchor_keeps_to_a_minimum_that_the_spec_names():
     free = SearchSpace(ARCHITECTURE, space=SpaceSpec(), budget=BudgetSpec(max_fraction=0.5)).anchors()["depth_only"]
     named = SpaceSpec(num_hidden_layers=AxisSpec(min=free.num_hidden_layers + 1))
     assert "depth_only" not in SearchSpace(ARCHITECTURE, space=named, budget=BudgetSpec(max_fraction=0.5)).anchors()
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_transformers_takes_every_shape_that_a_space_proposes(model_type: str):
+    """What a family's config class imposes reaches the space as legality; nothing is proposed that could not be loaded."""
+    from transformers import AutoConfig
+
+    config: dict[str, Any] = {
+        "model_type": model_type,
+        **TEACHER.as_dict(),
+        "hidden_size": TEACHER.num_attention_heads * TEACHER.head_dim,
+        "vocab_size": 512,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+    }
+    if model_type == "phi3":
+        factors = [1.0] * (TEACHER.head_dim // 2)
+        config["rope_parameters"] = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors}
+    architecture = read_architecture(AutoConfig.for_model(**config).to_dict())
+    space = SearchSpace(architecture, space=SpaceSpec(), budget=BudgetSpec(max_fraction=0.6))
+    free = any(shape.hidden_size % shape.num_attention_heads for shape in islice(space.shapes(), 2000))
+
+    assert free is (model_type not in ("llama", "gemma2", "gemma3_text", "phi3"))
+    for shape in islice(space.shapes(), 0, None, max(1, space.count() // 25)):
+        AutoConfig.for_model(**{**config, **shape.as_dict()})
+        assert not space.explain(shape)

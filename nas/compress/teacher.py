@@ -229,10 +229,11 @@ def _refuse_code(config: Mapping[str, Any], *, name: str) -> None:
 
 def _check_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config, once nothing in it is unsafe, and nothing but defaults is missing."""
-    _refuse_code(config, name=CONFIG_FILE)
+    family = read_architecture(config).family
+    if not family.code_taken_over:
+        _refuse_code(config, name=CONFIG_FILE)
     if config.get("quantization_config"):
         raise TeacherUnavailable(f"{CONFIG_FILE}: quantization_config: expected none (plain float weights), got {config['quantization_config']!r}")
-    family = read_architecture(config).family
     if (activation := config.get(family.activation_key, family.activations[0])) not in family.activations:
         raise TeacherUnavailable(f"{CONFIG_FILE}: {family.activation_key}: expected {' or '.join(family.activations)}, got {activation!r}")
     if unknown := [key for key, value in config.items() if "layer" in key and isinstance(value, list) and key not in family.layer_lists]:
@@ -250,7 +251,7 @@ def _explicit_config(folder: Path, *, config: dict[str, Any]) -> dict[str, Any]:
     except Exception as refused:  # transformers' validators raise their own types, ValueError, KeyError and TypeError
         raise TeacherUnavailable(f"{folder / CONFIG_FILE}: transformers refuses it: {refused}") from refused
     explicit = {**config, **resolved.to_diff_dict()}
-    for stale in ("_name_or_path", "torch_dtype"):  # a path of another machine; the old spelling of dtype
+    for stale in ("_name_or_path", "torch_dtype", "auto_map"):  # a path of another machine; the old spelling of dtype; code that is not passed on
         explicit.pop(stale, None)
     return {**explicit, **read_architecture(explicit).shape.as_dict()}
 

@@ -229,6 +229,21 @@ def test_a_list_by_layer_that_the_row_does_not_know_is_refused(save_teacher: Cal
         check_teacher(folder)
 
 
+def test_published_phi3_points_at_code_that_is_not_run_and_not_passed_on(
+    save_teacher: Callable[..., Path], max_difference: Callable[..., float], tmp_path: Path
+) -> None:
+    model = random_model("phi3")
+    folder = save_teacher(model, folder=tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": code}))
+    (folder / "modeling_phi3.py").write_text("raise SystemExit('this code came with a model')")
+    (folder / "configuration_phi3.py").write_text("raise SystemExit('this code came with a model')")
+
+    assert "auto_map" not in check_teacher(folder).config
+    assert max_difference(load_model(folder, dtype="float32", device="cpu"), model) <= 1e-5
+
+
 @every_family
 def test_the_sorted_checkpoint_holds_every_weight_of_the_teacher(kind: str, teachers: dict[str, PreTrainedModel], sortings: dict[str, Sorting]) -> None:
     stored = load_file(sortings[kind].folder / "model.safetensors")
