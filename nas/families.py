@@ -110,11 +110,6 @@ class Family:
     layer_patterns: tuple[str, ...] = ()
     """Config keys from which older versions derive a list of `layer_lists`: wrong once layers were removed, then left out."""
 
-    def source(self, axis: Axis) -> Source:
-        """The only source over the neurons or the heads' outputs."""
-        (source,) = (source for source in self.sources if source.axis is axis)
-        return source
-
 
 # -- pieces that rows share -------------------------------------------------------------------------------------------------
 
