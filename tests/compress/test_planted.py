@@ -146,15 +146,15 @@ def one_eps(architecture: Architecture) -> bool:
 def silence(big: PreTrainedModel, *, planted: Architecture, places: Places) -> None:
     """Make what is not the small model's do nothing; the other side of each dead part stays loud."""
     unused_D = outside(places.hidden_D, size=planted.shape.hidden_size)
-    gains = {weight.name for weight in planted.weights if weight.is_norm}
     for weight in planted.weights:
         for number in range(planted.shape.num_hidden_layers) if weight.per_layer else [None]:
             parameter = big.get_parameter(weight.name.format(layer=number))
             if weight.name == "model.embed_tokens.weight":
                 parameter[:, unused_D] = 0
-            elif weight.sides[0] == (Axis.HIDDEN,) and not weight.is_norm:
-                writes = weight.name.replace(".bias", ".weight") not in gains
-                parameter[unused_D if number in places.layers or not writes else slice(None)] = 0  # an identity layer writes nothing at all
+            elif writes_stream(weight, architecture=planted):
+                parameter[unused_D if number in places.layers else slice(None)] = 0  # an identity layer writes nothing at all
+            elif weight.sides[0] == (Axis.HIDDEN,) and not weight.is_norm:  # a norm's bias
+                parameter[unused_D] = 0
             if number in places.layers:
                 layer = places.layers.index(number)
                 silence_neurons(parameter, weight=weight, planted=planted, dead_F=outside(places.neurons_LF[layer], size=planted.shape.intermediate_size))
@@ -207,26 +207,24 @@ def outside(kept: Tensor, *, size: int) -> Tensor:
     return torch.tensor([index for index in range(size) if index not in set(kept.tolist())], dtype=torch.int64)
 
 
+def writes_stream(weight: Weight, *, architecture: Architecture) -> bool:
+    """A projection into the residual stream, or its bias."""
+    norms = {norm.name.removesuffix(".weight") for norm in architecture.weights if norm.is_norm}
+    return weight.sides[0] == (Axis.HIDDEN,) and weight.name.rpartition(".")[0] not in norms
+
+
 def small_model(kind: str) -> PreTrainedModel:
     """Where norms centre, what is written into the residual stream has no mean, so that silent channels do not move it."""
-    small = random_model(kind)
-    architecture = read_architecture(small.config.to_dict())
+    architecture = read_architecture(random_model(kind).config.to_dict())
     small = random_model(kind, **{architecture.family.eps_key: 1e-3 if one_eps(architecture) else 1e-9})
-    gains = {weight.name for weight in architecture.weights if weight.is_norm}
-    with torch.no_grad():
-        for weight in architecture.weights if architecture.family.norms_centre else ():
-            if (
-                weight.name.replace(".bias", ".weight") in gains
-                or Axis.HIDDEN not in (weight.sides[0][0], *weight.sides[-1])
-                or weight.name == "lm_head.weight"
-            ):
-                continue
-            for layer in range(architecture.shape.num_hidden_layers) if weight.per_layer else [None]:
-                parameter = small.get_parameter(weight.name.format(layer=layer))
-                if weight.name == "model.embed_tokens.weight":
-                    parameter -= parameter.mean(1, keepdim=True)
-                elif weight.sides[0] == (Axis.HIDDEN,):
-                    parameter -= parameter.mean(0, keepdim=True)
+    if architecture.family.norms_centre:
+        with torch.no_grad():
+            small.model.embed_tokens.weight -= small.model.embed_tokens.weight.mean(1, keepdim=True)
+            for weight in architecture.weights:
+                if writes_stream(weight, architecture=architecture):
+                    for layer in range(architecture.shape.num_hidden_layers):
+                        parameter = small.get_parameter(weight.name.format(layer=layer))
+                        parameter -= parameter.mean(0, keepdim=True)
     return small
 
 
