@@ -4,6 +4,7 @@
     curves      how many tokens our students need for plain slicing's loss
     reproduce   a few random cells of those two tables' data, computed again (with NAS_REFERENCE)
     training    tokens per second of our training loop against the loop that one writes with the transformers Trainer
+    signals     distillation from stored teacher signals against the teacher in the loop, beside the ceiling
     memory      peaks of real training steps beside the estimate
     search      seconds per trial by step, in a search through the running service
 
@@ -24,6 +25,7 @@ SECTIONS = {
     "curves": "curves",
     "reproduce": "reproduce",
     "training": "training_speed",
+    "signals": "signals",
     "memory": "memory",
     "search": "search_cost",
 }
