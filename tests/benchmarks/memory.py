@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ def _train(case: Case) -> None:
         batch_size=case.batch_size,
         micro_batch_size=case.micro_batch_size,
     )
-    distil(student, objective=NextToken() if teacher is None else TeacherLogits(teacher), blocks_NT=blocks_NT, plan=plan)
+    with tempfile.TemporaryDirectory() as folder:
+        distil(student, objective=NextToken() if teacher is None else TeacherLogits(teacher), blocks_NT=blocks_NT, plan=plan, checkpoint=Path(folder) / "run")
 
 
 def _resident(field: str) -> int:
