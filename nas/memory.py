@@ -223,7 +223,7 @@ def _phases(
 ) -> dict[str, dict[str, int]]:
     """What each part of a step holds on top of what is always there."""
     tokens, width = training.micro_tokens, shape.hidden_size
-    layer = tokens * _kept_per_token(architecture, shape, dtype=training.dtype)
+    layer = tokens * kept_per_token(architecture, shape, dtype=training.dtype, sequence_length=training.sequence_length)
     kept = tokens * 4 * width * shape.num_hidden_layers + layer if training.checkpoint_activations else layer * shape.num_hidden_layers
     kept += tokens * (4 * 4 * width + 16)  # the last norm, the final hidden state and its gradient; token ids
     head = 4 * architecture.vocab_size * width
@@ -253,24 +253,34 @@ def _phases(
     return phases
 
 
-def _kept_per_token(architecture: Architecture, shape: Shape, *, dtype: str) -> int:
-    """Bytes per token that one layer keeps for the backward pass, attention without its score matrix.
+def kept_per_token(architecture: Architecture, shape: Shape, *, dtype: str, sequence_length: int) -> int:
+    """Bytes per token that one layer keeps for the backward pass.
 
-    A norm keeps its input and the normalised input (float32). A matrix product keeps its input, once for all that read the same; under autocast
-    each has its own low-precision copy. Attention keeps queries, keys, values and a log-sum per head; its output is the next product's input.
-    A gated MLP keeps the gate, its activation and the other factor.
+    A norm keeps its input and the normalised input (float32); a centring one is a single kernel and keeps its input. A matrix product keeps its
+    input, once for all that read the same; under autocast each has its own low-precision copy. An MLP keeps what its activation and its gate read
+    and give. `tests/test_memory.py` compares with what autograd keeps, family by family.
     """
-    size = DTYPE_BYTES[dtype]
+    family, size, sizes = architecture.family, DTYPE_BYTES[dtype], architecture.sizes(shape)
     layer = [weight for weight in architecture.weights if weight.per_layer]
-    sizes = architecture.sizes(shape)
     sizes[Axis.HEAD_DIM] = (sizes[Axis.QUERY] + sizes[Axis.KEY_VALUE]) // 2  # a norm on each head works on all queries, another on all keys
-    norms: int = sum(2 * 4 * weight.lengths(sizes)[0] for weight in layer if weight.is_norm)
-    sources = [source for source in architecture.family.sources if "{layer}" in source.readers[0]]
+    norms: int = (1 if family.norms_centre else 2) * 4 * sum(weight.lengths(sizes)[0] for weight in layer if weight.is_norm)
+    sources = [source for source in family.sources if "{layer}" in source.readers[0]]
     inputs = size * sum(sizes[source.axis] * (1 if dtype == "float32" else len(source.readers)) for source in sources)
-    attention = size * (shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim + 4 * shape.num_attention_heads
-    writers = sum(weight.sides[0].count(Axis.INTERMEDIATE) for weight in layer if len(weight.sides) == 2)
-    mlp = size * (writers + 1) * shape.intermediate_size
-    return norms + inputs + attention + mlp
+    gated = sum(weight.sides[0].count(Axis.INTERMEDIATE) for weight in layer if len(weight.sides) == 2) > 1
+    mlp = size * (3 if gated else 1) * shape.intermediate_size
+    return norms + inputs + mlp + _kept_by_attention(architecture, shape, size=size, sequence_length=sequence_length)
+
+
+def _kept_by_attention(architecture: Architecture, shape: Shape, *, size: int, sequence_length: int) -> int:
+    """Bytes per token: queries, keys, values; fused kernels a log-sum per head, the eager form the scores and every head's own keys and values."""
+    heads, sizes = shape.num_attention_heads, architecture.sizes(shape)
+    if architecture.family.attention == "eager":
+        scores = heads * sequence_length * (8 if size == 4 else 10)  # capped scores and probabilities; under autocast one of them twice
+        return size * 4 * sizes[Axis.QUERY] + scores
+    kept = size * (sizes[Axis.QUERY] + 2 * sizes[Axis.KEY_VALUE]) + 4 * heads
+    if any(len(weight.sides[0]) > 1 and Axis.QUERY in weight.sides[0] for weight in architecture.weights):
+        kept += size * (2 * sizes[Axis.QUERY] + sizes[Axis.KEY_VALUE])  # the values are a view of the fused output, which stays whole
+    return kept
 
 
 def _inference_activations(teacher: TeacherMemory, *, tokens: int) -> int:
