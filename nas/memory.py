@@ -7,7 +7,7 @@ The peak of a training step is the largest of its phases; what each holds follow
     backward   gradients grow while the kept activations shrink; with more than one micro-batch both are there whole
     step       gradients, and the moments of one weight where they are not kept as float32 on the device
 
-`fit_training` chooses among the settings that change no result (micro-batch, checkpointing, where the moments lie), and last bfloat16
+Training on stored signals has no teacher phase. `fit_training` chooses among the settings that change no result (micro-batch, checkpointing, where the moments lie), and last bfloat16
 moments, and says with all numbers why nothing fits. `tests/benchmarks/memory.py` prints the estimate beside measured peaks.
 Reads no device: compress/device.py does.
 """
@@ -27,7 +27,6 @@ Moments = Literal["float32", "offloaded", "bfloat16"]
 """The optimiser's state: float32 beside the weights; float32 in the host's memory, the same result for transfers of twice its size a step;
 bfloat16 beside the weights, half of it."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MEGABYTE = 1_000_000
 
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
 """Logits that the losses hold at once, in elements: a megabyte on the CPU, half a GiB on CUDA."""
@@ -36,6 +35,9 @@ MIN_CHUNK_TOKENS = 256
 time per token is flat from 64 to 1024 tokens per chunk (vocabularies of 512 to 32,000)."""
 _CHUNK_COPIES = 5
 """Float32 arrays of a chunk's size that the KL and its gradient hold at once: the logits and log-probabilities of both, and the probabilities."""
+_CPU_SLACK = 0.3
+"""Share of the activations that glibc's allocator holds on top of them, measured (tests/benchmarks/memory.py): it keeps freed blocks of up to
+32 MB, and fits later ones between them. With checkpointing it is told not to (compress/fitting.py)."""
 _EFFICIENT_TOKENS = {"cpu": 256, "cuda": 4096}
 """Tokens of a forward pass below which a device is no longer busy: checkpointing is dearer than smaller passes only above it."""
 _HEADROOM = 0.05
@@ -72,10 +74,12 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherMemory:
-    """A teacher that is run beside the student."""
+    """A teacher beside the student."""
 
     architecture: Architecture
     dtype: str
+    stored: bool = False
+    """Its final hidden states are read from disk: only its head is in memory."""
     num_shards: int = 1
     """Processes among which its layers are divided."""
 
@@ -117,6 +121,10 @@ class Capacity:
     def usable_bytes(self) -> int:
         return int(self.device_bytes * (1 - _HEADROOM))
 
+    @property
+    def usable_host_bytes(self) -> int:
+        return int(self.host_bytes * (1 - _HEADROOM))
+
 
 def training_memory(architecture: Architecture, shape: Shape, *, training: Training, teacher: TeacherMemory | None) -> Estimate:
     """The peak of a training step of a student of `shape`; `teacher` None: trained on stored signals or on the next token."""
@@ -135,7 +143,7 @@ def training_memory(architecture: Architecture, shape: Shape, *, training: Train
         case "offloaded":
             pass
     if teacher is not None:
-        always[f"teacher weights ({teacher.dtype})"] = _teacher_weights(teacher)
+        always[_teacher_part(teacher)] = _teacher_weights(teacher)
     phases = {
         name: always | parts
         for name, parts in _phases(
@@ -151,11 +159,28 @@ def inference_memory(teacher: TeacherMemory, *, tokens: int, device: str) -> Est
     """The peak of a forward pass that keeps nothing, logits in chunks."""
     chunk = _CHUNK_COPIES * 4 * chunk_tokens(vocab_size=teacher.architecture.vocab_size, device=device) * teacher.architecture.vocab_size
     parts = {
-        f"teacher weights ({teacher.dtype})": _teacher_weights(teacher),
+        _teacher_part(teacher): _teacher_weights(teacher),
         "teacher activations": _inference_activations(teacher, tokens=tokens),
         "a chunk of logits": chunk,
     }
     return Estimate(phase="teacher", device=parts, host={})
+
+
+def least_training_memory(architecture: Architecture, shape: Shape, *, wanted: Training, teacher: TeacherMemory | None) -> Estimate:
+    """The setting of `fit_training` that takes least of the device."""
+    settings = _settings(wanted, moments=get_args(Moments))
+    return min((training_memory(architecture, shape, training=setting, teacher=teacher) for setting in settings), key=lambda estimate: estimate.device_bytes)
+
+
+def state_bytes(architecture: Architecture, shape: Shape) -> int:
+    """A training checkpoint on disk: weights and two moments, float32."""
+    return 12 * count_parameters(architecture, shape).total
+
+
+def rung_disk(architecture: Architecture, shape: Shape) -> dict[str, int]:
+    """The most that a rung of a trial writes: trunk, branch, the one of them that replaces an older one, and the student."""
+    state = state_bytes(architecture, shape)
+    return {"trunk": state, "decay branch": state, "the next of one of them": state, "student": state // 3}
 
 
 def fit_training(
@@ -175,25 +200,27 @@ def fit_training(
     Raises:
         DoesNotFit: with the least that would be needed, by component.
     """
-    tried: Training | None = None
+    estimates = []
     for tried in _settings(wanted, moments=moments):
         estimate = training_memory(architecture, shape, training=tried, teacher=teacher)
-        if estimate.device_bytes <= capacity.usable_bytes and estimate.host_bytes <= capacity.host_bytes * (1 - _HEADROOM):
+        if estimate.device_bytes <= capacity.usable_bytes and estimate.host_bytes <= capacity.usable_host_bytes:
             return tried, estimate
-    assert tried is not None
-    least = min(
-        (training_memory(architecture, shape, training=one, teacher=teacher) for one in _settings(wanted, moments=moments)), key=lambda one: one.device_bytes
-    )
+        estimates.append(estimate)
+    least = min(estimates, key=lambda estimate: estimate.device_bytes)
     raise DoesNotFit(explain(least, capacity=capacity, what=f"training a student of {count_parameters(architecture, shape).total:,} parameters"))
 
 
 def explain(estimate: Estimate, *, capacity: Capacity, what: str) -> str:
     """The estimate as a table, beside what there is."""
-    lines = [f"{what}: expected at most {_gigabytes(capacity.usable_bytes)} on the {capacity.device} device, got {_gigabytes(estimate.device_bytes)}"]
-    lines += [f"  {name:<44} {_gigabytes(size):>12}" for name, size in estimate.device.items()]
+    told = f"{what}: expected at most {_gigabytes(capacity.usable_bytes)} on the {capacity.device} device, got {table(estimate.device)}"
     if estimate.host:
-        lines.append(f"and at most {_gigabytes(int(capacity.host_bytes * (1 - _HEADROOM)))} in the host's memory, got {_gigabytes(estimate.host_bytes)}")
-        lines += [f"  {name:<44} {_gigabytes(size):>12}" for name, size in estimate.host.items()]
+        told += f"\nand at most {_gigabytes(capacity.usable_host_bytes)} in the host's memory, got {table(estimate.host)}"
+    return told
+
+
+def table(parts: Mapping[str, int]) -> str:
+    """The sum, and a line for each component."""
+    lines = [_gigabytes(sum(parts.values()))] + [f"  {name:<44} {_gigabytes(size):>12}" for name, size in parts.items() if size]
     return "\n".join(lines)
 
 
@@ -247,7 +274,11 @@ def _phases(
         },
         "step": {"gradients": gradients, "moments on their way": moment_buffer},
     }
-    if teacher is not None:
+    if training.device == "cpu" and not training.checkpoint_activations:
+        for parts in phases.values():
+            if "activations" in parts:
+                parts["the allocator's slack"] = int(_CPU_SLACK * parts["activations"])
+    if teacher is not None and not teacher.stored:
         activations = _inference_activations(teacher, tokens=tokens)
         phases["teacher"] = {"gradients": gradients if accumulating else 0, "teacher activations": activations}
     return phases
@@ -291,8 +322,14 @@ def _inference_activations(teacher: TeacherMemory, *, tokens: int) -> int:
     return tokens * (size * (2 * shape.hidden_size + widest) + 4 * shape.hidden_size)
 
 
+def _teacher_part(teacher: TeacherMemory) -> str:
+    return f"teacher's head ({teacher.dtype})" if teacher.stored else f"teacher weights ({teacher.dtype})"
+
+
 def _teacher_weights(teacher: TeacherMemory) -> int:
     architecture = teacher.architecture
+    if teacher.stored:
+        return DTYPE_BYTES[teacher.dtype] * architecture.vocab_size * architecture.shape.hidden_size
     count = count_parameters(architecture, architecture.shape)
     layers = count.non_embedding
     # The embeddings stay whole on every process; one layer is gathered while the next is on its way.

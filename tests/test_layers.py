@@ -36,6 +36,7 @@ ROWS = (
     "nas.compress.held_out",
     "nas.compress.objective",
     "nas.compress.train_plan",
+    "nas.compress.fitting",
     "nas.compress.data_order",
     "nas.compress.heap",
     "nas.compress.train_state",

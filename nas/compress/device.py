@@ -10,6 +10,8 @@ import torch
 
 from nas.memory import Capacity
 
+_LIBRARIES = 400_000_000
+"""Anonymous memory of a process that has imported torch and transformers and holds nothing yet, in bytes."""
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -20,7 +22,7 @@ def capacity(device: str) -> Capacity:
         device: cpu, cuda or cuda:N. On CUDA a share set by `set_per_process_memory_fraction` holds.
     """
     kind = torch.device(device).type
-    host = available_memory() + _own_memory()
+    host = available_memory() + max(0, _own_memory() - _LIBRARIES)
     if kind != "cuda":
         return Capacity(device=kind, device_bytes=host, host_bytes=host)
     free, total = torch.cuda.mem_get_info(device)
