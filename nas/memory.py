@@ -7,8 +7,10 @@ The peak of a training step is the largest of its phases; what each holds follow
     backward   gradients grow while the kept activations shrink; with more than one micro-batch both are there whole
     step       gradients, and the moments of one weight where they are not kept as float32 on the device
 
-Training on stored signals has no teacher phase. `fit_training` chooses among the settings that change no result (micro-batch, checkpointing, where the moments lie), and last bfloat16
-moments, and says with all numbers why nothing fits. `tests/benchmarks/memory.py` prints the estimate beside measured peaks.
+Training on stored signals has no teacher phase.
+
+`fit_training` chooses among the settings that change no result (micro-batch, checkpointing, where the moments lie), and last bfloat16 moments, or
+says with all numbers why nothing fits. `tests/benchmarks/memory.py` prints the estimate beside measured peaks.
 Reads no device: compress/device.py does.
 """
 
@@ -177,6 +179,12 @@ def state_bytes(architecture: Architecture, shape: Shape) -> int:
     return 12 * count_parameters(architecture, shape).total
 
 
+def preparation_disk(architecture: Architecture, *, corrected: bool) -> dict[str, int]:
+    """What the prepare step leaves besides signals and blocks: the sorted teacher, and the corrected one with the checkpoint of its training."""
+    weights = 4 * count_parameters(architecture, architecture.shape).total
+    return {"sorted teacher": weights} | ({"corrected teacher": weights, "its checkpoints": 9 * weights} if corrected else {})
+
+
 def rung_disk(architecture: Architecture, shape: Shape) -> dict[str, int]:
     """The most that a rung of a trial writes: trunk, branch, the one of them that replaces an older one, and the student."""
     state = state_bytes(architecture, shape)
@@ -212,20 +220,24 @@ def fit_training(
 
 def explain(estimate: Estimate, *, capacity: Capacity, what: str) -> str:
     """The estimate as a table, beside what there is."""
-    told = f"{what}: expected at most {_gigabytes(capacity.usable_bytes)} on the {capacity.device} device, got {table(estimate.device)}"
+    told = f"{what}: expected at most {written(capacity.usable_bytes)} on the {capacity.device} device, got {table(estimate.device)}"
     if estimate.host:
-        told += f"\nand at most {_gigabytes(capacity.usable_host_bytes)} in the host's memory, got {table(estimate.host)}"
+        told += f"\nand at most {written(capacity.usable_host_bytes)} in the host's memory, got {table(estimate.host)}"
     return told
 
 
 def table(parts: Mapping[str, int]) -> str:
     """The sum, and a line for each component."""
-    lines = [_gigabytes(sum(parts.values()))] + [f"  {name:<44} {_gigabytes(size):>12}" for name, size in parts.items() if size]
+    lines = [written(sum(parts.values()))] + [f"  {name:<44} {written(size):>12}" for name, size in parts.items() if size]
     return "\n".join(lines)
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.3f} GB"
+def written(size: int) -> str:
+    """Bytes with a decimal unit."""
+    value, units = float(size), ["B", "kB", "MB", "GB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:,.3f} {units[0]}"
 
 
 def _settings(wanted: Training, *, moments: tuple[Moments, ...]) -> Iterator[Training]:

@@ -209,6 +209,9 @@ class DistillationSpec:
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward and backward passes; parameters and optimiser are float32."""
+    moments: Literal["auto", "float32", "offloaded", "bfloat16"] = "auto"
+    """Optimiser state: float32 on the device; offloaded to the host's memory, the same student; bfloat16, half of it, nearly the same student.
+    auto: the first of them that fits. Micro-batch and checkpointing are fitted to the device's memory in any case."""
     signals: Literal["auto", "exact", "top_k", "off"] = "auto"
     """The teacher's outputs, computed once and read by every trial. exact: final hidden states, the same student as with the teacher in the loop.
     top_k: its largest log-probabilities. auto: the first of these two that fits the disk. off: the teacher runs beside every student."""

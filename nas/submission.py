@@ -5,12 +5,13 @@ The API calls `check_submission` before it stores anything; the controller rebui
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem
 from nas.families import Architecture, read_architecture
+from nas.memory import TeacherMemory, Training, inference_memory, least_training_memory, preparation_disk, rung_disk, training_memory
 from nas.shape import Shape
 from nas.space import SearchSpace
 from nas.spec import SearchSpec
@@ -143,6 +144,42 @@ def _plan(spec: SearchSpec, *, space: SearchSpace) -> dict[str, Any]:
         "rung_tokens": rungs,
         "max_trials": trials,
         "max_distillation_tokens": trained * trials,
+        **_needs(spec, space=space, trials=trials),
+    }
+
+
+def _needs(spec: SearchSpec, *, space: SearchSpace, trials: int) -> dict[str, Any]:
+    """Memory of one trial of the largest student in view, as asked for and at the least, and the disk that the search fills, in bytes.
+
+    A worker compares with its own device before each step, and fits micro-batch, checkpointing and moments to it (compress/fitting.py).
+    """
+    architecture, settings = space.architecture, spec.distillation
+    shape = max((*space.anchors().values(), *spec.shapes), key=lambda shape: count_parameters(architecture, shape).total)
+    dtype = settings.dtype if spec.resources.gpus else "float32"
+    wanted = Training(
+        sequence_length=spec.corpus.sequence_length,
+        batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size or settings.batch_size,
+        dtype=dtype,
+        moments="float32" if settings.moments == "auto" else settings.moments,
+        device="cuda" if spec.resources.gpus else "cpu",
+    )
+    teacher = TeacherMemory(architecture=architecture, dtype=dtype, stored=settings.signals != "off")
+    preparing = inference_memory(replace(teacher, stored=False), tokens=wanted.micro_tokens, device=wanted.device)
+    disk = preparation_disk(architecture, corrected=spec.compression.teacher_correction_tokens > 0)
+    return {
+        "memory": {
+            "shape": shape.as_dict(),
+            "training": training_memory(architecture, shape, training=wanted, teacher=teacher).as_dict(),
+            "training_at_least": least_training_memory(architecture, shape, wanted=wanted, teacher=teacher).as_dict(),
+            "preparing": preparing.as_dict(),
+        },
+        "disk": {
+            "prepared_bytes": sum(disk.values()),
+            "max_signal_bytes": 0 if settings.signals == "off" else settings.max_signal_bytes,
+            "trial_bytes": sum(rung_disk(architecture, shape).values()),
+            "trials": trials,
+        },
     }
 
 

@@ -127,3 +127,13 @@ def test_the_inputs_are_a_snapshot_with_digests(submit: Callable[..., Submission
     inputs = submit().inputs
     assert {len(inputs["teacher"]["digest"]), *(len(entry["digest"]) for part in ("corpora", "tasks") for entry in inputs[part])} == {64}
     assert json.loads(json.dumps(inputs)) == inputs
+
+
+def test_the_plan_says_the_memory_and_the_disk_that_are_needed(submit: Callable[..., Submission]) -> None:
+    memory, disk = (submit().plan[name] for name in ("memory", "disk"))
+    assert memory["training"]["device_bytes"] == sum(memory["training"]["device"].values())
+    assert 0 < memory["training_at_least"]["device_bytes"] <= memory["training"]["device_bytes"]
+    parameters = count_parameters(read_architecture(submit().inputs["teacher"]["config"]), Shape.from_dict(memory["shape"])).total
+    assert disk["trial_bytes"] == 40 * parameters  # three states of 12 bytes a parameter, and the student
+    on_gpu = submit(resources={"gpus": 1}, distillation={"dtype": "bfloat16", "moments": "bfloat16"}).plan["memory"]["training"]
+    assert "optimiser state (bfloat16)" in on_gpu["device"]

@@ -48,7 +48,7 @@ class Outcome:
     succeeded: bool
     result: dict[str, Any] | None = None
     reason: str | None = None
-    """out_of_memory, diverged, stopped, worker_died, timeout, unavailable, corrupt_file, error."""
+    """out_of_memory, does_not_fit, diverged, stopped, worker_died, timeout, unavailable, corrupt_file, error."""
     message: str = ""
     retryable: bool = True
 
@@ -149,7 +149,7 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
 def _failure(error: BaseException) -> Outcome:
     """What an exception means for the search. What is deterministic is not tried again."""
     from nas.compress.distillation import Diverged, Stopped
-    from nas.errors import CorpusUnavailable, CorruptFile, InvalidSpec, TaskUnavailable, TeacherUnavailable
+    from nas.errors import CorpusUnavailable, CorruptFile, DoesNotFit, InvalidSpec, TaskUnavailable, TeacherUnavailable
     from nas.search.prepare import StoppedEarly
 
     message = f"{type(error).__name__}: {error}"
@@ -159,6 +159,8 @@ def _failure(error: BaseException) -> Outcome:
         return Outcome(succeeded=False, reason="diverged", message=message, retryable=False)
     if isinstance(error, (TeacherUnavailable, CorpusUnavailable, TaskUnavailable, InvalidSpec)):
         return Outcome(succeeded=False, reason="unavailable", message=message, retryable=False)
+    if isinstance(error, DoesNotFit):
+        return Outcome(succeeded=False, reason="does_not_fit", message=message, retryable=False)
     if isinstance(error, CorruptFile):
         return Outcome(succeeded=False, reason="corrupt_file", message=message)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):

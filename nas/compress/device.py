@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +40,8 @@ def available_memory() -> int:
 def free_disk(folder: Path) -> int:
     """Free bytes of the file system that will hold `folder`, which need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    disk = os.statvfs(existing)
+    return disk.f_bavail * disk.f_frsize
 
 
 def _own_memory() -> int:

@@ -16,7 +16,7 @@ from nas.compress.device import capacity, free_disk
 from nas.compress.train_plan import TrainPlan
 from nas.errors import DoesNotFit
 from nas.families import Architecture
-from nas.memory import Moments, TeacherMemory, Training, explain, fit_training, inference_memory, table
+from nas.memory import Moments, TeacherMemory, Training, explain, fit_training, inference_memory, table, written
 from nas.shape import Shape
 
 _RETURNED_BYTES = 2**18
@@ -55,11 +55,11 @@ def fit_plan(
     kinds = (moments,) if moments else get_args(Moments)
     fitting, estimate = fit_training(architecture, shape, wanted=wanted, teacher=teacher, capacity=capacity(device), moments=kinds)
     if fitting.checkpoint_activations and kind == "cpu":
-        _return_freed_memory()
+        return_freed_memory()
     fitted = replace(plan, micro_batch_size=fitting.micro_batch_size, checkpoint_activations=fitting.checkpoint_activations, moments=fitting.moments)
     logger.info(
-        "training takes %.3f GB: micro batch %d, %s moments%s",
-        estimate.device_bytes / 1e9,
+        "training takes %s: micro batch %d, %s moments%s",
+        written(estimate.device_bytes),
         fitted.micro_batch_size,
         fitted.moments,
         ", activations checkpointed" if fitted.checkpoint_activations else "",
@@ -68,16 +68,20 @@ def fit_plan(
     return fitted
 
 
-def check_teacher_fits(teacher: TeacherMemory, *, tokens: int, device: str) -> None:
+def check_teacher_fits(teacher: TeacherMemory, *, tokens: int, beside: Mapping[str, int], device: str) -> None:
     """Refuse a teacher whose forward pass over `tokens` at once does not fit.
+
+    Args:
+        beside: what else is on the device with it.
 
     Raises:
         DoesNotFit: with the numbers, and what else can be done.
     """
     there = capacity(device)
     estimate = inference_memory(teacher, tokens=tokens, device=there.device)
+    estimate = replace(estimate, device={**estimate.device, **beside})
     if estimate.device_bytes > there.usable_bytes:
-        advice = "a search runs its teacher on one device: choose a larger one or dtype bfloat16, or distil fully with `torchrun -m nas.cli distill`, which shards it"
+        advice = "a search runs its teacher on one device: take a larger one, or dtype bfloat16; `nas distill` under torchrun shards a teacher"
         raise DoesNotFit(f"{explain(estimate, capacity=there, what='the teacher')}\n{advice}")
 
 
@@ -89,7 +93,7 @@ def check_host_fits(parts: Mapping[str, int], *, what: str) -> None:
     """
     there = capacity("cpu")
     if sum(parts.values()) > there.usable_host_bytes:
-        raise DoesNotFit(f"{what}: expected at most {there.usable_host_bytes / 1e9:,.3f} GB of memory, got {table(parts)}")
+        raise DoesNotFit(f"{what}: expected at most {written(there.usable_host_bytes)} of memory, got {table(parts)}")
 
 
 def check_disk_fits(parts: Mapping[str, int], *, folder: Path, what: str) -> None:
@@ -100,10 +104,10 @@ def check_disk_fits(parts: Mapping[str, int], *, folder: Path, what: str) -> Non
     """
     free = free_disk(folder)
     if sum(parts.values()) > free:
-        raise DoesNotFit(f"{what}: expected at most {free / 1e9:,.3f} GB, free on the disk of {folder}, got {table(parts)}")
+        raise DoesNotFit(f"{what}: expected at most {written(free)}, free on the disk of {folder}, got {table(parts)}")
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Tell glibc to give freed blocks back at once; for this process, from now on.
 
     By default it keeps blocks of up to 32 MB, which with checkpointing held 2.7 times of what was in use. Training on a CPU becomes up to a third

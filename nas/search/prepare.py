@@ -24,14 +24,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nas.compress.corpus import Blocks, Part, build_blocks, check_corpus, load_blocks
 from nas.compress.correction import RATE_SHARE, Correction, correct_teacher, load_correction
+from nas.compress.fitting import check_disk_fits, check_host_fits, check_teacher_fits, fit_plan
 from nas.compress.importance import Importance, measure_importance
 from nas.compress.manifest import write_json
 from nas.compress.sorting import Sorting, layer_damage, load_sorting, make_order, save_sorted, select_layers, sort_teacher
 from nas.compress.teacher import check_teacher, load_model, load_tokenizer
+from nas.cost import weight_bytes
 from nas.errors import CorpusUnavailable, CorruptFile, NotFound, TeacherUnavailable
 from nas.evaluate.tasks import load_tasks, split_documents
 from nas.families import Architecture, read_architecture
 from nas.full_run import DEPTH_TOKENS
+from nas.memory import TeacherMemory, preparation_disk
 from nas.search.layout import BLOCKS, CORRECTED, PREPARED, SORTED, SPLITS, searched_depths
 from nas.search.shared import forget_shared, load_shared, teacher_dtype, teacher_folder
 from nas.search.trial import measure, train_plan
@@ -52,6 +55,7 @@ def prepare(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, device
 
     Raises:
         TeacherUnavailable, CorpusUnavailable, TaskUnavailable: what the search refers to cannot be used, or is no longer what was registered.
+        DoesNotFit: the teacher is too large for this machine; asked before it is loaded.
         StoppedEarly: asked to; what was finished stays.
     """
     steps = _Steps(report=report, should_stop=should_stop)
@@ -61,6 +65,7 @@ def prepare(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, device
         facts = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
         assert isinstance(facts, dict)
         return facts
+    _check_room(spec, inputs=inputs, folder=folder, device=device)
     folder.mkdir(parents=True, exist_ok=True)
     with steps.step("corpus"):
         blocks = _found(folder / BLOCKS, load=load_blocks) or _build_blocks(spec, inputs=inputs, folder=folder)
@@ -128,6 +133,21 @@ def _check_digests(inputs: Mapping[str, Any]) -> None:
             raise CorpusUnavailable(f"corpus {corpus['name']}: expected the digest {corpus['digest']}, with which it was registered, got {found}")
 
 
+def _check_room(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, device: str) -> None:
+    """The teacher on the device, its sorting in the host's memory, and what stays on disk besides the signals, which have a budget of their own."""
+    architecture = read_architecture(inputs["teacher"]["config"])
+    weights = weight_bytes(architecture, architecture.shape, bytes_per_element=4)
+    check_disk_fits(preparation_disk(architecture, corrected=spec.compression.teacher_correction_tokens > 0), folder=folder, what="the prepared folder")
+    check_host_fits({"teacher (float32)": weights, "its sorted copy": weights}, what="sorting the teacher")
+    forget_shared()  # another search's teacher may still fill the device
+    check_teacher_fits(
+        TeacherMemory(architecture=architecture, dtype=teacher_dtype(spec, device=device)),
+        tokens=(spec.distillation.micro_batch_size or spec.distillation.batch_size) * spec.corpus.sequence_length,
+        beside={"random weights, the other baseline (float32)": weights},
+        device=device,
+    )
+
+
 def _found(folder: Path, *, load: Callable[[Path], T]) -> T | None:
     """What an earlier attempt left whole; None where it has to be made."""
     try:
@@ -163,7 +183,16 @@ def _correct(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, block
     if (found := _found(folder / CORRECTED, load=load_correction)) is not None:
         return found
     forget_shared()  # another search's teacher may still fill the device
-    plan = train_plan(spec, tokens=tokens)
+    architecture, moments = read_architecture(inputs["teacher"]["config"]), spec.distillation.moments
+    plan = fit_plan(
+        train_plan(spec, tokens=tokens),
+        architecture=architecture,
+        shape=architecture.shape,
+        teacher=None,
+        sequence_length=spec.corpus.sequence_length,
+        device=device,
+        moments=None if moments == "auto" else moments,
+    )
     with steps.step("correction"):
         return correct_teacher(
             Path(inputs["teacher"]["path"]),

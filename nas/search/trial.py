@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nas.compress.distillation import Diverged, Progress, distil
+from nas.compress.fitting import check_disk_fits, fit_plan
 from nas.compress.held_out import evaluate_kl
 from nas.compress.manifest import save_tensors
 from nas.compress.slicing import build_student
@@ -26,9 +27,10 @@ from nas.compress.train_plan import TrainPlan
 from nas.compress.train_state import TrainState, load_trunk, sound_checkpoint
 from nas.errors import CorruptFile, NotFound, TaskUnavailable
 from nas.evaluate.scoring import MetricValue, TaskScore, score
+from nas.memory import TeacherMemory, rung_disk
 from nas.search.layout import PROBE, STUDENT, rung_folder
 from nas.search.results import Metric, RungResult
-from nas.search.shared import Shared, load_shared
+from nas.search.shared import Shared, load_shared, teacher_dtype
 from nas.shape import Shape
 from nas.spec import SearchSpec, objective_metrics
 
@@ -73,20 +75,22 @@ def run_rung(
         folder: the trial's own, the same for all its rungs and attempts.
     Raises:
         Diverged: the loss or a score is not finite. Stopped: asked to; the state is saved.
+        DoesNotFit: the memory or the disk is too small; nothing was trained.
     """
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     shared = load_shared(spec, inputs=inputs, prepared=prepared, device=device)
+    plan = None if rung == 0 else fitted_plan(spec, shared=shared, shape=shape, rung=rung, folder=folder, device=device)
     clock.lap("load")
     student = build_student(shared.sorting, shape, dtype="float32", device=device)
     clock.lap("slice")
     tokens = 0
-    if rung > 0:
+    if plan is not None:
         distilled = distil(
             student,
             objective=shared.objective(),
             blocks_NT=shared.blocks.train_NT,
-            plan=train_plan(spec, tokens=spec.rungs.tokens(rung)),
+            plan=plan,
             state=_trunk_below(folder, rung=rung),
             checkpoint=sound_checkpoint(rung_folder(folder, rung=rung)),
             report=report,
@@ -102,6 +106,25 @@ def run_rung(
         _save_student(student, shared=shared, folder=folder)
     clock.lap("save")
     return RungResult(**{**_fields(result), "seconds": seconds})
+
+
+def fitted_plan(spec: SearchSpec, *, shared: Shared, shape: Shape, rung: int, folder: Path, device: str) -> TrainPlan:
+    """The plan of a rung as it fits this machine.
+
+    Raises:
+        DoesNotFit: with the numbers.
+    """
+    architecture, moments = shared.sorting.architecture, spec.distillation.moments
+    check_disk_fits(rung_disk(architecture, shape), folder=folder, what=f"rung {rung}")
+    return fit_plan(
+        train_plan(spec, tokens=spec.rungs.tokens(rung)),
+        architecture=architecture,
+        shape=shape,
+        teacher=TeacherMemory(architecture=architecture, dtype=teacher_dtype(spec, device=device), stored=shared.signals.kind is not None),
+        sequence_length=spec.corpus.sequence_length,
+        device=device,
+        moments=None if moments == "auto" else moments,
+    )
 
 
 def _trunk_below(folder: Path, *, rung: int) -> TrainState | None:

@@ -103,7 +103,7 @@ def measure(case: Case) -> dict[str, Any]:
     torch.set_num_threads(1)
     _train(Case(name="warm-up", student={**HALF, "num_hidden_layers": 1, "vocab_size": 64}, teacher=None, batch_size=1, micro_batch_size=1))
     if case.checkpoint_activations:
-        fitting._return_freed_memory()  # as where it is chosen
+        fitting.return_freed_memory()  # as where it is chosen
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     _train(case)

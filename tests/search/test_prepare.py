@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from nas.compress import fitting
 from nas.compress import signals as signals_module
 from nas.compress.corpus import load_blocks
 from nas.compress.distillation import Stopped
-from nas.errors import CorpusUnavailable, InvalidSpec, TeacherUnavailable
+from nas.errors import CorpusUnavailable, DoesNotFit, InvalidSpec, TeacherUnavailable
+from nas.memory import Capacity
 from nas.search import prepare as prepare_module
 from nas.search import shared as shared_module
 from nas.search.layout import BLOCKS, CORRECTED, PREPARED, SIGNALS, SORTED, SPLITS, prepared_key
@@ -283,3 +285,11 @@ def test_the_key_changes_with_the_content_of_the_inputs(case: Case, part: str) -
 )
 def test_the_key_does_not_change_with_anything_else(case: Case, changes: dict[str, Any]) -> None:
     assert prepared_key(case.spec(**changes), inputs=case.inputs) == prepared_key(case.spec(), inputs=case.inputs)
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_it_is_loaded(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = {"cpu": 10**9, "cuda": 10**5}
+    monkeypatch.setattr(fitting, "capacity", lambda device: Capacity(device=device, device_bytes=room[device], host_bytes=10**9))
+    with pytest.raises(DoesNotFit, match=r"(?s)the teacher: .*teacher weights .*torchrun"):
+        prepare(case.spec(), inputs=case.inputs, folder=tmp_path / "new", device="cuda", report=lambda line: None, should_stop=lambda: False)
+    assert not (tmp_path / "new").exists()

@@ -15,9 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nas.compress import fitting
 from nas.compress.distillation import Diverged, Stopped
-from nas.errors import TaskUnavailable
+from nas.errors import DoesNotFit, TaskUnavailable
 from nas.evaluate.scoring import DocumentValues, MetricValue, TaskScore
+from nas.memory import Capacity
 from nas.search import shared as shared_module
 from nas.search.layout import PROBE, SIGNALS, STUDENT, clear_below
 from nas.search.prepare import prepare
@@ -236,3 +238,10 @@ def test_a_metric_without_documents_cannot_rank() -> None:
     values = DocumentValues(numerators=(1.0, 0.0), denominators=(1.0, 1.0), exponential=False)
     with pytest.raises(TaskUnavailable, match=r"metric of task task: expected a mean over documents \(metric\), got 'f1'"):
         paired_metric(a_score(values), name="f1")
+
+
+def test_a_rung_that_does_not_fit_is_refused_before_anything_is_trained(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "capacity", lambda device: Capacity(device="cpu", device_bytes=10**5, host_bytes=10**5))
+    with pytest.raises(DoesNotFit, match=r"(?s)training a student of .* parameters: expected at most .*gradients"):
+        case.run(tmp_path, rung=1)
+    assert list(tmp_path.iterdir()) == []
