@@ -32,7 +32,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
 """Logits that the losses hold at once, in elements: a megabyte on the CPU, half a GiB on CUDA."""
-MIN_CHUNK_TOKENS = 256
+MIN_CHUNK_TOKENS = 64
 """The head's gradient is read and written once per chunk, so a large vocabulary needs some tokens to pay for it. On a CPU the
 time per token is flat from 64 to 1024 tokens per chunk (vocabularies of 512 to 32,000)."""
 _CHUNK_COPIES = 5

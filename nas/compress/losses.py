@@ -15,14 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
-"""Logits held at once, in elements: a megabyte on the CPU, half a GiB on CUDA."""
-_MIN_CHUNK_TOKENS = 64
-"""The head's gradient is read and written once per chunk, so a large vocabulary needs some tokens to pay for it. On a CPU the
-time per token is flat from 64 to 1024 tokens per chunk (vocabularies of 512 to 32,000)."""
-
-LogitLoss = Literal["forward_kl", "reverse_kl", "js", "mse", "cosine"]
-"""Distances of the student's logits from the teacher's, as in arXiv 2407.14679, A.3."""
+from nas import memory
 
 Criterion = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 """(the tokens of a chunk, their student logits_CV in float32, which it may overwrite)
@@ -235,7 +228,6 @@ def _through_the_cap(head: Head, hidden_CD: Tensor, *, chunk: slice, criterion: 
 
 def token_chunks(num_tokens: int, *, head: Head, chunk_tokens: int | None) -> Iterator[slice]:
     """Slices of `chunk_tokens`; None: as many tokens as their logits' memory allows on the head's device."""
-    vocab_size = len(head.weight_VD)
-    size = chunk_tokens or max(_MIN_CHUNK_TOKENS, _CHUNK_ELEMENTS.get(head.weight_VD.device.type, _CHUNK_ELEMENTS["cpu"]) // vocab_size)
+    size = chunk_tokens or memory.chunk_tokens(vocab_size=len(head.weight_VD), device=head.weight_VD.device.type)
     for first in range(0, num_tokens, size):
         yield slice(first, min(num_tokens, first + size))
