@@ -39,7 +39,7 @@ _CHUNK_COPIES = 5
 """Float32 arrays of a chunk's size that the KL and its gradient hold at once: the logits and log-probabilities of both, and the probabilities."""
 _CPU_SLACK = 0.3
 """Share of the activations that glibc's allocator holds on top of them, measured (tests/benchmarks/memory.py): it keeps freed blocks of up to
-32 MB, and fits later ones between them. With checkpointing it is told not to (compress/fitting.py)."""
+32 MB, and fits later ones between them. With checkpointing it is told not to (compress/heap.py)."""
 _EFFICIENT_TOKENS = {"cpu": 256, "cuda": 4096}
 """Tokens of a forward pass below which a device is no longer busy: checkpointing is dearer than smaller passes only above it."""
 _HEADROOM = 0.05

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nas.compress.data_order import DataOrder
-from nas.compress.heap import keep_freed_memory
+from nas.compress.heap import keep_freed_memory, return_freed_memory
 from nas.compress.moments import ParkedOptimizer
 from nas.compress.objective import Objective
 from nas.compress.train_plan import TrainPlan
@@ -171,7 +171,7 @@ class _Run:
         self.device = next(iter(self.weights.values())).device
         self.optimizer = make_optimizer(self.weights, plan=plan)
         if self.device.type == "cpu":
-            keep_freed_memory()
+            (return_freed_memory if plan.checkpoint_activations else keep_freed_memory)()
         self.steps_between_looks = _STEPS_BETWEEN_LOOKS.get(self.device.type, 1)
         self.micro_batch_size = min(plan.batch_size, plan.micro_batch_size or plan.batch_size)
         self.steps_between_reports = max(1, plan.steps(self.sequence_length) // _MIN_REPORTS)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import platform
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +16,6 @@ from nas.errors import DoesNotFit
 from nas.families import Architecture
 from nas.memory import Moments, TeacherMemory, Training, explain, fit_training, inference_memory, table, written
 from nas.shape import Shape
-
-_RETURNED_BYTES = 2**18
-"""Blocks of this size and above go back to the system when they are freed."""
-_M_MMAP_THRESHOLD = -3
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +48,6 @@ def fit_plan(
     )
     kinds = (moments,) if moments else get_args(Moments)
     fitting, estimate = fit_training(architecture, shape, wanted=wanted, teacher=teacher, capacity=capacity(device), moments=kinds)
-    if fitting.checkpoint_activations and kind == "cpu":
-        return_freed_memory()
     fitted = replace(plan, micro_batch_size=fitting.micro_batch_size, checkpoint_activations=fitting.checkpoint_activations, moments=fitting.moments)
     logger.info(
         "training takes %s: micro batch %d, %s moments%s",
@@ -105,13 +97,3 @@ def check_disk_fits(parts: Mapping[str, int], *, folder: Path, what: str) -> Non
     free = free_disk(folder)
     if sum(parts.values()) > free:
         raise DoesNotFit(f"{what}: expected at most {written(free)}, free on the disk of {folder}, got {table(parts)}")
-
-
-def return_freed_memory() -> None:
-    """Tell glibc to give freed blocks back at once; for this process, from now on.
-
-    By default it keeps blocks of up to 32 MB, which with checkpointing held 2.7 times of what was in use. Training on a CPU becomes up to a third
-    slower by it (LOG.md): only where memory is short.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES)

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from nas import memory
 
+LogitLoss = Literal["forward_kl", "reverse_kl", "js", "mse", "cosine"]
+"""Distances of the student's logits from the teacher's, as in arXiv 2407.14679, A.3."""
+
 Criterion = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 """(the tokens of a chunk, their student logits_CV in float32, which it may overwrite)
 -> (the sum of the chunk's losses, its derivative by those logits: grad_CV, float32)."""

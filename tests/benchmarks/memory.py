@@ -20,7 +20,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nas.compress import fitting
 from nas.compress.distillation import distil
 from nas.compress.objective import NextToken, TeacherLogits
 from nas.compress.train_plan import TrainPlan
@@ -102,8 +101,6 @@ def measure(case: Case) -> dict[str, Any]:
     """Estimate and measured peak, bytes."""
     torch.set_num_threads(1)
     _train(Case(name="warm-up", student={**HALF, "num_hidden_layers": 1, "vocab_size": 64}, teacher=None, batch_size=1, micro_batch_size=1))
-    if case.checkpoint_activations:
-        fitting.return_freed_memory()  # as where it is chosen
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     _train(case)

@@ -20,7 +20,6 @@ TEACHER = TeacherMemory(architecture=LLAMA, dtype="float32")
 def room(monkeypatch: pytest.MonkeyPatch):
     def give(size: float) -> None:
         monkeypatch.setattr(fitting, "capacity", lambda device: Capacity(device="cpu", device_bytes=int(size), host_bytes=int(size)))
-        monkeypatch.setattr(fitting, "return_freed_memory", lambda: None)
 
     return give
 
