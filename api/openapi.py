@@ -66,7 +66,7 @@ SUBMIT_EXAMPLES: dict[str, dict[str, Any]] = {
             "sampler": {"name": "auto", "max_trials": 48},
             "controls": {"anchors": True, "num_random": 4},
             "rungs": {"first_tokens": 50000000, "factor": 4, "num_trained": 3},
-            "distillation": {"learning_rate": 0.0001, "batch_size": 64, "micro_batch_size": 4, "dtype": "bfloat16"},
+            "distillation": {"batch_size": 64, "micro_batch_size": 4, "dtype": "bfloat16"},
             "resources": {"cpus": 8, "gpus": 1, "max_parallel_trials": 8},
             "seed": 1,
         },

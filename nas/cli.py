@@ -396,13 +396,11 @@ def prune(
 def distill(
     corpus: Annotated[list[str], typer.Option(help="Text to distil on; repeat for a mixture, in the order of the recipe's corpora and with their weights.")],
     out_folder: Annotated[Path, typer.Option("--out", help="Folder of the result; plain transformers loads it.")],
-    recipe: Annotated[
-        Path | None, typer.Argument(help="recipe.json of a bundle, or the bundle's folder; without one, --student, --tokens and --learning-rate.")
-    ] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="recipe.json of a bundle, or the bundle's folder; without one, --student and --tokens.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Folder, or Hugging Face id; default: the one that the bundle brings, if it was corrected.")] = None,
     student: Annotated[Path | None, typer.Option(help="Checkpoint to start from; default: the bundle's.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's; without either it follows the loss.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences per step, instead of the recipe's; 16 without one.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=8, help="Tokens per sequence, instead of the recipe's; 512 without one.")] = None,
     validation_tokens: Annotated[int | None, typer.Option(min=16, help="Held-out tokens, instead of the recipe's; 32,768 without one.")] = None,
@@ -425,8 +423,8 @@ def distill(
         overrides = {"tokens": tokens, "learning_rate": learning_rate, "batch_size": batch_size}
         plan = Recipe.read(path, **overrides, sequence_length=sequence_length, validation_tokens=validation_tokens)
         inputs, student = RecipeInputs.read(path), student or path.parent
-    elif student is None or tokens is None or learning_rate is None:
-        missing = [name for name, value in (("--student", student), ("--tokens", tokens), ("--learning-rate", learning_rate)) if value is None]
+    elif student is None or tokens is None:
+        missing = [name for name, value in (("--student", student), ("--tokens", tokens)) if value is None]
         raise InvalidSpec(Problem(field="recipe", expected=f"a recipe, or {', '.join(missing)} as well", got="none"))
     else:
         plan = Recipe(

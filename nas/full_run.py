@@ -25,7 +25,7 @@ from nas.compress.objective import TeacherLogits
 from nas.compress.slicing import build_student, kept_indices
 from nas.compress.sorting import layer_damage, load_sorting, make_order, save_sorted, select_layers, sort_teacher
 from nas.compress.teacher import Teacher, check_teacher, load_model, load_tokenizer, write_checkpoint
-from nas.compress.train_plan import TrainPlan
+from nas.compress.train_plan import TrainPlan, trunk_rate
 from nas.compress.train_state import sound_checkpoint
 from nas.errors import Conflict, CorruptFile, InvalidSpec, NotFound, Problem
 from nas.shape import Shape
@@ -46,9 +46,10 @@ class Recipe:
     """How to distil a student; a bundle's `recipe.json` is one."""
 
     tokens: int
-    learning_rate: float
     batch_size: int
     sequence_length: int
+    learning_rate: float | None = None
+    """Constant along the trunk; None: follows the loss (`trunk_rate`)."""
     warmup_tokens: int = 0
     decay_share: float = 0.2
     """The last share of the tokens, over which the rate falls linearly to zero."""
@@ -68,6 +69,7 @@ class Recipe:
             Problem(field=name, expected=f"a number in {interval}", got=repr(value))
             for name, (interval, holds) in _NUMBERS.items()
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, (int, float)) or not holds(value)
+            if not (value is None and name == "learning_rate")
         ]
         if self.micro_batch_size is not None and (not isinstance(self.micro_batch_size, int) or self.micro_batch_size < 1):
             problems.append(Problem(field="micro_batch_size", expected="null or an integer of at least 1", got=repr(self.micro_batch_size)))
@@ -102,7 +104,7 @@ class Recipe:
 _INTEGERS = {"tokens": 1, "batch_size": 1, "sequence_length": 8, "warmup_tokens": 0, "validation_tokens": 1, "seed": 0}
 """Least value of every integer of a recipe."""
 _NUMBERS: Mapping[str, tuple[str, Callable[[float], bool]]] = {
-    "learning_rate": ("(0, 1]", lambda value: 0 < value <= 1),
+    "learning_rate": ("(0, 1] or null", lambda value: 0 < value <= 1),
     "decay_share": ("[0, 1)", lambda value: 0 <= value < 1),
     "weight_decay": ("[0, 10]", lambda value: 0 <= value <= 10),
 }
@@ -213,7 +215,7 @@ def distil_fully(
         model,
         objective=TeacherLogits(teacher_model),
         blocks_NT=blocks.train_NT,
-        plan=_train_plan(recipe),
+        plan=_train_plan(recipe, teacher=checked_teacher),
         checkpoint=sound_checkpoint(work / CHECKPOINT),
         report=report,
         should_stop=should_stop,
@@ -305,10 +307,12 @@ def _blocks(recipe: Recipe, *, corpora: Sequence[tuple[Corpus, float]], teacher:
         )
 
 
-def _train_plan(recipe: Recipe) -> TrainPlan:
+def _train_plan(recipe: Recipe, *, teacher: Teacher) -> TrainPlan:
+    learning_rate, rate_follows_loss = trunk_rate(recipe.learning_rate, teacher_hidden_size=teacher.architecture.shape.hidden_size)
     return TrainPlan(
         tokens=recipe.tokens,
-        learning_rate=recipe.learning_rate,
+        learning_rate=learning_rate,
+        rate_follows_loss=rate_follows_loss,
         batch_size=recipe.batch_size,
         warmup_tokens=recipe.warmup_tokens,
         decay_tokens=int(recipe.tokens * recipe.decay_share),

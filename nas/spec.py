@@ -196,8 +196,9 @@ class CompressionSpec:
 class DistillationSpec:
     """The short distillation of the rungs: forward KL on the logits, temperature 1, no cross-entropy (arXiv 2407.14679, A.3)."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
-    """Peak rate, constant along the trunk (Minitron: 1e-4 at 8B; small models want 1e-3 and more)."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Constant along the trunk (Minitron: 1e-4 at 8B, where small models want 1e-3 and more). None: 0.02 / sqrt(the teacher's hidden size), times
+    the root of the running KL in nats; near the best constant rate of every shape and size that was measured (LOG.md)."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     """Sequences per step."""
     micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
@@ -295,12 +296,13 @@ class SearchSpec:
 SPEC_ADAPTER: TypeAdapter[SearchSpec] = TypeAdapter(SearchSpec)
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # arXiv 2407.14679: (L2, mean) importance, every feasible shape within 5 % of the budget to the same tokens, plain slicing.
+    # arXiv 2407.14679: (L2, mean) importance, every feasible shape within 5 % of the budget to the same tokens, plain slicing, its rate.
     "minitron": {
         "budget": {"min_use": 0.95},
         "sampler": {"name": "enumerate", "max_trials": 100_000},
         "controls": {"anchors": False},
         "compression": {"importance": "l2_mean", "depth": "block_influence"},
+        "distillation": {"learning_rate": 1e-4},
         "rungs": {"num_trained": 1, "keep_untrained": 1.0},
     }
 }

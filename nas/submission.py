@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from nas.compress.train_plan import trunk_rate
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem
 from nas.families import Architecture, read_architecture
@@ -31,7 +32,7 @@ class Submission:
     inputs: dict[str, Any]
     """Snapshot of the registered teacher, corpora and tasks (name, digest, place), so that a later change of the registry changes nothing."""
     plan: dict[str, Any]
-    """Legal shapes, budget, teacher parameters, anchors, tokens per rung and at most in all."""
+    """Legal shapes, budget, teacher parameters, anchors, learning rate, tokens per rung and at most in all."""
 
 
 def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
@@ -131,6 +132,7 @@ def _plan(spec: SearchSpec, *, space: SearchSpace) -> dict[str, Any]:
     rungs = [spec.rungs.tokens(rung) for rung in range(spec.rungs.num_trained + 1)]
     searched = max(min(spec.sampler.max_trials, space.count() + len(anchors) + len(spec.shapes)), len(anchors) + len(spec.shapes))
     trials = searched + spec.controls.num_random
+    learning_rate, rate_follows_loss = trunk_rate(spec.distillation.learning_rate, teacher_hidden_size=architecture.shape.hidden_size)
     trained = sum(spec.trained_tokens(rung) for rung in range(len(rungs)))
     return {
         "teacher_parameters": teacher.total,
@@ -142,6 +144,8 @@ def _plan(spec: SearchSpec, *, space: SearchSpace) -> dict[str, Any]:
         "legal_shapes": space.count(),
         "anchors": {name: _described(architecture, shape) for name, shape in anchors.items()},
         "rung_tokens": rungs,
+        "learning_rate": learning_rate,
+        "rate_follows_loss": rate_follows_loss,
         "max_trials": trials,
         "max_distillation_tokens": trained * trials,
         **_needs(spec, space=space, trials=trials),

@@ -239,7 +239,7 @@ LEAST = {"tokens": 1, "learning_rate": 0.1, "batch_size": 1, "sequence_length": 
         ({"distillation": {"tokens": 1, "batch_size": 1, "learning_rate": 0.1}}, "distillation.sequence_length: expected a value, got nothing"),
         ({"distillation": {**LEAST, "tokens": "many"}}, "tokens: expected an integer of at least 1, got 'many'"),
         ({"distillation": {**LEAST, "tokens": True}}, "tokens: expected an integer of at least 1, got True"),
-        ({"distillation": {**LEAST, "learning_rate": None}}, "learning_rate: expected a number in"),
+        ({"distillation": {**LEAST, "learning_rate": 0}}, "learning_rate: expected a number in"),
         ({"distillation": {**LEAST, "decay_share": 1.0}}, "decay_share: expected a number in"),
         ({"distillation": {**LEAST, "validation_tokens": 15}}, "validation_tokens: expected at least two blocks of sequence_length=8, .*, got 15"),
         ({"distillation": {**LEAST, "dtype": "float16"}}, "dtype: expected float32 or bfloat16, got 'float16'"),

@@ -49,7 +49,7 @@ specs = st.builds(
     sampler=st.builds(SamplerSpec, name=st.sampled_from(["auto", "gp", "enumerate"]), max_trials=st.integers(1, 100_000)),
     rungs=st.builds(RungSpec, keep=st.floats(0.01, 1.0), factor=st.integers(2, 64)),
     compression=st.builds(CompressionSpec, importance=st.sampled_from(["energy", "l2_mean"])),
-    distillation=st.builds(DistillationSpec, learning_rate=st.floats(1e-9, 1.0), micro_batch_size=st.none() | st.integers(1, 64)),
+    distillation=st.builds(DistillationSpec, learning_rate=st.none() | st.floats(1e-9, 1.0), micro_batch_size=st.none() | st.integers(1, 64)),
 )
 
 

@@ -180,6 +180,7 @@ class _Run:
         """loss_norm_2 of the last steps, on the device."""
         self.unreported: list[float] = []
         self.recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self.running_loss = torch.zeros((), device=self.device)
         self.untrained_loss: float | None = None
         self.reported_at = self.saved_at = time.monotonic()
         self.saved: tuple[str, int] | None = None
@@ -280,10 +281,19 @@ class _Run:
                 logger.warning("out of memory: micro batch halved to %d", self.micro_batch_size, extra={"action": "halve_micro_batch"})
             torch.cuda.empty_cache()  # outside the handler, where the failed pass is no longer referenced by the traceback
         norm = nn.utils.clip_grad_norm_(self.weights.values(), self.plan.max_grad_norm)
+        rate = self._rate(loss)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate(self.step, sequence_length=self.sequence_length)
+            group["lr"] = rate
         self.optimizer.step()
         return torch.stack((loss, norm))
+
+    def _rate(self, loss: Tensor) -> float | Tensor:
+        """Of this step, whose mean loss over the whole batch is `loss`; on the device where it follows the loss, so that the host need not wait."""
+        rate = self.plan.rate(self.step, sequence_length=self.sequence_length)
+        if not self.plan.rate_follows_loss:
+            return rate
+        self.running_loss.lerp_(loss, 1 / min(self.step + 1, _RECENT_STEPS))
+        return rate * self.running_loss.clamp_min(0).sqrt()
 
     def _accumulate_gradients(self, tokens_BT: Tensor, *, rows_B: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -308,7 +318,7 @@ class _Run:
                 step=self.step,
                 tokens=self._tokens(self.step),
                 loss=sum(self.unreported) / len(self.unreported),
-                learning_rate=self.optimizer.param_groups[0]["lr"],
+                learning_rate=float(self.optimizer.param_groups[0]["lr"]),
                 tokens_per_second=self._tokens(len(self.unreported)) / max(1e-9, now - self.reported_at),
             )
         )
@@ -323,6 +333,7 @@ class _Run:
         return TrainState(step=self.step, tensors=tensors, recipe=self.recipe, recent_losses=tuple(self.recent), untrained_loss=self.untrained_loss)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield "running_loss", self.running_loss
         for name, weight in self.weights.items():
             for key, tensor in {"weight": weight, **self.optimizer.state[weight]}.items():
                 yield f"{key}/{name}", tensor.detach()
@@ -348,9 +359,8 @@ class _Run:
         for key in sorted(self.recipe.keys() - ignore):
             if self.recipe[key] != state.recipe.get(key):
                 raise Conflict(f"{key}: expected {state.recipe.get(key)!r}, with which the state was made, got {self.recipe[key]!r}")
-        for name, weight in self.weights.items():
-            for key, tensor in {"weight": weight, **self.optimizer.state[weight]}.items():
-                tensor.copy_(state.tensors[f"{key}/{name}"])
+        for name, tensor in self._tensors():
+            tensor.copy_(state.tensors[name])
         self.step = state.step
         self.recent = deque(state.recent_losses, maxlen=_RECENT_STEPS)
         self.untrained_loss = state.untrained_loss

@@ -1,7 +1,7 @@
 """How long, how fast and in which batches a student is trained: plain numbers, and the learning rate of every step.
 
-A run of N tokens is a *trunk* at a constant learning rate (after a short warm-up) and then a *decay branch*: the last `decay_tokens`, over which
-the rate falls to zero. All counts are whole steps of `batch_size` blocks: steps = ceil(tokens / (batch_size * T)).
+A run of N tokens is a *trunk* at a constant learning rate (after a short warm-up), or at one that follows the loss, and then a *decay branch*: the
+last `decay_tokens`, over which the rate falls to zero. All counts are whole steps of `batch_size` blocks: steps = ceil(tokens / (batch_size * T)).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Literal
 
 from nas.memory import Moments
 
+_AUTOMATIC_RATE = 0.02
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainPlan:
@@ -20,7 +22,9 @@ class TrainPlan:
     tokens: int
     """Seen by the student at the end, trunk and decay branch together; rounded up to whole steps."""
     learning_rate: float
-    """Of the trunk. Small models on short runs: 1.5e-3 to 2e-3 at 256 to 512 tokens per step (measured on a 260K-parameter teacher)."""
+    """Of the trunk; with `rate_follows_loss`, where the loss is one nat per token."""
+    rate_follows_loss: bool = False
+    """The trunk's rate is `learning_rate` times the root of the running loss. For forward KL alone, which is zero where nothing is left to learn."""
     batch_size: int
     """Blocks per step."""
     warmup_tokens: int = 0
@@ -29,7 +33,8 @@ class TrainPlan:
     """The last tokens of `tokens`, over which the rate falls linearly to zero."""
     weight_decay: float = 0.0
     """Of matrices only, not of norms and biases."""
-    beta1: float = 0.9
+    beta1: float = 0.6
+    """Below AdamW's usual 0.9: in short runs the gradients of ten steps ago belong to other weights (LOG.md)."""
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -63,8 +68,21 @@ class TrainPlan:
         return math.ceil(self.warmup_tokens / (self.batch_size * sequence_length))
 
     def rate(self, step: int, *, sequence_length: int) -> float:
-        """Learning rate of the step with this index (from 0)."""
+        """Learning rate of the step with this index (from 0), where it does not follow the loss."""
         total, trunk = self.steps(sequence_length), self.trunk_steps(sequence_length)
         rising = min(1.0, (step + 1) / (self.warmup_steps(sequence_length) + 1))
         falling = 1.0 if step < trunk else (total - step) / (total - trunk + 1)
         return self.learning_rate * rising * falling
+
+
+def trunk_rate(learning_rate: float | None, *, teacher_hidden_size: int) -> tuple[float, bool]:
+    """A plan's (`learning_rate`, `rate_follows_loss`) from what a user said: a constant rate, or None for the automatic one.
+
+    The automatic rate is 0.02 / sqrt(hidden size) times the root of the running KL. Near the teacher KL is quadratic in the weights' error, so its
+    root is how far they have to go; trained matrices have entries of about 1 / sqrt(hidden size), so a step is the same share of them at every width.
+    One constant is then within 4 % (KL) of the best rate of deep and of shallow cuts, at 12,500 to 200,000 tokens, of teachers 64 and 192 wide
+    (LOG.md); at 0.3 nats and 4096 to 6144 channels it gives 1.7e-4 to 1.4e-4, where Minitron has 1e-4 to 2e-4 (arXiv 2407.14679, 2408.11796).
+    """
+    if learning_rate is not None:
+        return learning_rate, False
+    return _AUTOMATIC_RATE / math.sqrt(teacher_hidden_size), True

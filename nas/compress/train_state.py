@@ -22,7 +22,7 @@ class TrainState:
 
     step: int
     tensors: dict[str, Tensor]
-    """`weight/NAME`, and `KEY/NAME` for every KEY of the optimizer's state of that weight (AdamW: step, exp_avg, exp_avg_sq); on the CPU.
+    """`running_loss`; `weight/NAME`, and `KEY/NAME` for every KEY of the optimizer's state of that weight (AdamW: step, exp_avg, exp_avg_sq); on the CPU.
     What an objective learns beside the student is called `objective.NAME`."""
     recipe: dict[str, Any]
     """The plan, the blocks' shape and the objective that made it: a run with another recipe must not go on from it."""

@@ -153,7 +153,7 @@ def _search(client: Client, *, parallel: int) -> str:
         "controls": {"anchors": True, "num_random": NUM_CONTROLS},
         "rungs": {"first_tokens": SEARCH_TOKENS, "factor": 2, "num_trained": 3},
         "evaluation": {"documents_per_task": 150, "held_out_documents": 250, "batch_size": 64, "latency_prompt_tokens": 64, "latency_new_tokens": 16},
-        "distillation": {"learning_rate": 2e-3, "batch_size": 4, "warmup_tokens": 2_000, "decay_share": 0.3},
+        "distillation": {"batch_size": 4},
         "resources": {"cpus": 1.0, "max_parallel_trials": parallel},
         "seed": SEED,
     }

@@ -31,6 +31,7 @@ PLAN = TrainPlan(
     warmup_tokens=50_000,
     decay_tokens=450_000,
     weight_decay=0.1,
+    beta1=0.9,
     beta2=0.98,
     seed=SEED,
 )

@@ -185,7 +185,7 @@ def _correct(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, block
     forget_shared()  # another search's teacher may still fill the device
     architecture, moments = read_architecture(inputs["teacher"]["config"]), spec.distillation.moments
     plan = fit_plan(
-        train_plan(spec, tokens=tokens),
+        train_plan(spec, teacher=architecture.shape, tokens=tokens),
         architecture=architecture,
         shape=architecture.shape,
         teacher=None,
@@ -200,7 +200,7 @@ def _correct(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, block
             config=inputs["teacher"]["config"],
             train_NT=blocks.train_NT,
             validation_NT=blocks.validation_NT,
-            plan=replace(plan, learning_rate=RATE_SHARE * plan.learning_rate),
+            plan=replace(plan, learning_rate=RATE_SHARE * plan.learning_rate, rate_follows_loss=False),
             out=folder / CORRECTED,
             device=device,
             report=lambda progress: steps.progress(progress.tokens, tokens),

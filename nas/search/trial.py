@@ -23,7 +23,7 @@ from nas.compress.held_out import evaluate_kl
 from nas.compress.manifest import save_tensors
 from nas.compress.slicing import build_student
 from nas.compress.teacher import write_checkpoint
-from nas.compress.train_plan import TrainPlan
+from nas.compress.train_plan import TrainPlan, trunk_rate
 from nas.compress.train_state import TrainState, load_trunk, sound_checkpoint
 from nas.errors import CorruptFile, NotFound, TaskUnavailable
 from nas.evaluate.scoring import MetricValue, TaskScore, score
@@ -40,12 +40,14 @@ PROBE_TOKENS = 64
 logger = logging.getLogger(__name__)
 
 
-def train_plan(spec: SearchSpec, *, tokens: int) -> TrainPlan:
-    """The plan of a rung: a constant trunk and a decay branch over the last share of its tokens."""
+def train_plan(spec: SearchSpec, *, teacher: Shape, tokens: int) -> TrainPlan:
+    """The plan of a rung: a trunk and a decay branch over the last share of its tokens."""
     settings = spec.distillation
+    learning_rate, rate_follows_loss = trunk_rate(settings.learning_rate, teacher_hidden_size=teacher.hidden_size)
     return TrainPlan(
         tokens=tokens,
-        learning_rate=settings.learning_rate,
+        learning_rate=learning_rate,
+        rate_follows_loss=rate_follows_loss,
         batch_size=settings.batch_size,
         warmup_tokens=settings.warmup_tokens,
         decay_tokens=int(tokens * settings.decay_share),
@@ -117,7 +119,7 @@ def fitted_plan(spec: SearchSpec, *, shared: Shared, shape: Shape, rung: int, fo
     architecture, moments = shared.sorting.architecture, spec.distillation.moments
     check_disk_fits(rung_disk(architecture, shape), folder=folder, what=f"rung {rung}")
     return fit_plan(
-        train_plan(spec, tokens=spec.rungs.tokens(rung)),
+        train_plan(spec, teacher=architecture.shape, tokens=spec.rungs.tokens(rung)),
         architecture=architecture,
         shape=shape,
         teacher=TeacherMemory(architecture=architecture, dtype=teacher_dtype(spec, device=device), stored=shared.signals.kind is not None),

@@ -60,7 +60,7 @@ class Method:
     """The student before training, from (subject, shape, seed)."""
     distilled: bool = True
     """Else it learns the next token, without a teacher."""
-    plan: Mapping[str, Any] = field(default_factory=lambda: {"warmup_tokens": 2_000})
+    plan: Mapping[str, Any] = field(default_factory=lambda: {"warmup_tokens": 2_000, "beta1": 0.9})
     """Of the TrainPlan, beside length, rate, batch and seed."""
 
 
@@ -79,8 +79,8 @@ def _random(initializer_range: float) -> Callable[[Subject, Shape, int], nn.Modu
 METHODS: dict[str, Method] = {
     "plain": Method(choices="ours", build=_sliced),
     "minitron": Method(choices="minitron", build=_sliced),
-    "scratch": Method(choices="ours", build=_random(0.02), distilled=False, plan={"warmup_tokens": 50_000}),
-    "scratch-wide": Method(choices="ours", build=_random(0.1), distilled=False, plan={"warmup_tokens": 50_000}),
+    "scratch": Method(choices="ours", build=_random(0.02), distilled=False, plan={"warmup_tokens": 50_000, "beta1": 0.9}),
+    "scratch-wide": Method(choices="ours", build=_random(0.1), distilled=False, plan={"warmup_tokens": 50_000, "beta1": 0.9}),
 }
 """plain: sliced, with our importance and depth. minitron: sliced, with the published importance and depth. Both: forward KL, AdamW.
 scratch: the shape with random weights of the family's usual spread, and of a wider one, on the text alone."""

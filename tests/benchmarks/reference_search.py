@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +38,8 @@ from tests.benchmarks.reference import PAIR_CONFIGS, reference_folder, write_tas
 from tests.benchmarks.service import bench_settings, run_search, serving
 
 console = Console(width=220)
+
+_SCRATCH_RATE = 1.5e-3
 
 
 def main() -> None:
@@ -78,7 +81,7 @@ def _spec(arguments: argparse.Namespace) -> dict[str, Any]:
         "controls": {"num_random": arguments.controls},
         "rungs": {"first_tokens": arguments.first_tokens, "factor": 2, "num_trained": 3},
         "evaluation": {"documents_per_task": 150, "batch_size": 64},
-        "distillation": {"learning_rate": 1.5e-3, "batch_size": 4, "warmup_tokens": 2_000, "decay_share": 0.3},
+        "distillation": {"batch_size": 4},
         "resources": {"cpus": 1.0, "max_parallel_trials": arguments.cores},
         "seed": arguments.seed,
     }
@@ -105,7 +108,8 @@ def _scratch(settings: Settings, *, search_id: str, shape: Shape) -> dict[str, d
     spec = parse_spec(json.dumps(search.spec))
     prepared = settings.prepared_folder / prepared_key(spec, inputs=search.inputs)
     shared = load_shared(spec, inputs=search.inputs, prepared=prepared, device="cpu")
-    plan = train_plan(spec, tokens=spec.rungs.tokens(spec.rungs.num_trained))
+    plan = train_plan(spec, teacher=shared.sorting.architecture.shape, tokens=spec.rungs.tokens(spec.rungs.num_trained))
+    plan = replace(plan, learning_rate=_SCRATCH_RATE, rate_follows_loss=False)
     results = {}
     for name, objective in (("scratch, distilled", TeacherLogits(shared.teacher)), ("scratch, cross-entropy", NextToken())):
         config = build_student(shared.sorting, shape, dtype="float32", device="cpu").config.to_dict()

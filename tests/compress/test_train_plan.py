@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.compress.train_plan import TrainPlan
+from nas.compress.train_plan import TrainPlan, trunk_rate
 from tests.compress.training_values import SEQUENCE_LENGTH, plan
 
 
@@ -40,3 +40,14 @@ def test_rates_rise_stay_and_fall_within_the_steps(tokens: int, decay_share: flo
 def test_an_impossible_plan_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan(**changes)
+
+
+def test_a_rate_that_is_given_stays_constant() -> None:
+    assert trunk_rate(3e-3, teacher_hidden_size=64) == (3e-3, False)
+
+
+@pytest.mark.parametrize(("hidden_size", "published"), [(4096, 1e-4), (5120, 1e-4), (6144, 2e-4)])
+def test_the_automatic_rate_is_within_a_factor_of_two_of_the_published_ones(hidden_size: int, published: float) -> None:
+    rate, follows = trunk_rate(None, teacher_hidden_size=hidden_size)
+    assert follows
+    assert published / 2 < rate * math.sqrt(0.3) < published * 2
