@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nas.compress.corpus import Blocks, Corpus, Part, build_blocks, check_corpus, load_blocks
+from nas.compress.depth import DepthMethod, choose_layers
 from nas.compress.distillation import Diverged, Progress, distil
 from nas.compress.held_out import HeldOut, evaluate_kl
-from nas.compress.importance import measure_importance
+from nas.compress.importance import Method, measure_importance
 from nas.compress.manifest import write_json
 from nas.compress.objective import TeacherLogits
 from nas.compress.slicing import build_student, kept_indices
-from nas.compress.sorting import layer_damage, load_sorting, make_order, save_sorted, select_layers, sort_teacher
+from nas.compress.sorting import load_sorting, make_order, save_sorted, sort_teacher
 from nas.compress.teacher import Teacher, check_teacher, load_model, load_tokenizer, write_checkpoint
 from nas.compress.train_plan import TrainPlan, trunk_rate
 from nas.compress.train_state import sound_checkpoint
@@ -37,8 +38,6 @@ RUN = "run.json"
 CHECKPOINT = "checkpoint"
 SUMMARY, PRUNING = "distillation.json", "pruning.json"
 """What a finished run leaves in its folder."""
-DEPTH_TOKENS = 16_384
-"""Calibration tokens that order layer sets: each of many sets is a pass over them, and a difference worth acting on shows in far fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,7 +331,8 @@ def prune_teacher(
     device: str,
     sequence_length: int = 512,
     calibration_tokens: int = 131_072,
-    importance: Literal["energy", "l2_mean"] = "energy",
+    importance: Method = "energy",
+    depth: DepthMethod = "bridged_damage",
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -349,6 +349,7 @@ def prune_teacher(
         "shape": shape.as_dict(),
         "digests": {"teacher": checked.digest, "corpus": checked_corpus.digest},
         "importance": importance,
+        "depth": depth,
         "sequence_length": sequence_length,
         "calibration_tokens": calibration_tokens,
         "seed": seed,
@@ -359,11 +360,7 @@ def prune_teacher(
         checked.path, corpus=checked_corpus, sequence_length=sequence_length, calibration_tokens=calibration_tokens, seed=seed, folder=work / "blocks"
     )
     measured = measure_importance(model, blocks_BT=blocks_BT, method=importance, batch_size=batch_size)
-    layers = select_layers(
-        num_hidden_layers=checked.architecture.shape.num_hidden_layers,
-        depths=[shape.num_hidden_layers],
-        damage=layer_damage(model, blocks_BT=blocks_BT[: max(1, DEPTH_TOKENS // sequence_length)], batch_size=batch_size),
-    )
+    layers = choose_layers(model, method=depth, importance=measured, depths=[shape.num_hidden_layers], blocks_BT=blocks_BT, batch_size=batch_size)
     order = make_order(measured, shape=checked.architecture.shape)
     state = sort_teacher(model, order=order, architecture=checked.architecture)
     save_sorted(work / "sorted", state=state, order=order, importance=measured, config=checked.config, layers=layers, tokenizer_from=checked.path)

@@ -29,6 +29,7 @@ ROWS = (
     "nas.compress.corpus",
     "nas.compress.importance",
     "nas.compress.losses",
+    "nas.compress.depth",
     "nas.compress.sorting",
     "nas.compress.slicing",
     "nas.compress.teacher_outputs",

@@ -21,7 +21,7 @@ from nas.compress.teacher import checkpoint_sources, checkpoint_weights
 from nas.errors import InvalidSpec, Problem, TeacherUnavailable
 from nas.families import Architecture, Axis, Source, read_architecture
 
-Method = Literal["energy", "l2_mean"]
+Method = Literal["energy", "l2_mean", "mean_mean", "second_moment"]
 
 _TINY = torch.finfo(torch.float32).tiny
 """A token of zeros has no energy to share."""
@@ -51,6 +51,7 @@ def measure_importance(model: PreTrainedModel, *, blocks_BT: Tensor, method: Met
     weights that read it. What nobody reads, and what is silent, scores 0. On the hidden axis every source counts the same.
     `l2_mean` is Minitron's (L2, mean), arXiv 2407.14679, 2.2: mean over the sequence of |activation|, L2 over the batch;
     hidden channels at the norms' outputs (the stream itself where a family reads it raw) summed, heads by the L2 norm of their attention output.
+    `mean_mean` is the same with the mean over the batch (its table 13 has both). `second_moment` is the mean square, readers left out.
 
     Args:
         model: in evaluation mode.
@@ -189,7 +190,18 @@ def _energy(model: PreTrainedModel, architecture: Architecture, sums: _Sums, num
     return _collect(architecture, sums, num_tokens, hidden=hidden, neurons=neurons, heads=heads)
 
 
-def _l2_mean(model: PreTrainedModel, architecture: Architecture, sums: _Sums, num_tokens: int) -> Importance:
+def _as_summed(model: PreTrainedModel, architecture: Architecture, sums: _Sums, num_tokens: int) -> Importance:
+    return _collect(
+        architecture,
+        sums,
+        num_tokens,
+        hidden=lambda source: sums.get("hidden", source.readers[0]) / num_tokens,
+        neurons=lambda name: sums.get("neurons", name) / num_tokens,
+        heads=lambda name: sums.get("heads", name) / num_tokens,
+    )
+
+
+def _root(model: PreTrainedModel, architecture: Architecture, sums: _Sums, num_tokens: int) -> Importance:
     return _collect(
         architecture,
         sums,
@@ -238,16 +250,22 @@ def _head_gram(activation_BTHE: Tensor) -> Tensor:
     return torch.einsum("bthe,bthf->hef", activation_BTHE, activation_BTHE)
 
 
+def _absolute_sum(activation_BTX: Tensor) -> Tensor:
+    return activation_BTX.abs().sum((0, 1))
+
+
 def _mean_then_square(activation_BTX: Tensor) -> Tensor:
     return activation_BTX.abs().mean(1).square().sum(0)
 
 
+def _of_norms(statistic: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A head is as large as its output is long."""
+    return lambda activation_BTHE: statistic(activation_BTHE.norm(dim=-1))
+
+
 _METHODS: Mapping[str, _Statistics] = {
     "energy": _Statistics(hidden=_square_sum, neurons=_square_sum, heads=_head_gram, finish=_energy),
-    "l2_mean": _Statistics(
-        hidden=_mean_then_square,
-        neurons=_mean_then_square,
-        heads=lambda activation_BTHE: _mean_then_square(activation_BTHE.norm(dim=-1)),
-        finish=_l2_mean,
-    ),
+    "l2_mean": _Statistics(hidden=_mean_then_square, neurons=_mean_then_square, heads=_of_norms(_mean_then_square), finish=_root),
+    "mean_mean": _Statistics(hidden=_absolute_sum, neurons=_absolute_sum, heads=_of_norms(_absolute_sum), finish=_as_summed),
+    "second_moment": _Statistics(hidden=_square_sum, neurons=_square_sum, heads=_of_norms(_square_sum), finish=_as_summed),
 }

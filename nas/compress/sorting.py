@@ -1,7 +1,7 @@
-"""Permute a teacher so that every axis runs from most to least important, decide which layers each depth keeps, store both.
+"""Permute a teacher so that every axis runs from most to least important, and store it with the layers that each depth keeps.
 
 The sorted teacher computes the same function; any width is then a prefix of every axis (slicing.py). Heads stay a
-rectangle of KV group x query per group. Layers are not permuted: depth is a list of kept indices per depth.
+rectangle of KV group x query per group. Layers are not permuted: depth is a list of kept indices per depth (depth.py).
 
 Shapes: B batch, T tokens, D hidden, F intermediate, H query heads, K key/value heads, G query heads per KV head, L layers, V vocabulary.
 """
@@ -9,20 +9,16 @@ Shapes: B batch, T tokens, D hidden, F intermediate, H query heads, K key/value 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from nas.compress.importance import Importance, layer_modules
-from nas.compress.losses import Head, final_hidden, forward_kl, head_of, token_chunks
+from nas.compress.importance import Importance
 from nas.compress.manifest import file_digest, load_tensors, save_tensors
 from nas.compress.teacher import CONFIG_FILE, WEIGHTS_FILE, checkpoint_weights, write_checkpoint
 from nas.errors import CorruptFile
@@ -90,76 +86,6 @@ def sort_teacher(model: PreTrainedModel, *, order: Order, architecture: Architec
                 tensor = tensor.index_select(dim, index)
         state[name] = tensor.contiguous()
     return state
-
-
-def select_layers(
-    *,
-    num_hidden_layers: int,
-    depths: Sequence[int],
-    damage: Callable[[tuple[int, ...]], float],
-    report: Callable[[int, int], None] | None = None,
-) -> dict[int, tuple[int, ...]]:
-    """For every depth the layers to keep: the smallest damage among all contiguous cuts and a greedy one.
-
-    Independent scores per layer pick scattered layers and do badly, contiguous blocks alone miss scattered redundancy
-    (arXiv 2408.11796 measures both); so both kinds are candidates and are measured as a whole. The greedy set removes the
-    least damaging layer from the previous greedy set. Ties go to the first: cuts from the lowest layer up, then greedy.
-
-    Args:
-        depths: 1..num_hidden_layers; the full depth keeps all and is not measured.
-        damage: of the model that keeps just these layers; smaller is better; asked once per set. NaN counts as the worst.
-        report: told (sets measured, most sets that can be) after each measurement.
-    """
-    measured: dict[tuple[int, ...], float] = {}
-    shallowest = min(depths, default=num_hidden_layers)
-    most = sum(depth + 1 for depth in set(depths) if depth < num_hidden_layers) + sum(depth + 1 for depth in range(shallowest, num_hidden_layers))
-
-    def measure(kept: tuple[int, ...]) -> float:
-        if kept not in measured:
-            value = damage(kept)
-            measured[kept] = math.inf if math.isnan(value) else value
-            if report is not None:
-                report(len(measured), most)
-        return measured[kept]
-
-    selected = {}
-    greedy = everything = tuple(range(num_hidden_layers))
-    for depth in range(num_hidden_layers, shallowest - 1, -1):
-        if depth < num_hidden_layers:
-            greedy = min((greedy[:index] + greedy[index + 1 :] for index in range(len(greedy))), key=measure)
-        if depth in depths:
-            removed = num_hidden_layers - depth
-            cuts = [everything[:start] + everything[start + removed :] for start in range(depth + 1)] if removed else []
-            selected[depth] = min([*cuts, greedy], key=measure) if removed else everything
-    return selected
-
-
-def layer_damage(model: PreTrainedModel, *, blocks_BT: Tensor, batch_size: int) -> Callable[[tuple[int, ...]], float]:
-    """A function kept layers -> mean KL(teacher || teacher with only those layers) per token, in nats.
-
-    The teacher's last hidden states are kept in memory (tokens x hidden); its log-probabilities are made from them chunk
-    by chunk, as tokens x vocabulary rarely fits. Not for concurrent use: it takes layers out of `model` for the moment.
-
-    Args:
-        model: in evaluation mode.
-        blocks_BT: token ids without padding.
-    """
-    architecture = read_architecture(model.config.to_dict())
-    batches = [batch_BT.to(model.device) for batch_BT in torch.split(blocks_BT, batch_size)]
-    head = head_of(model)
-
-    with torch.inference_mode():
-        teacher_ND = [final_hidden(model, batch_BT) for batch_BT in batches]
-
-    @torch.inference_mode()
-    def damage(kept: tuple[int, ...]) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=model.device)
-        with _only_layers(model, kept=kept, architecture=architecture):
-            for batch_BT, expected_ND in zip(batches, teacher_ND, strict=True):
-                total += _divergence(expected_ND, final_hidden(model, batch_BT), head=head)
-        return float(total) / blocks_BT.numel()
-
-    return damage
 
 
 def save_sorted(
@@ -244,31 +170,3 @@ def _sorted_energy(importance: Importance, *, order: Order, architecture: Archit
             assert index is not None, f"{name}: no order of {weight.sides[0]}"
             energy[name] = importance.norm_energy[name][index]
     return energy
-
-
-@contextmanager
-def _only_layers(model: PreTrainedModel, *, kept: tuple[int, ...], architecture: Architecture) -> Iterator[None]:
-    """The model with only these layers, for as long as the context lasts; its config's lists follow, as forward reads them by position."""
-    assert all(before < after for before, after in pairwise(kept)), f"layers must be ascending, got {kept}"
-    names = layer_modules(architecture)
-    parent_name, _, attribute = names[0].rpartition(".")[0].rpartition(".")
-    parent = model.get_submodule(parent_name)
-    layers = getattr(parent, attribute)
-    lists = {key: getattr(model.config, key) for key in architecture.family.layer_lists}
-    setattr(parent, attribute, nn.ModuleList([model.get_submodule(names[layer]) for layer in kept]))
-    for key, values in lists.items():
-        setattr(model.config, key, [values[layer] for layer in kept])
-    try:
-        yield
-    finally:
-        setattr(parent, attribute, layers)
-        for key, values in lists.items():
-            setattr(model.config, key, values)
-
-
-def _divergence(teacher_ND: Tensor, student_ND: Tensor, *, head: Head) -> Tensor:
-    """Sum over the tokens of KL(teacher || student) of the next-token distributions, float64."""
-    total = torch.zeros((), dtype=torch.float64, device=teacher_ND.device)
-    for chunk in token_chunks(len(teacher_ND), head=head, chunk_tokens=None):
-        total += forward_kl(head.logits(student_ND[chunk]), head.logits(teacher_ND[chunk])).sum(dtype=torch.float64)
-    return total

@@ -19,21 +19,20 @@ from random import Random
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nas.compress.corpus import Blocks, Part, build_blocks, check_corpus, load_blocks
 from nas.compress.correction import RATE_SHARE, Correction, correct_teacher, load_correction
+from nas.compress.depth import choose_layers
 from nas.compress.fitting import check_disk_fits, check_host_fits, check_teacher_fits, fit_plan
-from nas.compress.importance import Importance, measure_importance
+from nas.compress.importance import measure_importance
 from nas.compress.manifest import write_json
-from nas.compress.sorting import Sorting, layer_damage, load_sorting, make_order, save_sorted, select_layers, sort_teacher
+from nas.compress.sorting import Sorting, load_sorting, make_order, save_sorted, sort_teacher
 from nas.compress.teacher import check_teacher, load_model, load_tokenizer
 from nas.cost import weight_bytes
 from nas.errors import CorpusUnavailable, CorruptFile, NotFound, TeacherUnavailable
 from nas.evaluate.tasks import load_tasks, split_documents
 from nas.families import Architecture, read_architecture
-from nas.full_run import DEPTH_TOKENS
 from nas.memory import TeacherMemory, preparation_disk
 from nas.search.layout import BLOCKS, CORRECTED, PREPARED, SORTED, SPLITS, searched_depths
 from nas.search.shared import forget_shared, load_shared, teacher_dtype, teacher_folder
@@ -219,8 +218,14 @@ def _sort(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, blocks: 
         importance = measure_importance(teacher, blocks_BT=blocks.calibration_NT, method=spec.compression.importance, batch_size=batch_size)
         order = make_order(importance, architecture.shape)
     with steps.step("depth"):
-        layers = _select_depths(
-            spec, inputs=inputs, teacher=teacher, importance=importance, blocks_BT=blocks.calibration_NT, batch_size=batch_size, report=steps.progress
+        layers = choose_layers(
+            teacher,
+            method=spec.compression.depth,
+            importance=importance,
+            depths=searched_depths(spec, inputs=inputs),
+            blocks_BT=blocks.calibration_NT,
+            batch_size=batch_size,
+            report=steps.progress,
         )
     del teacher
     with steps.step("sort"):
@@ -274,24 +279,3 @@ def _held_out(documents: Sequence[int], *, spec: SearchSpec) -> list[int]:
     """The held-out documents that are scored: all, or as many as the spec asks for, drawn by its seed."""
     limit = spec.evaluation.held_out_documents
     return list(documents) if limit is None or limit >= len(documents) else sorted(Random(spec.seed).sample(documents, limit))
-
-
-def _select_depths(
-    spec: SearchSpec,
-    *,
-    inputs: Mapping[str, Any],
-    teacher: PreTrainedModel,
-    importance: Importance,
-    blocks_BT: Tensor,
-    batch_size: int,
-    report: Callable[[int, int], None],
-) -> dict[int, tuple[int, ...]]:
-    """For every depth of the space the layers that stay."""
-    num_hidden_layers = inputs["teacher"]["config"]["num_hidden_layers"]
-    depths = searched_depths(spec, inputs=inputs)
-    if spec.compression.depth == "block_influence":
-        ranked = torch.argsort(importance.block_influence_L, descending=True, stable=True).tolist()
-        return {depth: tuple(sorted(ranked[:depth])) for depth in depths}
-    few_BT = blocks_BT[: max(1, DEPTH_TOKENS // blocks_BT.shape[1])]
-    damage = layer_damage(teacher, blocks_BT=few_BT, batch_size=batch_size)
-    return select_layers(num_hidden_layers=num_hidden_layers, depths=depths, damage=damage, report=report)

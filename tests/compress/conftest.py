@@ -14,8 +14,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from nas.compress.depth import layer_damage, select_layers
 from nas.compress.importance import Method, measure_importance
-from nas.compress.sorting import Sorting, layer_damage, load_sorting, make_order, save_sorted, select_layers, sort_teacher
+from nas.compress.sorting import Sorting, load_sorting, make_order, save_sorted, sort_teacher
 from nas.compress.teacher import check_teacher
 
 VOCAB_SIZE = 61

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nas.compress.depth import bridged_damage, layer_damage
 from nas.compress.slicing import build_student, slice_student
-from nas.compress.sorting import Sorting, layer_damage
+from nas.compress.sorting import Sorting
 from nas.compress.teacher import check_teacher, load_model, write_checkpoint
 from nas.cost import count_parameters
 from nas.errors import TeacherUnavailable
@@ -204,6 +205,9 @@ def test_the_damage_of_a_cut_is_the_divergence_of_the_model_that_it_leaves(
     before = teacher.config.to_dict()
 
     assert layer_damage(teacher, blocks_BT=tokens_BT, batch_size=4)((0, 2)) == pytest.approx(divergence, rel=1e-3)
+    bridged = bridged_damage(teacher, blocks_BT=random_tokens(rows=32, seed=4), batch_size=8)
+    assert bridged((0, 1, 2)) == 0
+    assert 0 < bridged((0, 2)) < math.inf
     assert teacher.config.to_dict() == before
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from nas.compress.importance import Importance, measure_importance
+from nas.compress.importance import Importance, Method, measure_importance
 from nas.errors import InvalidSpec, TeacherUnavailable
 from tests.compress.family_models import random_model
+
+METHODS = get_args(Method)
 
 
 def record(model: LlamaForCausalLM, tokens_BT: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -95,6 +97,31 @@ def test_l2_mean_is_the_l2_norm_over_the_batch_of_the_mean_over_the_sequence(mod
         torch.testing.assert_close(importance.heads_LH[index].float(), attention_BTHE.norm(dim=-1).mean(1).norm(dim=0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("method", "power"), [("mean_mean", 1), ("second_moment", 2)])
+def test_the_other_scores_are_means_over_all_tokens(model: LlamaForCausalLM, random_tokens: Callable[..., Tensor], method: Any, power: int) -> None:
+    tokens_BT = random_tokens(rows=4)
+    seen = record(model, tokens_BT)
+    importance = measure_importance(model, blocks_BT=tokens_BT, method=method, batch_size=3)
+    hidden_D = sum(seen[name][1].abs().pow(power).mean((0, 1)) for name in readers(model))
+    torch.testing.assert_close(importance.hidden_D.float(), hidden_D, rtol=1e-4, atol=1e-6)
+    for index in range(model.config.num_hidden_layers):
+        neurons_F = seen[f"model.layers.{index}.mlp.down_proj"][0].abs().pow(power).mean((0, 1))
+        torch.testing.assert_close(importance.neurons_LF[index].float(), neurons_F, rtol=1e-4, atol=1e-6)
+        heads_BTHE = seen[f"model.layers.{index}.self_attn.o_proj"][0].unflatten(-1, (-1, model.config.head_dim))
+        torch.testing.assert_close(importance.heads_LH[index].float(), heads_BTHE.norm(dim=-1).pow(power).mean((0, 1)), rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_over_the_batch_and_its_l2_norm_differ_where_sequences_do(
+    random_llama: Callable[..., LlamaForCausalLM], random_tokens: Callable[..., Tensor]
+) -> None:
+    """A control: with one sequence they are the same order, with several they are not the same scores."""
+    model, tokens_BT = random_llama(), random_tokens(rows=4)
+    l2, mean = (measure_importance(model, blocks_BT=tokens_BT, method=method, batch_size=4).neurons_LF for method in ("l2_mean", "mean_mean"))
+    single = [measure_importance(model, blocks_BT=tokens_BT[:1], method=method, batch_size=1).neurons_LF for method in ("l2_mean", "mean_mean")]
+    torch.testing.assert_close(single[0] / single[0].sum(), single[1] / single[1].sum())
+    assert not torch.allclose(l2 / l2.sum(), mean / mean.sum(), rtol=1e-4)
+
+
 def test_norm_energy_is_the_mean_share_of_each_channel(model: LlamaForCausalLM, random_tokens: Callable[..., Tensor]) -> None:
     tokens_BT = random_tokens(rows=4)
     seen = record(model, tokens_BT)
@@ -116,7 +143,7 @@ def test_block_influence_is_one_minus_the_cosine_across_the_layer(model: LlamaFo
         assert float(importance.block_influence_L[index]) == pytest.approx(float(expected), abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["energy", "l2_mean"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_batch_size_does_not_change_the_scores(random_llama: Callable[..., LlamaForCausalLM], random_tokens: Callable[..., Tensor], method: Any) -> None:
     model, tokens_BT = random_llama(), random_tokens(rows=7)
     whole, parts = (measure_importance(model, blocks_BT=tokens_BT, method=method, batch_size=size) for size in (7, 3))
@@ -146,7 +173,7 @@ def test_no_hook_is_left_behind(random_llama: Callable[..., LlamaForCausalLM], r
 
 
 def test_an_unknown_method_is_refused(random_llama: Callable[..., LlamaForCausalLM], random_tokens: Callable[..., Tensor]) -> None:
-    with pytest.raises(InvalidSpec, match="importance: expected energy or l2_mean, got 'magnitude'"):
+    with pytest.raises(InvalidSpec, match="importance: expected energy or l2_mean or mean_mean or second_moment, got 'magnitude'"):
         measure_importance(random_llama(), blocks_BT=random_tokens(rows=1), method="magnitude", batch_size=1)  # type: ignore[arg-type]
 
 

@@ -1,22 +1,18 @@
-"""A sorted teacher is the same function; the layers that stay are those whose loss costs least."""
+"""A sorted teacher is the same function, and its files are those that were written."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from nas.compress.importance import Importance
-from nas.compress.sorting import Sorting, layer_damage, load_sorting, make_order, select_layers
+from nas.compress.sorting import Sorting, load_sorting, make_order
 from nas.errors import CorruptFile, NotFound
 from nas.shape import Shape
 
@@ -79,103 +75,6 @@ def test_a_flipped_bit_is_noticed(random_llama: Callable[..., LlamaForCausalLM],
     (folder / "sorting.json").unlink()
     with pytest.raises(NotFound):
         load_sorting(folder)
-
-
-def additive(cost_L: list[float]) -> Callable[[tuple[int, ...]], float]:
-    return lambda kept: sum(cost for layer, cost in enumerate(cost_L) if layer not in kept)
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=7))
-@settings(max_examples=40, deadline=None)
-def test_with_additive_damage_the_cheapest_layers_go(cost_L: list[int]) -> None:
-    num_layers = len(cost_L)
-    selected = select_layers(num_hidden_layers=num_layers, depths=range(1, num_layers + 1), damage=additive(list(map(float, cost_L))))
-    for depth, kept in selected.items():
-        assert len(kept) == depth
-        assert list(kept) == sorted(set(kept))
-        assert additive(list(map(float, cost_L)))(kept) == sum(sorted(cost_L)[: num_layers - depth])
-
-
-def test_a_block_that_only_goes_together_is_found() -> None:
-    def damage(kept: tuple[int, ...]) -> float:
-        return 0.0 if kept == (0, 1, 5) else float(6 - len(kept)) + 0.1 * (0 not in kept)
-
-    assert select_layers(num_hidden_layers=6, depths=[3], damage=damage) == {3: (0, 1, 5)}
-
-
-def test_the_full_depth_is_not_measured_and_no_set_is_measured_twice() -> None:
-    asked: list[tuple[int, ...]] = []
-    told: list[tuple[int, int]] = []
-
-    def damage(kept: tuple[int, ...]) -> float:
-        asked.append(kept)
-        return additive([5, 0, 3, 0, 4])(kept)
-
-    selected = select_layers(num_hidden_layers=5, depths=[5, 3, 2], damage=damage, report=lambda done, most: told.append((done, most)))
-    assert selected == {5: (0, 1, 2, 3, 4), 3: (0, 2, 4), 2: (0, 4)}
-    assert len(asked) == len(set(asked)) == len(told)
-    assert tuple(range(5)) not in asked
-    assert [done for done, _ in told] == list(range(1, len(asked) + 1))
-    assert len(asked) <= told[0][1]
-    assert select_layers(num_hidden_layers=5, depths=[5], damage=damage) == {5: (0, 1, 2, 3, 4)}
-
-
-def test_a_tie_goes_to_the_first_and_nan_is_the_worst() -> None:
-    assert select_layers(num_hidden_layers=4, depths=[2], damage=lambda kept: 1.0) == {2: (2, 3)}
-    assert select_layers(num_hidden_layers=4, depths=[3], damage=lambda kept: 1.0 if 2 not in kept else math.nan) == {3: (0, 1, 3)}
-
-
-def plain_divergence(teacher_BTV: Tensor, student_BTV: Tensor) -> float:
-    teacher, student = teacher_BTV.double().log_softmax(-1), student_BTV.double().log_softmax(-1)
-    return float((teacher.exp() * (teacher - student)).sum(-1).mean())
-
-
-def test_damage_is_the_mean_divergence_from_the_teacher(
-    model: LlamaForCausalLM, random_llama: Callable[..., LlamaForCausalLM], random_tokens: Callable[..., Tensor]
-) -> None:
-    tokens_BT = random_tokens(rows=5)
-    damage = layer_damage(model, blocks_BT=tokens_BT, batch_size=2)
-    assert damage((0, 1, 2)) == 0
-    with torch.no_grad():
-        teacher_BTV = model(tokens_BT).logits
-        for kept in [*combinations(range(3), 2), (1,)]:
-            shallow = random_llama(**{**model.config.to_dict(), "num_hidden_layers": len(kept)})
-            state = {name: tensor for name, tensor in model.state_dict().items() if "layers." not in name}
-            for new, old in enumerate(kept):
-                state |= {f"model.layers.{new}.{name}": tensor for name, tensor in model.model.layers[old].state_dict().items()}
-            shallow.load_state_dict(state)
-            assert damage(kept) == pytest.approx(plain_divergence(teacher_BTV, shallow(tokens_BT).logits), rel=1e-4)
-
-
-def test_measuring_damage_leaves_the_model_as_it_was(random_llama: Callable[..., LlamaForCausalLM], random_tokens: Callable[..., Tensor]) -> None:
-    model = random_llama()
-    layers = model.model.layers
-    damage = layer_damage(model, blocks_BT=random_tokens(rows=2), batch_size=2)
-    damage((0, 2))
-    assert model.model.layers is layers
-
-    def fail(module: nn.Module, inputs: object) -> None:
-        raise MemoryError
-
-    handle = model.model.norm.register_forward_pre_hook(fail)
-    with pytest.raises(MemoryError):
-        damage((0,))
-    handle.remove()
-    assert model.model.layers is layers
-    assert damage((0, 1, 2)) == 0
-
-
-def test_scattered_identity_layers_are_found(random_llama: Callable[..., LlamaForCausalLM], random_tokens: Callable[..., Tensor]) -> None:
-    model = random_llama(num_hidden_layers=7)
-    with torch.no_grad():
-        for layer in (1, 3, 6):
-            model.model.layers[layer].self_attn.o_proj.weight.zero_()
-            model.model.layers[layer].mlp.down_proj.weight.zero_()
-    damage = layer_damage(model, blocks_BT=random_tokens(rows=4), batch_size=4)
-    first, again = (select_layers(num_hidden_layers=7, depths=[4, 6], damage=damage) for _ in range(2))
-    assert first[4] == (0, 2, 4, 5)
-    assert first[6] == (0, 2, 3, 4, 5, 6)
-    assert first == again
 
 
 def test_a_sorting_can_be_moved(sorting: Sorting, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from nas.compress import depth as depth_module
 from nas.compress import fitting
 from nas.compress import signals as signals_module
 from nas.compress.corpus import load_blocks
@@ -42,7 +43,7 @@ class Case:
     values: Callable[..., dict[str, Any]]
 
     def spec(self, **changes: Any) -> Any:
-        return parse_spec(json.dumps(self.values(**{"compression": {"depth": "damage"}, **changes})))
+        return parse_spec(json.dumps(self.values(**{"compression": {"depth": "bridged_damage"}, **changes})))
 
     def prepare(self, folder: Path, *, inputs: dict[str, Any] | None = None, stop_at: str | None = None) -> dict[str, Any]:
         lines: list[dict[str, Any]] = []
@@ -63,7 +64,7 @@ def case(tmp_path_factory: pytest.TempPathFactory, register_tiny: Callable[..., 
     settings = Settings.from_environment({"NAS_DATA": str(folder)})
     store = Store.open(settings.database_url, migrate=True)
     register_tiny(store=store, settings=settings)
-    spec = parse_spec(json.dumps(tiny_spec(compression={"depth": "damage"})))
+    spec = parse_spec(json.dumps(tiny_spec(compression={"depth": "bridged_damage"})))
     inputs = check_submission(spec, store=store).inputs
     store.close()
     lines: list[dict[str, Any]] = []
@@ -224,14 +225,14 @@ def test_a_corpus_that_was_changed_since_it_was_registered_is_refused(case: Case
 
 def test_layers_are_selected_on_few_tokens_and_report_how_far_they_are(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
-    real = prepare_module.layer_damage
+    real = depth_module.bridged_damage
 
     def recorded(model: Any, *, blocks_BT: Any, batch_size: int) -> Any:
         used.append(blocks_BT.numel())
         return real(model, blocks_BT=blocks_BT, batch_size=batch_size)
 
-    monkeypatch.setattr(prepare_module, "layer_damage", recorded)
-    monkeypatch.setattr(prepare_module, "DEPTH_TOKENS", 100)
+    monkeypatch.setattr(depth_module, "bridged_damage", recorded)
+    monkeypatch.setattr(depth_module, "DEPTH_TOKENS", 100)
     monkeypatch.setattr(prepare_module, "REPORT_SECONDS", 0.0)
     lines: list[dict[str, Any]] = []
     stopping = pytest.raises(StoppedEarly)
