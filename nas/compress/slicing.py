@@ -83,9 +83,11 @@ def build_student(sorting: Sorting, shape: Shape, *, dtype: str, device: str) ->
     state, values = slice_student(sorting, shape)
     architecture = read_architecture(values)
     config = AutoConfig.for_model(**values)
-    with no_init_weights():  # every weight is loaded in the next line
+    for name in list(state):
+        state[name] = state[name].to(torch_dtype)
+    with no_init_weights():  # memory that is reserved and never touched: the next lines put the sliced tensors in its place
         model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=architecture.family.attention, trust_remote_code=False)
-    loaded = model.load_state_dict(state, strict=False)
+    loaded = model.load_state_dict(state, strict=False, assign=True)
     tied = {weight.name for weight in architecture.family.weights} - {weight.name for weight in architecture.weights}
     assert not loaded.unexpected_keys, f"the family's row names tensors that transformers does not have: {loaded.unexpected_keys}"
     assert set(loaded.missing_keys) <= tied, f"the family's row lacks tensors: {set(loaded.missing_keys) - tied}"
@@ -181,7 +183,8 @@ def _read_prefix(stored: Any, *, weight: Weight, architecture: Architecture, sha
     split = [dim for dim, parts in enumerate(ranges) if len(parts) > 1]
     assert len(split) <= 1, f"{weight.name}: at most one side of a weight is cut into pieces"
     pieces: list[Tensor] = [stored[index] for index in product(*ranges)]
-    return torch.cat(pieces, dim=split[0]) if split else pieces[0].contiguous()
+    # A piece is a view of the mapped file: the student owns its weights, or training would write into the mapping's pages.
+    return torch.cat(pieces, dim=split[0]) if split else pieces[0].clone(memory_format=torch.contiguous_format)
 
 
 def _student_config(sorting: Sorting, shape: Shape, *, factors: Mapping[str, _NormFactor], dtype: torch.dtype) -> dict[str, Any]:

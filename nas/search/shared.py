@@ -67,7 +67,8 @@ class Shared:
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
-        return load_model(self._teacher_folder, dtype=self._dtype, device=self._device).requires_grad_(False)
+        # The sorted teacher is the same function, and in float32 as on disk its pages are mapped: the workers of a machine hold it once.
+        return load_model(self._folder / SORTED, dtype=self._dtype, device=self._device).requires_grad_(False)
 
     @cached_property
     def signals(self) -> SignalChoice:

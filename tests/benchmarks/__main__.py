@@ -6,6 +6,7 @@
     training    tokens per second of our training loop against the loop that one writes with the transformers Trainer
     signals     distillation from stored teacher signals against the teacher in the loop, beside the ceiling
     memory      peaks of real training steps beside the estimate
+    slicing     what a student costs before its first step: time, memory, and a teacher that workers share
     search      seconds per trial by step, in a search through the running service
 
 Every number is a ratio against a baseline in the same run, or a held-out loss; the goal stands beside it. Speed is printed and never fails
@@ -27,6 +28,7 @@ SECTIONS = {
     "training": "training_speed",
     "signals": "signals",
     "memory": "memory",
+    "slicing": "slicing",
     "search": "search_cost",
 }
 """Section -> module beside this one. Its `bench()` prints, and returns False where a claim does not hold."""

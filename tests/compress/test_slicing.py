@@ -130,6 +130,20 @@ def test_a_student_is_built_in_the_dtype_asked_for(sorting: Sorting) -> None:
     assert (student.lm_head.weight is student.model.embed_tokens.weight) is sorting.architecture.tie_word_embeddings
 
 
+def test_training_a_student_of_full_size_does_not_reach_the_file(sorting: Sorting) -> None:
+    """Its weights are its own, not the pages of the mapped file, which other workers read."""
+    before = (sorting.folder / "model.safetensors").read_bytes()
+    student, twin = (build_student(sorting, sorting.architecture.shape, dtype="float32", device="cpu") for _ in range(2))
+    mapped = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("model.safetensors")]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            start = parameter.data_ptr()
+            assert not any(int(a, 16) <= start < int(b, 16) for a, b in (address.split("-") for address in mapped))
+            parameter.zero_()
+    assert (sorting.folder / "model.safetensors").read_bytes() == before
+    assert all(bool(parameter.any()) for parameter in twin.parameters())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
