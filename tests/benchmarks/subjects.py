@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from nas.compress.corpus import Blocks, Part, build_blocks, load_blocks
+from nas.compress.depth import DepthMethod, choose_layers
 from nas.compress.importance import measure_importance
 from nas.compress.signals import StoredSignals, StoredTeacher, build_signals
-from nas.compress.sorting import Sorting, layer_damage, load_sorting, make_order, save_sorted, select_layers, sort_teacher
+from nas.compress.sorting import Sorting, load_sorting, make_order, save_sorted, sort_teacher
 from nas.compress.teacher import CONFIG_FILE, load_model, load_tokenizer
 from nas.compress.teacher_outputs import RunningTeacher, TeacherOutputs
 from nas.errors import NotFound
@@ -25,7 +25,6 @@ from tests.benchmarks.reference import reference_folder
 SEQUENCE_LENGTH = 128
 CALIBRATION_TOKENS = 65_536
 HELD_OUT_TOKENS = 65_536
-DEPTH_TOKENS = 16_384
 MOST_TRAIN_TOKENS = 10_000_000
 MOST_SIGNAL_TOKENS = 2**20
 """Up to so many training tokens the teacher's outputs are stored; beyond, it runs beside the student."""
@@ -96,12 +95,8 @@ def _sort(teacher: PreTrainedModel, *, source: Path, blocks: Blocks, choices: Ch
     num_layers = architecture.shape.num_hidden_layers
     depths = range(num_layers // 2, num_layers + 1)
     importance = measure_importance(teacher, blocks_BT=blocks.calibration_NT, method="energy" if choices == "ours" else "l2_mean", batch_size=16)
-    if choices == "ours":
-        damage = layer_damage(teacher, blocks_BT=blocks.calibration_NT[: DEPTH_TOKENS // SEQUENCE_LENGTH], batch_size=16)
-        layers = select_layers(num_hidden_layers=num_layers, depths=depths, damage=damage)
-    else:
-        ranked = torch.argsort(importance.block_influence_L, descending=True, stable=True).tolist()
-        layers = {depth: tuple(sorted(ranked[:depth])) for depth in depths}
+    method: DepthMethod = "damage" if choices == "ours" else "block_influence"  # the committed curves were made before bridges
+    layers = choose_layers(teacher, method=method, importance=importance, depths=depths, blocks_BT=blocks.calibration_NT, batch_size=16)
     order = make_order(importance, architecture.shape)
     save_sorted(
         folder,
