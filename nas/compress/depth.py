@@ -143,7 +143,7 @@ def bridged_damage(model: PreTrainedModel, *, blocks_BT: Tensor, batch_size: int
 
     A bridge is the affine map that takes the teacher's stream before the gap closest to the one behind it; where the gap begins at the embedding,
     each token of the vocabulary also has its own offset, since a student can write that into its table. Bridges are fitted on the first half of
-    the blocks, the KL is measured on the second. The first half's streams stay in memory, on the model's device: L x tokens x D in its dtype.
+    the blocks, the KL is measured on the second. The first half's streams stay in the host's memory: L x tokens x D in the model's dtype.
 
     Args:
         model: in evaluation mode.
@@ -192,6 +192,10 @@ class _Bridge:
     offsets: tuple[Tensor, Tensor] | None
     """rows_V and offset_UD: the row of each token of the vocabulary; those that were not seen share the last one, of zeros."""
 
+    def to(self, device: torch.device) -> _Bridge:
+        offsets = None if self.offsets is None else (self.offsets[0].to(device), self.offsets[1].to(device))
+        return _Bridge(weight_DD=self.weight_DD.to(device), mean_in_D=self.mean_in_D.to(device), mean_out_D=self.mean_out_D.to(device), offsets=offsets)
+
     def __call__(self, stream_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
         bridged_BTD = (stream_BTD.float() - self.mean_in_D) @ self.weight_DD + self.mean_out_D
         if self.offsets is not None:
@@ -201,19 +205,19 @@ class _Bridge:
 
 
 class _Bridges:
-    """The teacher's streams on some tokens, and the bridges that were fitted to them."""
+    """The teacher's streams on some tokens, and the bridges that were fitted to them. Both in the host's memory: a device has the teacher to hold."""
 
     def __init__(self, model: PreTrainedModel, *, blocks_BT: Tensor, batch_size: int, architecture: Architecture) -> None:
         self.model, self.num_layers = model, architecture.shape.num_hidden_layers
         final = next(weight.name for weight in architecture.weights if weight.is_norm and not weight.per_layer and weight.sides == ((Axis.HIDDEN,),))
         self.modules = [model.get_submodule(name) for name in (*layer_modules(architecture), final.rpartition(".")[0])]
         """Stream l is the input of module l: of a layer, or of the norm behind the last one."""
-        self.tokens_N = blocks_BT.flatten().to(model.device)
+        self.tokens_N = blocks_BT.flatten()
         self.bridges: dict[tuple[int, int], _Bridge] = {}
         parts: list[list[Tensor]] = [[] for _ in self.modules]
         with ExitStack() as stack, torch.inference_mode():
             for module, part in zip(self.modules, parts, strict=True):
-                stack.enter_context(_hooked(module, lambda _, inputs, part=part: part.append(inputs[0].flatten(0, 1))))
+                stack.enter_context(_hooked(module, lambda _, inputs, part=part: part.append(inputs[0].flatten(0, 1).cpu())))
             for batch_BT in torch.split(blocks_BT, batch_size):
                 model.base_model(input_ids=batch_BT.to(model.device), use_cache=False)
         self.streams_ND = [torch.cat(part) for part in parts]
@@ -231,7 +235,7 @@ class _Bridges:
             stack.callback(handle.remove)
             for before, after in pairwise((-1, *kept, self.num_layers)):
                 if after - before > 1:
-                    bridge = self._bridge(before + 1, after)
+                    bridge = self._bridge(before + 1, after).to(self.model.device)
                     cross = lambda _, inputs, bridge=bridge: (bridge(inputs[0], tokens[0]), *inputs[1:])  # noqa: E731
                     stack.enter_context(_hooked(self.modules[after], cross))
             yield
@@ -240,8 +244,10 @@ class _Bridges:
         if (start, end) not in self.bridges:
             if len(self.bridges) >= 2 * self.num_layers:  # D x D each; one that is needed again is fitted again
                 del self.bridges[next(iter(self.bridges))]
-            offsets = self.tokens_N if start == 0 else None
-            self.bridges[start, end] = _fit(self.streams_ND[start], self.streams_ND[end], tokens_N=offsets, vocab_size=self.model.config.vocab_size)
+            device = self.model.device
+            before_ND, after_ND = self.streams_ND[start].to(device), self.streams_ND[end].to(device)
+            tokens_N = self.tokens_N.to(device, torch.int64) if start == 0 else None
+            self.bridges[start, end] = _fit(before_ND, after_ND, tokens_N=tokens_N, vocab_size=self.model.config.vocab_size).to(torch.device("cpu"))
         return self.bridges[start, end]
 
 
