@@ -211,7 +211,8 @@ class DistillationSpec:
     """The last share of a rung's tokens is a linear decay to zero, a branch off the constant trunk that the next rung resumes."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the forward and backward passes; parameters and optimiser are float32."""
+    """Arithmetic of the forward and backward passes, where the device has it; parameters and optimiser are float32. On a CPU it is worth it from a hidden
+    size of about 192 (LOG.md)."""
     moments: Literal["auto", "float32", "offloaded", "bfloat16"] = "auto"
     """Optimiser state: float32 on the device; offloaded to the host's memory, the same student; bfloat16, half of it, nearly the same student.
     auto: the first of them that fits. Micro-batch and checkpointing are fitted to the device's memory in any case."""
@@ -222,6 +223,17 @@ class DistillationSpec:
     """Log-probabilities of each token that top_k keeps, at most the vocabulary; the mass of all others is kept as one number."""
     max_signal_bytes: Annotated[int, Field(ge=0, le=2**60)] = 64 * 2**30
     """Most bytes of signals on disk: 8 KB a token exact for a hidden size of 4096 in bfloat16, 3 KB for the 512 largest."""
+    hidden_states: Literal["auto", "off", "last", "all"] = "auto"
+    """What the student matches beside the logits (LOG.md). last: the final hidden state. all: the stream behind every layer; fewer
+    tokens, but the teacher runs beside every student. auto: last where it is at hand, which it is not with top_k. off: nothing."""
+
+    @model_validator(mode="after")
+    def _states_at_hand(self) -> DistillationSpec:
+        if self.hidden_states == "all" and self.signals in ("exact", "top_k"):
+            raise ValueError(f"hidden_states: expected 'auto', 'off' or 'last' with signals {self.signals!r}, which hold no other state, got 'all'")
+        if self.hidden_states == "last" and self.signals == "top_k":
+            raise ValueError("hidden_states: expected 'auto' or 'off' with signals 'top_k', which hold no state, got 'last'")
+        return self
 
 
 @_value

@@ -36,6 +36,7 @@ ROWS = (
     "nas.compress.signals",
     "nas.compress.held_out",
     "nas.compress.objective",
+    "nas.compress.hidden_states",
     "nas.compress.train_plan",
     "nas.compress.fitting",
     "nas.compress.data_order",

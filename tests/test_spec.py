@@ -112,6 +112,18 @@ def test_a_wrong_field_is_named_with_what_was_expected_and_what_came(path, value
     assert problem.got == got
 
 
+@pytest.mark.parametrize(
+    ("signals", "hidden_states", "legal"), [("exact", "all", False), ("top_k", "all", False), ("top_k", "last", False), ("off", "all", True)]
+)
+def test_states_that_the_signals_do_not_hold_are_refused(signals, hidden_states, legal):
+    text = json.dumps(with_value("distillation", {"signals": signals, "hidden_states": hidden_states}))
+    if legal:
+        assert parse_spec(text).distillation.hidden_states == hidden_states
+        return
+    with pytest.raises(InvalidSpec, match=f"hidden_states: expected .* with signals '{signals}', .* got '{hidden_states}'"):
+        parse_spec(text)
+
+
 @pytest.mark.parametrize("name", ["teacher", "corpus", "tasks", "budget"])
 def test_a_missing_field_is_named(name):
     values = {key: value for key, value in MINIMAL.items() if key != name}

@@ -306,8 +306,8 @@ class _Run:
         return total
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.plan.dtype == "bfloat16" and self.device.type == "cuda":
-            return torch.autocast("cuda", dtype=torch.bfloat16)
+        if self.plan.dtype == "bfloat16" and multiplies_bfloat16(self.device):
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
     def _report(self) -> None:
@@ -364,6 +364,14 @@ class _Run:
         self.step = state.step
         self.recent = deque(state.recent_losses, maxlen=_RECENT_STEPS)
         self.untrained_loss = state.untrained_loss
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it: on a CPU without, bfloat16 is emulated and far slower than float32."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return device.type == "cuda"
 
 
 def checkpoint_activations(student: nn.Module, *, on: bool) -> None:

@@ -56,7 +56,7 @@ def prepared_key(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> str:
         "compression": values["compression"],
         "documents": [spec.evaluation.documents_per_task, spec.evaluation.held_out_documents],
         "dtype": spec.distillation.dtype,
-        "signals": [spec.distillation.signals, spec.distillation.top_k, spec.distillation.max_signal_bytes],
+        "signals": [spec.distillation.signals, spec.distillation.top_k, spec.distillation.max_signal_bytes, spec.distillation.hidden_states == "all"],
         "correction": _correction(values) if spec.compression.teacher_correction_tokens else None,
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
@@ -64,4 +64,4 @@ def prepared_key(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> str:
 
 def _correction(values: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of the teacher's correction, which is that of the students: without a correction it changes nothing that is prepared."""
-    return {name: value for name, value in values["distillation"].items() if name not in ("signals", "top_k", "max_signal_bytes")}
+    return {name: value for name, value in values["distillation"].items() if name not in ("signals", "top_k", "max_signal_bytes", "hidden_states")}

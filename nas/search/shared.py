@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from nas.compress.corpus import load_blocks
 from nas.compress.correction import load_correction
+from nas.compress.hidden_states import TeacherStates
 from nas.compress.manifest import write_json
 from nas.compress.objective import Objective, TeacherLogits
 from nas.compress.signals import StoredSignals, StoredTeacher, StoredTopK, build_signals
@@ -28,6 +29,7 @@ from nas.compress.teacher_outputs import RunningTeacher, TeacherOutputs
 from nas.cost import SignalChoice, SignalKind, choose_signals
 from nas.evaluate.tasks import load_tasks
 from nas.search.layout import BLOCKS, CORRECTED, SIGNALS, SORTED, SPLITS
+from nas.shape import Shape
 from nas.spec import SearchSpec
 
 CHOICE = "choice.json"
@@ -86,15 +88,16 @@ class Shared:
             return RunningTeacher(self.teacher)
         return StoredTeacher(self._open(VALIDATION), first_row=len(self.blocks.validation_NT) // 2 if held_out else 0)
 
-    def objective(self) -> Objective:
-        """What students are trained towards on the training blocks."""
-        match self.signals.kind:
-            case "exact":
-                return TeacherLogits(StoredTeacher(self._open(TRAIN)))
-            case "top_k":
-                return StoredTopK(self._open(TRAIN))
-            case None:
-                return TeacherLogits(self.teacher)
+    def objective(self, spec: SearchSpec, *, shape: Shape) -> Objective:
+        """What a student of this shape is trained towards on the training blocks."""
+        kind, states = self.signals.kind, spec.distillation.hidden_states
+        if kind == "top_k" and states in ("auto", "off"):
+            return StoredTopK(self._open(TRAIN))
+        teacher = StoredTeacher(self._open(TRAIN)) if kind == "exact" else self.teacher
+        if states == "off":
+            return TeacherLogits(teacher)
+        layers = self.sorting.layers[shape.num_hidden_layers] if states == "all" else None
+        return TeacherStates(teacher, channels_D=self.sorting.order.hidden_D[: shape.hidden_size], layers=layers)
 
     def keep_signals(self, spec: SearchSpec, *, report: Callable[[int, int], None]) -> SignalChoice:
         """Choose and build the signals, or find them built.
@@ -108,7 +111,7 @@ class Shared:
         folder.mkdir(exist_ok=True)
         shape, vocab_size = self.sorting.architecture.shape, self.sorting.architecture.vocab_size
         choice = choose_signals(
-            spec.distillation.signals,
+            "off" if spec.distillation.hidden_states == "all" else spec.distillation.signals,
             train_tokens=self.blocks.train_NT.numel(),
             validation_tokens=self.blocks.validation_NT.numel(),
             hidden_size=shape.hidden_size,

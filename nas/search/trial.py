@@ -90,7 +90,7 @@ def run_rung(
     if plan is not None:
         distilled = distil(
             student,
-            objective=shared.objective(),
+            objective=shared.objective(spec, shape=shape),
             blocks_NT=shared.blocks.train_NT,
             plan=plan,
             state=_trunk_below(folder, rung=rung),

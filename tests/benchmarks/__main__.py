@@ -4,6 +4,7 @@
     curves      how many tokens our students need for plain slicing's loss
     reproduce   a few random cells of those two tables' data, computed again (with NAS_REFERENCE)
     training    tokens per second of our training loop against the loop that one writes with the transformers Trainer
+    losses      peak memory of the loss and its way back at a large vocabulary
     signals     distillation from stored teacher signals against the teacher in the loop, beside the ceiling
     memory      peaks of real training steps beside the estimate
     slicing     what a student costs before its first step: time, memory, and a teacher that workers share
@@ -26,6 +27,7 @@ SECTIONS = {
     "curves": "curves",
     "reproduce": "reproduce",
     "training": "training_speed",
+    "losses": "losses",
     "signals": "signals",
     "memory": "memory",
     "slicing": "slicing",

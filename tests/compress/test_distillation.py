@@ -107,6 +107,18 @@ def test_micro_batches_change_no_more_than_rounding(teacher: LlamaForCausalLM, b
         torch.testing.assert_close(weights(split)[name], expected, atol=1e-4, rtol=1e-3)
 
 
+def test_bfloat16_is_used_where_the_processor_has_it_and_ends_near_float32(
+    teacher: LlamaForCausalLM, blocks_NT: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, expected = run(TeacherLogits(teacher), blocks_NT, plan())
+    for capabilities, rounds in (({"avx512_bf16": True}, True), ({"avx512_bf16": False}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+        student, found = run(TeacherLogits(teacher), blocks_NT, plan(dtype="bfloat16"))
+        assert {weight.dtype for weight in weights(student).values()} == {torch.float32}
+        assert (found.loss != expected.loss) == rounds
+        assert found.loss == pytest.approx(expected.loss, rel=0.02)
+
+
 # --- exactness
 
 

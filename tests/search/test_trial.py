@@ -135,6 +135,20 @@ def test_with_exact_signals_a_trial_gives_the_bits_of_one_with_the_teacher_and_l
     assert weights(tmp_path / "exact") == weights(tmp_path / "off")
 
 
+@pytest.mark.parametrize("hidden_states", ["off", "all"])
+def test_every_choice_of_hidden_states_trains_another_student_that_is_nearer_to_the_teacher(
+    case: Case, undisturbed: Any, tmp_path: Path, tiny_spec: Callable[..., dict[str, Any]], hidden_states: str
+) -> None:
+    distillation = {"learning_rate": 3e-3, "batch_size": 4, "signals": "auto" if hidden_states == "off" else "off", "hidden_states": hidden_states}
+    spec = parse_spec(json.dumps(tiny_spec(distillation=distillation)))
+    prepare(spec, inputs=case.inputs, folder=tmp_path / "prepared", device="cpu", report=lambda line: None, should_stop=lambda: False)
+    other = Case(spec=spec, inputs=case.inputs, prepared=tmp_path / "prepared")
+    results = [other.run(tmp_path, rung=rung) for rung in range(2)]
+    assert results[0].kl == undisturbed[1][0].kl
+    assert results[1].kl.value < results[0].kl.value
+    assert results[1].kl.value != undisturbed[1][1].kl.value
+
+
 def test_with_top_k_signals_held_out_kl_is_still_exact_and_training_is_close(
     case: Case, undisturbed: Any, variant: Callable[[str], Case], tmp_path: Path
 ) -> None:
