@@ -42,6 +42,7 @@ ROWS = (
     "nas.compress.data_order",
     "nas.compress.heap",
     "nas.compress.train_state",
+    "nas.compress.distributed",
     "nas.compress.distillation",
     "nas.compress.correction",
     "nas.evaluate",

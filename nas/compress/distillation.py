@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nas.compress.data_order import DataOrder
+from nas.compress.distributed import Spread, World, copy_whole, whole
 from nas.compress.heap import keep_freed_memory, return_freed_memory
 from nas.compress.moments import ParkedOptimizer
 from nas.compress.objective import Objective
@@ -113,6 +114,7 @@ def distil(
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
     checkpoint_every_seconds: float = 60.0,
+    spread: Spread | None = None,
 ) -> Distilled:
     """Train `student` in place to `plan.tokens`; afterwards it holds the weights at the end of the decay branch.
 
@@ -127,6 +129,8 @@ def distil(
         report: told about once a second, at least every twentieth of the run, and at the end.
         should_stop: asked before every step.
         checkpoint_every_seconds: at least; longer where a save takes long. 0: after every step.
+        spread: the student over several processes, all of which call this with the same arguments and a checkpoint folder that all see; it goes on
+            from a checkpoint of another number of processes. `report` is called in the first only. None: this process is alone.
     Raises:
         Stopped: after saving. Diverged: nothing saved since the last checkpoint. Conflict: the state is of another recipe, or beyond the plan.
         CorruptFile: the checkpoint differs from its manifest.
@@ -140,6 +144,7 @@ def distil(
         report=report,
         should_stop=should_stop,
         checkpoint_every_seconds=checkpoint_every_seconds,
+        spread=spread or Spread(student, world=World()),
     )
     return run.go(state)
 
@@ -158,10 +163,13 @@ class _Run:
         report: Callable[[Progress], None],
         should_stop: Callable[[], bool],
         checkpoint_every_seconds: float,
+        spread: Spread,
     ) -> None:
         if blocks_NT.ndim != 2 or len(blocks_NT) == 0:
             raise ValueError(f"blocks_NT: expected at least one block of tokens, got the shape {tuple(blocks_NT.shape)}")
+        spread.world.check_batch(plan.batch_size)
         self.student, self.objective, self.plan = student.eval(), objective, plan
+        self.spread, self.world = spread, spread.world
         checkpoint_activations(student, on=plan.checkpoint_activations)
         self.checkpoint, self.report, self.should_stop = checkpoint, report, should_stop
         self.checkpoint_every_seconds = checkpoint_every_seconds
@@ -173,7 +181,7 @@ class _Run:
         if self.device.type == "cpu":
             (return_freed_memory if plan.checkpoint_activations else keep_freed_memory)()
         self.steps_between_looks = _STEPS_BETWEEN_LOOKS.get(self.device.type, 1)
-        self.micro_batch_size = min(plan.batch_size, plan.micro_batch_size or plan.batch_size)
+        self.micro_batch_size = min(plan.batch_size // self.world.size, plan.micro_batch_size or plan.batch_size)
         self.steps_between_reports = max(1, plan.steps(self.sequence_length) // _MIN_REPORTS)
         self.step = 0
         self.unread: list[Tensor] = []
@@ -225,16 +233,18 @@ class _Run:
             Diverged: at most `_STEPS_BETWEEN_LOOKS` steps later.
         """
         while self.step < last_step:
-            if self.should_stop():
+            if any(self.world.any(self.should_stop())):
                 self._save(name=name)
                 raise Stopped(f"stopped at step {self.step} of {last_step} of the {name}")
             self.unread.append(self._train_step())
             self.step += 1
             if len(self.unread) >= self.steps_between_looks:
                 self._look()
-            if time.monotonic() - self.reported_at >= _REPORT_SECONDS or self.step % self.steps_between_reports == 0:
+            now = time.monotonic()
+            report, save = self.world.any(now - self.reported_at >= _REPORT_SECONDS, now - self.saved_at >= self._seconds_between_saves())
+            if report or self.step % self.steps_between_reports == 0:
                 self._report()
-            if self.checkpoint is not None and time.monotonic() - self.saved_at >= self._seconds_between_saves():
+            if save:
                 self._save(name=name)
         self._look()
 
@@ -266,7 +276,7 @@ class _Run:
 
     def _train_step(self) -> Tensor:
         """Returns: loss_norm_2, the step's mean loss and the norm of its gradient, on the device."""
-        rows_B = self.order.rows(self.step)
+        rows_B = self.world.share(self.order.rows(self.step))
         tokens_BT = self.blocks_NT[rows_B].to(torch.int64)
         if self.device.type == "cuda":  # out of pinned memory the copy waits for nothing
             tokens_BT = tokens_BT.pin_memory().to(self.device, non_blocking=True)
@@ -275,12 +285,12 @@ class _Run:
                 loss = self._accumulate_gradients(tokens_BT, rows_B=rows_B)
                 break
             except torch.cuda.OutOfMemoryError:
-                if self.micro_batch_size == 1:
+                if self.micro_batch_size == 1 or self.world.size > 1:  # the others wait for gradients of the size that was agreed
                     raise
                 self.micro_batch_size = (self.micro_batch_size + 1) // 2
                 logger.warning("out of memory: micro batch halved to %d", self.micro_batch_size, extra={"action": "halve_micro_batch"})
             torch.cuda.empty_cache()  # outside the handler, where the failed pass is no longer referenced by the traceback
-        norm = nn.utils.clip_grad_norm_(self.weights.values(), self.plan.max_grad_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.weights.values(), self.plan.max_grad_norm))
         rate = self._rate(loss)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -298,12 +308,15 @@ class _Run:
     def _accumulate_gradients(self, tokens_BT: Tensor, *, rows_B: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for micro_BT, micro_B in zip(torch.split(tokens_BT, self.micro_batch_size), torch.split(rows_B, self.micro_batch_size), strict=True):
-            with self._autocast():
-                loss = self.objective.loss(self.student, micro_BT, rows_B=micro_B) * (len(micro_BT) / len(tokens_BT))
-            loss.backward()  # type: ignore[no-untyped-call]
+        passes = list(zip(torch.split(tokens_BT, self.micro_batch_size), torch.split(rows_B, self.micro_batch_size), strict=True))
+        for number, (micro_BT, micro_B) in enumerate(passes, start=1):
+            with self.spread.accumulating(last=number == len(passes)):
+                with self._autocast():
+                    loss = self.spread.loss(partial(self.objective.loss, tokens_BT=micro_BT, rows_B=micro_B)) * (len(micro_BT) / len(tokens_BT))
+                loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        return total
+        self.world.average_gradients(self.objective.weights().values())
+        return self.world.mean(total)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.plan.dtype == "bfloat16" and multiplies_bfloat16(self.device):
@@ -313,15 +326,15 @@ class _Run:
     def _report(self) -> None:
         self._look()
         now = time.monotonic()
-        self.report(
-            Progress(
-                step=self.step,
-                tokens=self._tokens(self.step),
-                loss=sum(self.unreported) / len(self.unreported),
-                learning_rate=float(self.optimizer.param_groups[0]["lr"]),
-                tokens_per_second=self._tokens(len(self.unreported)) / max(1e-9, now - self.reported_at),
-            )
+        progress = Progress(
+            step=self.step,
+            tokens=self._tokens(self.step),
+            loss=sum(self.unreported) / len(self.unreported),
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            tokens_per_second=self._tokens(len(self.unreported)) / max(1e-9, now - self.reported_at),
         )
+        if self.world.is_first:
+            self.report(progress)
         self.unreported, self.reported_at = [], now
 
     def _tokens(self, steps: int) -> int:
@@ -329,10 +342,11 @@ class _Run:
 
     def _snapshot(self) -> TrainState:
         """The state as it is now, in memory of its own."""
-        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors()}
+        tensors = {name: whole(tensor).to("cpu", copy=True) for name, tensor in self._tensors()}
         return TrainState(step=self.step, tensors=tensors, recipe=self.recipe, recent_losses=tuple(self.recent), untrained_loss=self.untrained_loss)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All of the state, as far as this process holds it."""
         yield "running_loss", self.running_loss
         for name, weight in self.weights.items():
             for key, tensor in {"weight": weight, **self.optimizer.state[weight]}.items():
@@ -345,9 +359,13 @@ class _Run:
         self._look()  # a state that is not sound is not saved
         started = time.monotonic()
         self.optimizer.zero_grad(set_to_none=True)  # room for the copies on their way to the file
-        tensors = {name: tensor.cpu() for name, tensor in self._tensors()}
+        tensors = {}
+        for key, tensor in self._tensors():
+            gathered = whole(tensor)  # one at a time, and kept by the process that writes
+            if self.world.is_first:
+                tensors[key] = gathered.cpu()
         state = TrainState(step=self.step, tensors=tensors, recipe=self.recipe, recent_losses=tuple(self.recent), untrained_loss=self.untrained_loss)
-        save_state(state, checkpoint=self.checkpoint, name=name, tokens=self._tokens(state.step))
+        self.world.once(partial(save_state, state, checkpoint=self.checkpoint, name=name, tokens=self._tokens(state.step)))
         self.saved, self.saved_at = (name, state.step), time.monotonic()
         self.save_seconds = self.saved_at - started
 
@@ -360,7 +378,7 @@ class _Run:
             if self.recipe[key] != state.recipe.get(key):
                 raise Conflict(f"{key}: expected {state.recipe.get(key)!r}, with which the state was made, got {self.recipe[key]!r}")
         for name, tensor in self._tensors():
-            tensor.copy_(state.tensors[name])
+            copy_whole(tensor, state.tensors[name])
         self.step = state.step
         self.recent = deque(state.recent_losses, maxlen=_RECENT_STEPS)
         self.untrained_loss = state.untrained_loss
