@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nas.compress.data_order import DataOrder
-from nas.compress.distributed import Spread, World, copy_whole, whole
+from nas.compress.distributed import Spread, World, clip_gradients, copy_whole, whole
 from nas.compress.heap import keep_freed_memory, return_freed_memory
-from nas.compress.moments import ParkedOptimizer
+from nas.compress.moments import make_optimizer
 from nas.compress.objective import Objective
 from nas.compress.train_plan import TrainPlan
 from nas.compress.train_state import TrainState, load_state, load_trunk, save_state
@@ -290,7 +290,7 @@ class _Run:
                 self.micro_batch_size = (self.micro_batch_size + 1) // 2
                 logger.warning("out of memory: micro batch halved to %d", self.micro_batch_size, extra={"action": "halve_micro_batch"})
             torch.cuda.empty_cache()  # outside the handler, where the failed pass is no longer referenced by the traceback
-        norm = whole(nn.utils.clip_grad_norm_(self.weights.values(), self.plan.max_grad_norm))
+        norm = clip_gradients(self.weights.values(), max_norm=self.plan.max_grad_norm)
         rate = self._rate(loss)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -405,27 +405,3 @@ def checkpoint_activations(student: nn.Module, *, on: bool) -> None:
     for module in student.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
-
-
-def make_optimizer(weights: dict[str, nn.Parameter], *, plan: TrainPlan) -> torch.optim.Optimizer | ParkedOptimizer:
-    """AdamW with its state laid out before the first step, so that every state can be saved."""
-    for name, weight in weights.items():
-        if weight.dtype != torch.float32:
-            raise ValueError(f"{name}: expected float32 weights to train, got {weight.dtype}")
-    make = partial(_make_adamw, plan=plan)
-    return make(weights) if plan.moments == "float32" else ParkedOptimizer(weights, make=make, moments=plan.moments)
-
-
-def _make_adamw(weights: dict[str, nn.Parameter], *, plan: TrainPlan) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [w for w in weights.values() if w.ndim >= 2], "weight_decay": plan.weight_decay},
-        {"params": [w for w in weights.values() if w.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=plan.learning_rate, betas=(plan.beta1, plan.beta2), fused=True)
-    for weight in weights.values():
-        optimizer.state[weight] = {
-            "step": torch.zeros((), dtype=torch.float32, device=weight.device),
-            "exp_avg": torch.zeros_like(weight),
-            "exp_avg_sq": torch.zeros_like(weight),
-        }
-    return optimizer

@@ -215,6 +215,21 @@ def copy_whole(target: Tensor, source: Tensor) -> None:
     target.copy_(source)
 
 
+def clip_gradients(weights: Iterable[nn.Parameter], *, max_norm: float) -> Tensor:
+    """Scale the gradients to a norm of at most `max_norm`, shards of them and whole ones together. Returns: the norm before, on the device."""
+    weights = list(weights)
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    if not shards:
+        return nn.utils.clip_grad_norm_(weights, max_norm)
+    others = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    square = nn.utils.get_total_norm(shards).square()
+    dist.all_reduce(square)
+    norm = (square + nn.utils.get_total_norm(others).square()).sqrt()
+    torch._foreach_mul_(shards + others, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch's own clipping
+    return norm
+
+
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

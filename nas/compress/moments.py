@@ -1,4 +1,4 @@
-"""Where the optimizer's state lies between two steps, for models whose float32 moments do not fit beside their weights.
+"""The optimizer, and where its state lies between two steps, for models whose float32 moments do not fit beside their weights.
 
     float32     beside the weights: torch's optimizer as it is
     offloaded   float32 in the host's memory; each weight's moments visit the device for its update: the same bits, for the transfers
@@ -10,12 +10,41 @@ Works with every optimizer that updates each weight by itself. Knows no loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from nas.compress.train_plan import TrainPlan
 from nas.memory import Moments
+
+
+def make_optimizer(weights: dict[str, nn.Parameter], *, plan: TrainPlan) -> torch.optim.Optimizer | ParkedOptimizer:
+    """AdamW with its state laid out before the first step, so that every state can be saved."""
+    for name, weight in weights.items():
+        if weight.dtype != torch.float32:
+            raise ValueError(f"{name}: expected float32 weights to train, got {weight.dtype}")
+    make = partial(_make_adamw, plan=plan)
+    return make(weights) if plan.moments == "float32" else ParkedOptimizer(weights, make=make, moments=plan.moments)
+
+
+def _make_adamw(weights: dict[str, nn.Parameter], *, plan: TrainPlan) -> torch.optim.Optimizer:
+    # A fused step takes shards or whole tensors, not both: what an objective learns beside a sharded student is whole.
+    groups = [
+        {"params": [w for w in weights.values() if (w.ndim >= 2) == matrices and isinstance(w, DTensor) == shards], "weight_decay": decay}
+        for shards in (False, True)
+        for matrices, decay in ((True, plan.weight_decay), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=plan.learning_rate, betas=(plan.beta1, plan.beta2), fused=True)
+    for weight in weights.values():
+        optimizer.state[weight] = {
+            "step": torch.zeros((), dtype=torch.float32, device=weight.device),
+            "exp_avg": torch.zeros_like(weight),
+            "exp_avg_sq": torch.zeros_like(weight),
+        }
+    return optimizer
 
 
 class ParkedOptimizer:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nas.compress.distillation import distil, make_optimizer
+from nas.compress.distillation import distil
+from nas.compress.moments import make_optimizer
 from nas.compress.objective import TeacherLogits
 from tests.compress.training_values import Killed, assert_same_bits, kill, plan, run, stop_at, tiny_blocks, tiny_model, weights
 
