@@ -186,9 +186,10 @@ class CompressionSpec:
     importance: Literal["energy", "l2_mean", "mean_mean", "second_moment"] = "energy"
     """energy: mean squared activation times the weights that read it, the best after distillation (LOG.md). l2_mean: Minitron's, mean over the
     sequence, L2 over the batch (arXiv 2407.14679, 2.2); mean_mean: the mean over both. second_moment: the mean square without the readers."""
-    depth: Literal["bridged_damage", "damage", "contiguous", "block_influence"] = "bridged_damage"
+    depth: Literal["bridged_damage", "damage", "contiguous", "block_influence", "task"] = "bridged_damage"
     """bridged_damage: KL of contiguous and of greedy removals after each gap is bridged by least squares, the best after distillation (LOG.md).
-    damage: KL of the bare cut. contiguous: KL of contiguous cuts alone (arXiv 2408.11796). block_influence: lowest 1 - cos(in, out) dropped."""
+    damage: KL of the bare cut. contiguous: KL of contiguous cuts alone (arXiv 2408.11796). block_influence: lowest 1 - cos(in, out) dropped.
+    task: what the bare cut loses of the tasks' own metrics on the search's documents, each set a run of lm-eval (arXiv 2408.11796)."""
     teacher_correction_tokens: Annotated[int, Field(ge=0, le=2**53)] = 0
     """Tokens of the corpus on which the teacher itself is trained (next token, a fifth of the distillation's rate) before anything else is done with it:
     the corrected teacher is then pruned and distilled from (arXiv 2408.11796). 0: the teacher as it is."""

@@ -53,6 +53,7 @@ ROWS = (
     "nas.search.ranking",
     "nas.search.layout",
     "nas.search.shared",
+    "nas.search.task_damage",
     "nas.search.trial",
     "nas.search.prepare",
     "nas.search.confirm",

@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 
 from nas.compress.importance import Importance, layer_modules
 from nas.compress.losses import Head, final_hidden, forward_kl, head_of, token_chunks
+from nas.errors import InvalidSpec, Problem
 from nas.families import Architecture, Axis, read_architecture
 
-DepthMethod = Literal["bridged_damage", "damage", "contiguous", "block_influence"]
+DepthMethod = Literal["bridged_damage", "damage", "contiguous", "block_influence", "task"]
 
 DEPTH_TOKENS = 16_384
 """Calibration tokens that order layer sets: each of many sets is a pass over them, and a difference worth acting on shows in far fewer."""
@@ -44,17 +45,19 @@ def choose_layers(
     depths: Sequence[int],
     blocks_BT: Tensor,
     batch_size: int,
+    by_task: Callable[[Damage], Damage] | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> dict[int, tuple[int, ...]]:
     """For every depth the layers to keep, ascending.
 
     `bridged_damage`: the smallest KL once the gaps are bridged, among contiguous cuts and a greedy one. `damage`: the same for the bare cut.
     `contiguous`: the contiguous cut with the smallest KL (arXiv 2408.11796). `block_influence`: the layers with the lowest 1 - cos(in, out)
-    go (arXiv 2407.14679, 2.2).
+    go (arXiv 2407.14679, 2.2). `task`: the smallest of what `by_task` measures, among contiguous cuts and a greedy one.
 
     Args:
         model: in evaluation mode; left as it was.
         blocks_BT: calibration tokens; `DEPTH_TOKENS` of them are used.
+        by_task: makes the damage on tasks, which this package cannot score, out of the bare cut's KL, which decides ties.
         report: told (sets measured, most sets that can be).
     """
     num_hidden_layers = len(importance.block_influence_L)
@@ -63,6 +66,10 @@ def choose_layers(
         return {depth: tuple(sorted(ranked[:depth])) for depth in depths}
     few_BT = blocks_BT[: max(2, DEPTH_TOKENS // blocks_BT.shape[1])]
     damage = (bridged_damage if method == "bridged_damage" else layer_damage)(model, blocks_BT=few_BT, batch_size=batch_size)
+    if method == "task":
+        if by_task is None:
+            raise InvalidSpec(Problem(field="depth", expected="a method that needs no tasks", got=method))
+        damage = by_task(damage)
     return select_layers(num_hidden_layers=num_hidden_layers, depths=depths, damage=damage, greedy=method != "contiguous", report=report)
 
 

@@ -54,6 +54,7 @@ def prepared_key(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> str:
         "tokens": spec.rungs.tokens(spec.rungs.num_trained),
         "seed": spec.seed,
         "compression": values["compression"],
+        "weights": [task.weight for task in spec.tasks] if spec.compression.depth == "task" else None,
         "documents": [spec.evaluation.documents_per_task, spec.evaluation.held_out_documents],
         "dtype": spec.distillation.dtype,
         "signals": [spec.distillation.signals, spec.distillation.top_k, spec.distillation.max_signal_bytes, spec.distillation.hidden_states == "all"],

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -23,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nas.compress.corpus import Blocks, Part, build_blocks, check_corpus, load_blocks
 from nas.compress.correction import RATE_SHARE, Correction, correct_teacher, load_correction
-from nas.compress.depth import choose_layers
+from nas.compress.depth import Damage, choose_layers
 from nas.compress.fitting import check_disk_fits, check_host_fits, check_teacher_fits, fit_plan
 from nas.compress.importance import measure_importance
 from nas.compress.manifest import write_json
@@ -36,9 +38,12 @@ from nas.families import Architecture, read_architecture
 from nas.memory import TeacherMemory, preparation_disk
 from nas.search.layout import BLOCKS, CORRECTED, PREPARED, SORTED, SPLITS, searched_depths
 from nas.search.shared import forget_shared, load_shared, teacher_dtype, teacher_folder
+from nas.search.task_damage import task_damage
 from nas.search.trial import measure, train_plan
 from nas.spec import SearchSpec
 
+WHOLE = "whole"
+"""In a prepared folder, while tasks choose the layers: the sorted teacher before they are chosen."""
 REPORT_SECONDS = 5.0
 """Between two reports of one step."""
 
@@ -46,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Report = Callable[[dict[str, Any]], None]
+Layers = Mapping[int, tuple[int, ...]]
 ShouldStop = Callable[[], bool]
 
 
@@ -69,9 +75,9 @@ def prepare(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, device
     with steps.step("corpus"):
         blocks = _found(folder / BLOCKS, load=load_blocks) or _build_blocks(spec, inputs=inputs, folder=folder)
     correction = _correct(spec, inputs=inputs, folder=folder, blocks=blocks, device=device, steps=steps)
-    sorting = _found(folder / SORTED, load=load_sorting) or _sort(spec, inputs=inputs, folder=folder, blocks=blocks, device=device, steps=steps)
     with steps.step("tasks"):
         documents = _split_tasks(spec, inputs=inputs, folder=folder)
+    sorting = _found(folder / SORTED, load=load_sorting) or _sort(spec, inputs=inputs, folder=folder, blocks=blocks, device=device, steps=steps)
     facts = {"layers": {str(depth): list(kept) for depth, kept in sorting.layers.items()}, "documents": documents, "blocks": blocks.facts}
     facts["correction"] = None if correction is None else asdict(correction)
     with steps.step("signals"):
@@ -217,6 +223,13 @@ def _sort(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, blocks: 
         teacher = load_model(source, dtype=teacher_dtype(spec, device=device), device=device)
         importance = measure_importance(teacher, blocks_BT=blocks.calibration_NT, method=spec.compression.importance, batch_size=batch_size)
         order = make_order(importance, architecture.shape)
+
+    def save(target: Path, layers: Layers) -> None:
+        # What students are cut from never follows the arithmetic's dtype: bfloat16 would round every weight of every student.
+        stored = load_model(source, dtype="float32", device="cpu")
+        state = sort_teacher(stored, order=order, architecture=architecture)
+        save_sorted(target, state=state, order=order, importance=importance, config=inputs["teacher"]["config"], layers=layers, tokenizer_from=source)
+
     with steps.step("depth"):
         layers = choose_layers(
             teacher,
@@ -225,22 +238,24 @@ def _sort(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, blocks: 
             depths=searched_depths(spec, inputs=inputs),
             blocks_BT=blocks.calibration_NT,
             batch_size=batch_size,
+            by_task=partial(_by_task, spec, inputs=inputs, folder=folder, save=save, device=device),
             report=steps.progress,
         )
     del teacher
     with steps.step("sort"):
-        # What students are cut from never follows the arithmetic's dtype: bfloat16 would round every weight of every student.
-        stored = load_model(source, dtype="float32", device="cpu")
-        save_sorted(
-            folder / SORTED,
-            state=sort_teacher(stored, order=order, architecture=architecture),
-            order=order,
-            importance=importance,
-            config=inputs["teacher"]["config"],
-            layers=layers,
-            tokenizer_from=source,
-        )
+        save(folder / SORTED, layers)
+        shutil.rmtree(folder / WHOLE, ignore_errors=True)
     return load_sorting(folder / SORTED)
+
+
+def _by_task(
+    spec: SearchSpec, kl: Damage, *, inputs: Mapping[str, Any], folder: Path, save: Callable[[Path, Mapping[int, tuple[int, ...]]], None], device: str
+) -> Damage:
+    """What sets of layers cost on the tasks; the models are cut out of a sorted teacher that has selected no layers yet."""
+    save(folder / WHOLE, {})
+    splits = json.loads((folder / SPLITS).read_text(encoding="utf-8"))
+    documents = {name: split["search"] for name, split in splits.items()}
+    return task_damage(spec, inputs=inputs, sorting=load_sorting(folder / WHOLE), documents=documents, kl=kl, device=device)
 
 
 def _split_tasks(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path) -> dict[str, dict[str, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import combinations, pairwise
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from nas.compress.depth import DepthMethod, bridged_damage, choose_layers, layer_damage, select_layers
 from nas.compress.importance import measure_importance
+from nas.errors import InvalidSpec
 
 
 def additive(cost_L: list[float]) -> Callable[[tuple[int, ...]], float]:
@@ -214,3 +216,12 @@ def test_block_influence_drops_the_layers_that_turn_the_stream_least(
     importance = replace(measure_importance(model, blocks_BT=tokens_BT, method="energy", batch_size=4), block_influence_L=torch.tensor([0.3, 0.1, 0.4, 0.2]))
     layers = choose_layers(model, method="block_influence", importance=importance, depths=[3, 2], blocks_BT=tokens_BT, batch_size=4)
     assert layers == {3: (0, 2, 3), 2: (0, 2)}
+
+
+def test_a_method_by_task_needs_someone_who_can_score(random_llama: Callable[..., LlamaForCausalLM], random_tokens: Callable[..., Tensor]) -> None:
+    model, tokens_BT = random_llama(), random_tokens(rows=2)
+    importance = measure_importance(model, blocks_BT=tokens_BT, method="energy", batch_size=2)
+    ask = partial(choose_layers, model, method="task", importance=importance, depths=[2], blocks_BT=tokens_BT, batch_size=2)
+    with pytest.raises(InvalidSpec, match="depth: expected a method that needs no tasks, got task"):
+        ask()
+    assert ask(by_task=lambda kl: lambda kept: -kl(kept)) == {2: max(combinations(range(3), 2), key=layer_damage(model, blocks_BT=tokens_BT, batch_size=2))}

@@ -110,7 +110,7 @@ def test_the_facts_are_plain_json(case: Case) -> None:
 
 def test_every_step_is_told_and_timed(case: Case) -> None:
     steps = [line["step"] for line in case.lines if "done" not in line]
-    assert steps == ["check", "corpus", "importance", "depth", "sort", "tasks", "signals", "baselines"]
+    assert steps == ["check", "corpus", "tasks", "importance", "depth", "sort", "signals", "baselines"]
     assert list(case.facts["seconds"]) == steps
 
 
@@ -136,7 +136,7 @@ def test_both_halves_of_the_validation_blocks_have_what_the_spec_asks_for(case: 
     assert load_blocks(case.folder / BLOCKS).validation_NT.numel() == 2 * case.spec().corpus.validation_tokens
 
 
-@pytest.mark.parametrize("step", ["check", "corpus", "importance", "depth", "sort", "tasks", "signals"])
+@pytest.mark.parametrize("step", ["check", "corpus", "tasks", "importance", "depth", "sort", "signals"])
 def test_stopped_after_any_step_and_run_again_it_finds_the_same(case: Case, tmp_path: Path, step: str) -> None:
     with pytest.raises(StoppedEarly):
         case.prepare(tmp_path, stop_at=step)
@@ -263,6 +263,11 @@ def test_layers_are_selected_on_few_tokens_and_report_how_far_they_are(case: Cas
 )
 def test_the_key_changes_with_what_the_folder_depends_on(case: Case, changes: dict[str, Any]) -> None:
     assert prepared_key(case.spec(**changes), inputs=case.inputs) != prepared_key(case.spec(), inputs=case.inputs)
+
+
+def test_the_key_changes_with_the_tasks_weights_where_tasks_choose_the_layers(case: Case) -> None:
+    one, three = (case.spec(compression={"depth": "task"}, tasks=[{"name": "choice", "weight": weight}]) for weight in (1.0, 3.0))
+    assert prepared_key(one, inputs=case.inputs) != prepared_key(three, inputs=case.inputs)
 
 
 @pytest.mark.parametrize("part", ["teacher", "corpora", "tasks"])

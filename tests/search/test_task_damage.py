@@ -1,0 +1,100 @@
+"""A task can pick other layers than the likelihood; what it loses is told as a share of the teacher's metric."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nas.compress.sorting import load_sorting
+from nas.evaluate.scoring import MetricValue, Scores, TaskScore
+from nas.search import task_damage as task_damage_module
+from nas.search.layout import PREPARED, SORTED, SPLITS
+from nas.search.prepare import WHOLE, prepare
+from nas.search.task_damage import TIE_WEIGHT, task_damage
+from nas.settings import Settings
+from nas.spec import SearchSpec, parse_spec
+from nas.store.store import Store
+from nas.submission import check_submission
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A folder prepared with the layers chosen by the tiny teacher's task."""
+
+    spec: SearchSpec
+    inputs: dict[str, Any]
+    folder: Path
+
+    def damage(self, *, kl: Callable[[tuple[int, ...]], float] = lambda kept: 0.0) -> Callable[[tuple[int, ...]], float]:
+        splits = json.loads((self.folder / SPLITS).read_text())
+        documents = {name: split["search"] for name, split in splits.items()}
+        return task_damage(self.spec, inputs=self.inputs, sorting=load_sorting(self.folder / SORTED), documents=documents, kl=kl, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory, register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]]) -> Case:
+    folder = tmp_path_factory.mktemp("task-damage")
+    settings = Settings.from_environment({"NAS_DATA": str(folder)})
+    store = Store.open(settings.database_url, migrate=True)
+    register_tiny(store=store, settings=settings)
+    spec = parse_spec(json.dumps(tiny_spec(compression={"depth": "task"})))
+    inputs = check_submission(spec, store=store).inputs
+    store.close()
+    prepare(spec, inputs=inputs, folder=folder / "prepared", device="cpu", report=lambda line: None, should_stop=lambda: False)
+    return Case(spec=spec, inputs=inputs, folder=folder / "prepared")
+
+
+def test_the_chosen_layers_lose_least_of_the_task(case: Case) -> None:
+    num_layers = case.inputs["teacher"]["config"]["num_hidden_layers"]
+    layers = {int(depth): tuple(kept) for depth, kept in json.loads((case.folder / PREPARED).read_text())["layers"].items()}
+    damage = case.damage()
+    for kept in combinations(range(num_layers), num_layers - 1):
+        assert damage(layers[num_layers - 1]) <= damage(kept)
+    assert damage(tuple(range(num_layers))) == 0
+    assert not (case.folder / WHOLE).exists()
+
+
+def scores(accuracy: float, bits: float) -> Scores:
+    values = {
+        "acc": MetricValue(value=accuracy, standard_error=None, higher_is_better=True),
+        "bits": MetricValue(value=bits, standard_error=None, higher_is_better=False),
+    }
+    return Scores(tasks={"choice": TaskScore(name="choice", metrics=values, document_ids=(), documents={}, likelihood=None, seconds=0.0)})
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("acc", (0.8 - 0.6) / 0.8), ("bits", (3.0 - 2.0) / 2.0)])
+def test_what_is_lost_is_a_share_of_the_teachers_metric_whichever_its_direction(
+    case: Case, monkeypatch: pytest.MonkeyPatch, metric: str, expected: float
+) -> None:
+    answers = iter([scores(0.8, 2.0), scores(0.6, 3.0)])
+    monkeypatch.setattr(task_damage_module, "score", lambda *_, **__: next(answers))
+    monkeypatch.setattr(task_damage_module, "objective_metrics", lambda *_, **__: {"choice": metric})
+    assert case.damage()((0,)) == pytest.approx(expected)
+
+
+def test_the_likelihood_decides_ties_and_nothing_else(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = {(0, 1): 0.5, (0, 2): 0.5, (1, 2): 0.51}
+    asked = [*accuracies]
+    answers = iter([scores(0.8, 2.0), *(scores(accuracy, 2.0) for accuracy in accuracies.values())])
+    monkeypatch.setattr(task_damage_module, "score", lambda *_, **__: next(answers))
+    damage = case.damage(kl={(0, 1): 3.0, (0, 2): 1.0, (1, 2): 100.0}.__getitem__)
+    first, second, better = (damage(kept) for kept in asked)
+    assert better < second < first
+    assert first - second == pytest.approx(2 * TIE_WEIGHT)
+
+
+def test_a_cut_whose_scores_are_not_finite_is_not_a_number(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    damage = case.damage()
+
+    def diverged(*_: Any, **__: Any) -> Scores:
+        raise FloatingPointError
+
+    monkeypatch.setattr(task_damage_module, "score", diverged)
+    assert math.isnan(damage((0,)))
