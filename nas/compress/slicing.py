@@ -43,7 +43,7 @@ def slice_student(sorting: Sorting, shape: Shape) -> tuple[dict[str, Tensor], di
     """
     check_sliceable(sorting, shape)
     layers = sorting.layers[shape.num_hidden_layers]
-    factors = _norm_factors(sorting, shape)
+    factors = norm_factors(sorting, shape)
     state = {}
     with safe_open(sorting.folder / WEIGHTS_FILE, framework="pt") as file:
         for name, weight, layer in checkpoint_weights(sorting.architecture, num_hidden_layers=len(layers)):
@@ -53,7 +53,7 @@ def slice_student(sorting: Sorting, shape: Shape) -> tuple[dict[str, Tensor], di
                 stored = int(sorting.architecture.family.gain_minus_one)
                 tensor = ((tensor.double() + stored) * gain - stored).to(tensor.dtype)
             state[name] = tensor
-    return state, _student_config(sorting, shape, factors=factors, dtype=next(iter(state.values())).dtype)
+    return state, student_config(sorting, shape, factors=factors, dtype=next(iter(state.values())).dtype)
 
 
 def kept_indices(sorting: Sorting, shape: Shape) -> dict[str, Any]:
@@ -79,21 +79,30 @@ def build_student(sorting: Sorting, shape: Shape, *, dtype: str, device: str) ->
     Raises:
         InvalidSpec: as `slice_student`, or an unknown dtype.
     """
-    torch_dtype = resolve_dtype(dtype)
-    state, values = slice_student(sorting, shape)
-    architecture = read_architecture(values)
-    config = AutoConfig.for_model(**values)
+    state, config = slice_student(sorting, shape)
+    return model_of(state, config=config, dtype=dtype, device=device)
+
+
+def model_of(state: dict[str, Tensor], *, config: Mapping[str, Any], dtype: str, device: str) -> PreTrainedModel:
+    """A plain transformers model in training mode that takes the tensors of `state` for its own; the global random state is not touched.
+
+    Raises:
+        InvalidSpec: unknown dtype.
+    """
+    torch_dtype, architecture = resolve_dtype(dtype), read_architecture(config)
     for name in list(state):
         state[name] = state[name].to(torch_dtype)
     with no_init_weights():  # memory that is reserved and never touched: the next lines put the sliced tensors in its place
-        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=architecture.family.attention, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**config), dtype=torch_dtype, attn_implementation=architecture.family.attention, trust_remote_code=False
+        )
     loaded = model.load_state_dict(state, strict=False, assign=True)
     tied = {weight.name for weight in architecture.family.weights} - {weight.name for weight in architecture.weights}
     assert not loaded.unexpected_keys, f"the family's row names tensors that transformers does not have: {loaded.unexpected_keys}"
     assert set(loaded.missing_keys) <= tied, f"the family's row lacks tensors: {set(loaded.missing_keys) - tied}"
     model.tie_weights()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert num_parameters == count_parameters(architecture, shape).total, f"{shape.key}: the model has {num_parameters} parameters"
+    assert num_parameters == count_parameters(architecture, architecture.shape).total, f"{architecture.shape.key}: the model has {num_parameters} parameters"
     return model.to(device).train()
 
 
@@ -124,7 +133,7 @@ def check_sliceable(sorting: Sorting, shape: Shape) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _NormFactor:
+class NormFactor:
     """What a norm of the student needs to give the teacher's output on the kept channels."""
 
     gain: float
@@ -133,7 +142,7 @@ class _NormFactor:
     """On eps: the student's mean square over the teacher's."""
 
 
-def _norm_factors(sorting: Sorting, shape: Shape) -> dict[str, _NormFactor]:
+def norm_factors(sorting: Sorting, shape: Shape) -> dict[str, NormFactor]:
     """Weight of each norm, by its name in the teacher -> its factors, for the layers that stay; exactly 1 at full width."""
     architecture = sorting.architecture
     family, sizes, kept_sizes = architecture.family, architecture.sizes(architecture.shape), architecture.sizes(shape)
@@ -150,7 +159,7 @@ def _norm_factors(sorting: Sorting, shape: Shape) -> dict[str, _NormFactor]:
                 square = kept_share * sizes[axis] / kept_sizes[axis]
             writes_stream = axis is Axis.HIDDEN and after_writer
             reads_stream = axis is Axis.HIDDEN and not after_writer
-            factors[name] = _NormFactor(
+            factors[name] = NormFactor(
                 gain=math.sqrt(square) * (stream_scale if writes_stream else 1.0), eps=square * (stream_scale**2 if reads_stream else 1.0)
             )
     return factors
@@ -187,7 +196,7 @@ def _read_prefix(stored: Any, *, weight: Weight, architecture: Architecture, sha
     return torch.cat(pieces, dim=split[0]) if split else pieces[0].clone(memory_format=torch.contiguous_format)
 
 
-def _student_config(sorting: Sorting, shape: Shape, *, factors: Mapping[str, _NormFactor], dtype: torch.dtype) -> dict[str, Any]:
+def student_config(sorting: Sorting, shape: Shape, *, factors: Mapping[str, NormFactor], dtype: torch.dtype) -> dict[str, Any]:
     """The teacher's config with the student's numbers; rope, tokens and tie flag stay, what is said layer by layer follows those that stay."""
     family, config, layers = sorting.architecture.family, dict(sorting.config), sorting.layers[shape.num_hidden_layers]
     if len(layers) < sorting.architecture.shape.num_hidden_layers:

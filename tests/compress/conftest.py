@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from nas.compress.depth import layer_damage, select_layers
 from nas.compress.importance import Method, measure_importance
-from nas.compress.sorting import Sorting, load_sorting, make_order, save_sorted, sort_teacher
+from nas.compress.sorting import Order, Sorting, load_sorting, make_order, save_sorted, sort_teacher
 from nas.compress.teacher import check_teacher
 
 VOCAB_SIZE = 61
@@ -67,13 +67,15 @@ def save_teacher(model: PreTrainedModel, *, folder: Path, max_shard_size: str = 
     return folder
 
 
-def sort_on_disk(model: PreTrainedModel, *, folder: Path, depths: tuple[int, ...] = (), method: Method = "energy") -> Sorting:
-    """All steps from a model to its sorted teacher; without `depths`, every depth is selected."""
+def sort_on_disk(model: PreTrainedModel, *, folder: Path, depths: tuple[int, ...] = (), method: Method = "energy", as_it_is: bool = False) -> Sorting:
+    """All steps from a model to its sorted teacher; without `depths`, every depth is selected. `as_it_is`: what comes last is cut first."""
     teacher = check_teacher(save_teacher(model, folder=folder / "teacher"))
     shape = teacher.architecture.shape
     blocks_BT = random_tokens(rows=16, seed=1)
     importance = measure_importance(model, blocks_BT=blocks_BT, method=method, batch_size=8)
     order = make_order(importance, shape)
+    if as_it_is:
+        order = Order(**{name: torch.arange(getattr(order, name).shape[-1]).expand_as(getattr(order, name)) for name in Order.__slots__})
     layers = select_layers(
         num_hidden_layers=shape.num_hidden_layers,
         depths=depths or range(1, shape.num_hidden_layers + 1),
