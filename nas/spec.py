@@ -201,7 +201,7 @@ class DistillationSpec:
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """Constant along the trunk (Minitron: 1e-4 at 8B, where small models want 1e-3 and more). None: 0.02 / sqrt(the teacher's hidden size), times
-    the root of the running KL in nats; near the best constant rate of every shape and size that was measured (LOG.md)."""
+    the fourth root of the running KL in nats; near the best constant rate of every shape and size that was measured (LOG.md)."""
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     """Sequences per step."""
     micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None

@@ -303,7 +303,7 @@ class _Run:
         if not self.plan.rate_follows_loss:
             return rate
         self.running_loss.lerp_(loss, 1 / min(self.step + 1, _RECENT_STEPS))
-        return rate * self.running_loss.clamp_min(0).sqrt()
+        return rate * self.running_loss.clamp_min(0).sqrt().sqrt()
 
     def _accumulate_gradients(self, tokens_BT: Tensor, *, rows_B: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)

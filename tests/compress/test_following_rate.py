@@ -45,15 +45,15 @@ def rates(objective: Any, blocks_NT: Tensor, **changes: Any) -> list[float]:
     return [progress.learning_rate for progress in told]
 
 
-def test_the_rate_is_the_given_one_times_the_root_of_the_loss(blocks_NT: Tensor) -> None:
-    assert rates(Known(*[0.25] * 6), blocks_NT, steps=6, decay_steps=0) == pytest.approx([5e-3] * 6)
-    assert rates(Known(*[0.25] * 6), blocks_NT, steps=6, decay_steps=2) == pytest.approx([5e-3] * 4 + [5e-3 * 2 / 3, 5e-3 / 3])
+def test_the_rate_is_the_given_one_times_the_fourth_root_of_the_loss(blocks_NT: Tensor) -> None:
+    assert rates(Known(*[0.0625] * 6), blocks_NT, steps=6, decay_steps=0) == pytest.approx([5e-3] * 6)
+    assert rates(Known(*[0.0625] * 6), blocks_NT, steps=6, decay_steps=2) == pytest.approx([5e-3] * 4 + [5e-3 * 2 / 3, 5e-3 / 3])
 
 
 def test_the_loss_that_it_follows_is_the_mean_of_the_first_steps_then_a_running_one(blocks_NT: Tensor) -> None:
     found = rates(Known(4.0, 0.0, *[2.0] * 18), blocks_NT, steps=20, decay_steps=0)
-    assert found[:3] == pytest.approx([2e-2, 1e-2 * 2**0.5, 1e-2 * 2**0.5])
-    assert found[-1] == pytest.approx(1e-2 * 2**0.5)
+    assert found[:3] == pytest.approx([1e-2 * 4**0.25, 1e-2 * 2**0.25, 1e-2 * 2**0.25])
+    assert found[-1] == pytest.approx(1e-2 * 2**0.25)
     assert rates(Known(*[0.0] * 20, 16.0), blocks_NT, steps=21, decay_steps=0)[-1] == pytest.approx(1e-2)
 
 
