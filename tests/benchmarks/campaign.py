@@ -24,10 +24,10 @@ DATA = Path(__file__).parent / "data"
 WORK = Path("build/benchmarks")
 """Below the checkout: packed text, sorted teachers, signals, checkpoints."""
 
-GRID = ((1, 5e-4), (1, 1e-3), (2, 1e-3), (2, 2e-3), (4, 1e-3), (4, 2e-3), (4, 4e-3), (16, 2e-3), (16, 4e-3))
+GRID = ((1, 5e-4), (1, 1e-3), (1, 2e-3), (2, 1e-3), (2, 2e-3), (4, 1e-3), (4, 2e-3), (4, 4e-3))
 """(batch size, learning rate): of every distilled method."""
-GRID_SHAPES = {"stories260K": ("mlp50", "mixed51"), "tales4M": ("mlp75", "mixed52")}
-GRID_TOKENS = 100_000
+GRID_SHAPES = {"stories260K": ("mlp50", "mixed51"), "tales4M": ("mixed52",)}
+GRID_TOKENS = {"stories260K": 100_000, "tales4M": 50_000}
 SCRATCH_GRID = ((4, 1e-3), (4, 2e-3), (4, 4e-3), (16, 2e-3), (16, 4e-3), (16, 8e-3))
 SCRATCH_GRID_TOKENS = {"stories260K": 1_000_000, "tales4M": 250_000}
 
@@ -81,7 +81,7 @@ def merge(curves: Iterable[Curve], *, file: Path) -> None:
 def grid(teacher: str, method: str) -> list[tuple[Run, list[int]]]:
     """Every rate and batch of a method: two shapes, or for scratch the headline's."""
     if METHODS[method].distilled:
-        combinations, shapes, tokens, train_tokens = GRID, GRID_SHAPES[teacher], GRID_TOKENS, CURVE_TRAIN_TOKENS
+        combinations, shapes, tokens, train_tokens = GRID, GRID_SHAPES[teacher], GRID_TOKENS[teacher], CURVE_TRAIN_TOKENS
     else:
         combinations, shapes, tokens, train_tokens = SCRATCH_GRID, (HEADLINE_SHAPE[teacher],), SCRATCH_GRID_TOKENS[teacher], HEADLINE_TRAIN_TOKENS
     return [

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nas.compress.objective import NextToken, TeacherLogits
+from nas.compress.reconstruction import reconstruct_student, split_calibration
 from nas.compress.slicing import build_student
 from nas.compress.train_plan import TrainPlan
 from nas.search.prepare import random_model
@@ -76,13 +77,22 @@ def _random(initializer_range: float) -> Callable[[Subject, Shape, int], nn.Modu
     return build
 
 
+def _reconstructed(subject: Subject, shape: Shape, seed: int) -> nn.Module:
+    held_out_NT = split_calibration(subject.calibration_NT)[1]
+    student, _ = reconstruct_student(subject.sorting, shape, moments=subject.moments, held_out_NT=held_out_NT, dtype="float32", device="cpu", batch_size=16)
+    return student
+
+
+_PLAIN = {"warmup_tokens": 2_000, "beta1": 0.9}
 METHODS: dict[str, Method] = {
-    "plain": Method(choices="ours", build=_sliced),
-    "minitron": Method(choices="minitron", build=_sliced),
+    "ours": Method(choices="ours", build=_reconstructed, plan={"rate_follows_loss": True}),
+    "plain": Method(choices="plain", build=_sliced, plan=_PLAIN),
+    "minitron": Method(choices="minitron", build=_sliced, plan=_PLAIN),
     "scratch": Method(choices="ours", build=_random(0.02), distilled=False, plan={"warmup_tokens": 50_000, "beta1": 0.9}),
     "scratch-wide": Method(choices="ours", build=_random(0.1), distilled=False, plan={"warmup_tokens": 50_000, "beta1": 0.9}),
 }
-"""plain: sliced, with our importance and depth. minitron: sliced, with the published importance and depth. Both: forward KL, AdamW.
+"""ours: reconstructed, and trained at a rate that follows the loss (the learning rate is that at one nat per token). plain: sliced, with our importance and
+depth. minitron: sliced, with the published importance and depth. Both: forward KL, AdamW.
 scratch: the shape with random weights of the family's usual spread, and of a wider one, on the text alone."""
 
 

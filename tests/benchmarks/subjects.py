@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from nas.compress.corpus import Blocks, Part, build_blocks, load_blocks
 from nas.compress.depth import DepthMethod, choose_layers
-from nas.compress.importance import measure_importance
+from nas.compress.importance import Method, measure_importance
+from nas.compress.reconstruction import split_calibration
+from nas.compress.second_moments import SecondMoments, load_moments, measure_moments
 from nas.compress.signals import StoredSignals, StoredTeacher, build_signals
 from nas.compress.sorting import Sorting, load_sorting, make_order, save_sorted, sort_teacher
 from nas.compress.teacher import CONFIG_FILE, load_model, load_tokenizer
@@ -29,8 +31,13 @@ MOST_TRAIN_TOKENS = 10_000_000
 MOST_SIGNAL_TOKENS = 2**20
 """Up to so many training tokens the teacher's outputs are stored; beyond, it runs beside the student."""
 
-Choices = Literal["ours", "minitron"]
-"""How importance and depth are chosen: our defaults, or what Minitron published ((L2, mean) and block influence)."""
+Choices = Literal["ours", "plain", "minitron"]
+"""How importance and depth are chosen: our defaults, our defaults where nothing is reconstructed, or what Minitron published."""
+SELECTION: Mapping[Choices, tuple[Method, DepthMethod]] = {
+    "ours": ("energy", "bridged_damage"),
+    "plain": ("energy", "damage"),
+    "minitron": ("l2_mean", "block_influence"),
+}
 T = TypeVar("T")
 
 
@@ -46,6 +53,8 @@ class Subject:
     """On the training blocks."""
     held_out_outputs: TeacherOutputs
     sorting: Sorting
+    moments: SecondMoments
+    """Of the sorted teacher, on the first part of the calibration blocks."""
 
 
 def load_subject(name: str, *, choices: Choices, train_tokens: int, cache: Path) -> Subject:
@@ -57,6 +66,7 @@ def load_subject(name: str, *, choices: Choices, train_tokens: int, cache: Path)
         lambda: load_blocks(folder / "blocks"), make=lambda: _pack(source, text=reference / "data" / "text" / "tinystories", folder=folder / "blocks")
     )
     sorting = _once(lambda: load_sorting(folder / choices), make=lambda: _sort(teacher, source=source, blocks=blocks, choices=choices, folder=folder / choices))
+    moments = _once(lambda: load_moments(folder / choices / "moments"), make=lambda: _measure(sorting, blocks=blocks, folder=folder / choices / "moments"))
     train_NT = blocks.train_NT[: train_tokens // SEQUENCE_LENGTH]
     return Subject(
         teacher=teacher,
@@ -66,7 +76,13 @@ def load_subject(name: str, *, choices: Choices, train_tokens: int, cache: Path)
         outputs=_stored(teacher, train_NT, folder=folder, part="train") if train_tokens <= MOST_SIGNAL_TOKENS else RunningTeacher(teacher),
         held_out_outputs=_stored(teacher, blocks.validation_NT, folder=folder, part="held_out"),
         sorting=sorting,
+        moments=moments,
     )
+
+
+def _measure(sorting: Sorting, *, blocks: Blocks, folder: Path) -> None:
+    model = load_model(sorting.folder, dtype="float32", device="cpu")
+    measure_moments(model, sorting=sorting, blocks_BT=split_calibration(blocks.calibration_NT)[0], folder=folder, batch_size=16)
 
 
 def _once(load: Callable[[], T], *, make: Callable[[], object]) -> T:
@@ -94,9 +110,9 @@ def _sort(teacher: PreTrainedModel, *, source: Path, blocks: Blocks, choices: Ch
     architecture = read_architecture(teacher.config.to_dict())
     num_layers = architecture.shape.num_hidden_layers
     depths = range(num_layers // 2, num_layers + 1)
-    importance = measure_importance(teacher, blocks_BT=blocks.calibration_NT, method="energy" if choices == "ours" else "l2_mean", batch_size=16)
-    method: DepthMethod = "damage" if choices == "ours" else "block_influence"  # the committed curves were made before bridges
-    layers = choose_layers(teacher, method=method, importance=importance, depths=depths, blocks_BT=blocks.calibration_NT, batch_size=16)
+    method, depth = SELECTION[choices]
+    importance = measure_importance(teacher, blocks_BT=blocks.calibration_NT, method=method, batch_size=16)
+    layers = choose_layers(teacher, method=depth, importance=importance, depths=depths, blocks_BT=blocks.calibration_NT, batch_size=16)
     order = make_order(importance, architecture.shape)
     save_sorted(
         folder,
