@@ -31,19 +31,22 @@ from nas.search.prepare import random_model
 from tests.benchmarks.training_speed import SEQUENCE_LENGTH, TEACHERS
 
 GOAL = 0.85
-"""Of the ceiling, at half size and at a quarter, with exact signals."""
+"""Of the ceiling, at half size and at a quarter, with exact signals. Nothing of the teacher's body is left, and reading takes no time that a profile shows;
+what is missing is the student's own step, which in small matrices costs more than three times its share of the teacher's forward pass."""
 TOP_K = 512
 STUDENTS: dict[str, dict[str, dict[str, int]]] = {
     "stories260K": {
         "half": {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
-        "quarter": {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},
+        "quarter": {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 112, "num_attention_heads": 2, "num_key_value_heads": 1},
+        "quarter, half of the heads": {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2},
     },
     "tales4M": {
         "half": {"num_hidden_layers": 7, "hidden_size": 128, "intermediate_size": 480, "num_attention_heads": 4, "num_key_value_heads": 2},
         "quarter": {"num_hidden_layers": 6, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
     },
 }
-"""What students of a half and a quarter of the parameters have of their own."""
+"""What students of a half and a quarter of the parameters have of their own. Attention costs time by heads, which the ceiling does not know: at this size,
+where it takes half of the time, a student that keeps more heads than its share of parameters stays further below."""
 RUNS = {"stories260K": ((4, 16), (16, 8)), "tales4M": ((4, 5),)}
 """(batch size, steps) of the timed runs."""
 ROUNDS = 5
@@ -69,7 +72,7 @@ def bench() -> bool:
                     same = _is_same_student(student, objectives, blocks_NT, batch_size) and same
                     share = _count(student) / _count(teacher)
                     cells = _compare(student, objectives, blocks_NT, batch_size, share=share, head_share=head_share)
-                    table.add_row(f"{size} of {name}, {batch_size} x {SEQUENCE_LENGTH}", f"{share:.2f}", f"{head_share:.2f}", *cells, f">= {GOAL:.0%}")
+                    table.add_row(f"{name}, {size}, {batch_size} x {SEQUENCE_LENGTH}", f"{share:.2f}", f"{head_share:.2f}", *cells, f">= {GOAL:.0%}")
     torch.set_num_threads(threads)
     console.print(table)
     console.print(f"exact signals and the teacher in the loop give {'the same student, bit for bit' if same else 'students that DIFFER'}")
