@@ -123,6 +123,7 @@ def _recipe(spec: SearchSpec, *, provenance: Mapping[str, Any]) -> dict[str, Any
         sequence_length=spec.corpus.sequence_length,
         warmup_tokens=short.warmup_tokens,
         decay_share=short.decay_share,
+        optimizer=short.optimizer,
         weight_decay=short.weight_decay,
         validation_tokens=spec.corpus.validation_tokens,
         micro_batch_size=short.micro_batch_size,

@@ -52,6 +52,7 @@ class Recipe:
     warmup_tokens: int = 0
     decay_share: float = 0.2
     """The last share of the tokens, over which the rate falls linearly to zero."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.0
     validation_tokens: int = 32_768
     micro_batch_size: int | None = None
@@ -74,6 +75,8 @@ class Recipe:
             problems.append(Problem(field="micro_batch_size", expected="null or an integer of at least 1", got=repr(self.micro_batch_size)))
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(Problem(field="dtype", expected="float32 or bfloat16", got=repr(self.dtype)))
+        if self.optimizer not in ("adamw", "muon"):
+            problems.append(Problem(field="optimizer", expected="adamw or muon", got=repr(self.optimizer)))
         if not problems and self.validation_tokens < 2 * self.sequence_length:
             expected = f"at least two blocks of sequence_length={self.sequence_length}, whose spread is the standard error"
             problems.append(Problem(field="validation_tokens", expected=expected, got=str(self.validation_tokens)))
@@ -315,6 +318,7 @@ def _train_plan(recipe: Recipe, *, teacher: Teacher) -> TrainPlan:
         batch_size=recipe.batch_size,
         warmup_tokens=recipe.warmup_tokens,
         decay_tokens=int(recipe.tokens * recipe.decay_share),
+        optimizer=recipe.optimizer,
         weight_decay=recipe.weight_decay,
         seed=recipe.seed,
         dtype=recipe.dtype,

@@ -210,6 +210,9 @@ class DistillationSpec:
     """Linear warm-up at the start of the trunk."""
     decay_share: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """The last share of a rung's tokens is a linear decay to zero, a branch off the constant trunk that the next rung resumes."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: the same KL from about 15 % fewer tokens (LOG.md) for more arithmetic a token: of the student's own about 4 x hidden_size / tokens of a step.
+    Worth it where tokens are dear, or steps are large."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward and backward passes, where the device has it; parameters and optimiser are float32. On a CPU it is worth it from a hidden

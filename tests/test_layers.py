@@ -39,6 +39,7 @@ ROWS = (
     "nas.compress.objective",
     "nas.compress.hidden_states",
     "nas.compress.train_plan",
+    "nas.compress.muon",
     "nas.compress.moments",
     "nas.compress.fitting",
     "nas.compress.data_order",

@@ -76,3 +76,11 @@ def _room(folder: Path, *, names: tuple[str, str, str]) -> Iterator[int]:
         return
     counted = dict(line.split() for line in statistics.read_text(encoding="ascii").splitlines() if len(line.split()) == 2) if statistics.exists() else {}
     yield int(text) - int(use.read_text(encoding="ascii")) + int(counted.get(names[2], 0))
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it: on a CPU without, bfloat16 is emulated and far slower than float32."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return device.type == "cuda"

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nas.compress.data_order import DataOrder
+from nas.compress.device import multiplies_bfloat16
 from nas.compress.distributed import Spread, World, clip_gradients, copy_whole, whole
 from nas.compress.heap import keep_freed_memory, return_freed_memory
 from nas.compress.moments import make_optimizer
@@ -177,7 +178,7 @@ class _Run:
         self.order = DataOrder(len(blocks_NT), batch_size=plan.batch_size, seed=plan.seed)
         self.weights = dict(student.named_parameters()) | {f"objective.{name}": weight for name, weight in objective.weights().items()}
         self.device = next(iter(self.weights.values())).device
-        self.optimizer = make_optimizer(self.weights, plan=plan)
+        self.optimizer = make_optimizer(self.weights, plan=plan, tables=(*_tables(student), *objective.weights().values()))
         if self.device.type == "cpu":
             (return_freed_memory if plan.checkpoint_activations else keep_freed_memory)()
         self.steps_between_looks = _STEPS_BETWEEN_LOOKS.get(self.device.type, 1)
@@ -293,7 +294,7 @@ class _Run:
         norm = clip_gradients(self.weights.values(), max_norm=self.plan.max_grad_norm)
         rate = self._rate(loss)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_scale"]
         self.optimizer.step()
         return torch.stack((loss, norm))
 
@@ -384,12 +385,10 @@ class _Run:
         self.untrained_loss = state.untrained_loss
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for it: on a CPU without, bfloat16 is emulated and far slower than float32."""
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return device.type == "cuda"
+def _tables(student: nn.Module) -> tuple[nn.Parameter, ...]:
+    """Embeddings and head: matrices whose rows are tokens."""
+    model: Any = student
+    return model.get_input_embeddings().weight, model.get_output_embeddings().weight
 
 
 def checkpoint_activations(student: nn.Module, *, on: bool) -> None:

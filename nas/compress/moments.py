@@ -4,12 +4,13 @@
     offloaded   float32 in the host's memory; each weight's moments visit the device for its update: the same bits, for the transfers
     bfloat16    beside the weights in half of the memory; float32 during the update, rounded to the nearest afterwards
 
-Works with every optimizer that updates each weight by itself. Knows no loop.
+Works with every optimizer that updates each weight by itself; Muon's stacks of small matrices (muon.py) are then taken apart, which changes their rounding.
+Knows no loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -17,23 +18,51 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nas.compress.muon import Muon
 from nas.compress.train_plan import TrainPlan
+from nas.errors import InvalidSpec, Problem
 from nas.memory import Moments
 
+_MUON_RATE = 3.0
+"""Muon's rate over AdamW's in the same run (LOG.md)."""
 
-def make_optimizer(weights: dict[str, nn.Parameter], *, plan: TrainPlan) -> torch.optim.Optimizer | ParkedOptimizer:
-    """AdamW with its state laid out before the first step, so that every state can be saved."""
+
+def make_optimizer(weights: dict[str, nn.Parameter], *, plan: TrainPlan, tables: Collection[nn.Parameter] = ()) -> Together | ParkedOptimizer:
+    """The plan's optimizer with its state laid out before the first step, so that every state can be saved.
+
+    Every one of its groups has a `rate_scale`, by which the plan's rate is multiplied.
+
+    Args:
+        tables: those of the weights that Muon does not take although they are matrices.
+    Raises:
+        InvalidSpec: Muon on shards, of which none is a matrix.
+    """
     for name, weight in weights.items():
         if weight.dtype != torch.float32:
             raise ValueError(f"{name}: expected float32 weights to train, got {weight.dtype}")
-    make = partial(_make_adamw, plan=plan)
-    return make(weights) if plan.moments == "float32" else ParkedOptimizer(weights, make=make, moments=plan.moments)
+    outside = set(tables)
+    turned = {w for w in weights.values() if plan.optimizer == "muon" and w.ndim >= 2 and w not in outside}
+    if any(isinstance(weight, DTensor) for weight in turned):
+        expected = "adamw where the weights are sharded (muon needs whole matrices)"
+        raise InvalidSpec(Problem(field="optimizer", expected=expected, got="muon"))
+    make = partial(_parts, plan=plan, turned=turned)
+    return Together(make(weights)) if plan.moments == "float32" else ParkedOptimizer(weights, make=lambda one: make(one)[0], moments=plan.moments)
+
+
+def _parts(weights: dict[str, nn.Parameter], *, plan: TrainPlan, turned: Set[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    rest = {name: weight for name, weight in weights.items() if weight not in turned}
+    matrices = [weight for weight in weights.values() if weight in turned]
+    parts: list[torch.optim.Optimizer] = [_make_adamw(rest, plan=plan)] if rest else []
+    if matrices:
+        group = {"params": matrices, "rate_scale": _MUON_RATE}
+        parts.append(Muon([group], lr=plan.learning_rate, momentum=plan.beta1, weight_decay=plan.weight_decay))
+    return parts
 
 
 def _make_adamw(weights: dict[str, nn.Parameter], *, plan: TrainPlan) -> torch.optim.Optimizer:
     # A fused step takes shards or whole tensors, not both: what an objective learns beside a sharded student is whole.
     groups = [
-        {"params": [w for w in weights.values() if (w.ndim >= 2) == matrices and isinstance(w, DTensor) == shards], "weight_decay": decay}
+        {"params": [w for w in weights.values() if (w.ndim >= 2) == matrices and isinstance(w, DTensor) == shards], "weight_decay": decay, "rate_scale": 1.0}
         for shards in (False, True)
         for matrices, decay in ((True, plan.weight_decay), (False, 0.0))
     ]
@@ -45,6 +74,23 @@ def _make_adamw(weights: dict[str, nn.Parameter], *, plan: TrainPlan) -> torch.o
             "exp_avg_sq": torch.zeros_like(weight),
         }
     return optimizer
+
+
+class Together:
+    """Optimizers of disjoint weights as one."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self._parts = parts
+        self.param_groups: list[dict[str, Any]] = [group for part in parts for group in part.param_groups]
+        self.state: dict[Tensor, dict[str, Any]] = {weight: state for part in parts for weight, state in part.state.items()}
+
+    def step(self) -> None:
+        for part in self._parts:
+            part.step()
+
+    def zero_grad(self, *, set_to_none: bool = True) -> None:
+        for part in self._parts:
+            part.zero_grad(set_to_none=set_to_none)
 
 
 class ParkedOptimizer:

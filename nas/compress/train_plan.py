@@ -31,10 +31,12 @@ class TrainPlan:
     """Linear from zero; counted from the trunk's start, so it is the same for every rung."""
     decay_tokens: int = 0
     """The last tokens of `tokens`, over which the rate falls linearly to zero."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the layers (muon.py), at three times the rate; AdamW for all else."""
     weight_decay: float = 0.0
     """Of matrices only, not of norms and biases."""
     beta1: float = 0.6
-    """Below AdamW's usual 0.9: in short runs the gradients of ten steps ago belong to other weights (LOG.md)."""
+    """Also Muon's momentum. Below AdamW's usual 0.9: in short runs the gradients of ten steps ago belong to other weights (LOG.md)."""
     beta2: float = 0.95
     max_grad_norm: float = 1.0
     seed: int = 0

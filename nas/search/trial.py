@@ -51,6 +51,7 @@ def train_plan(spec: SearchSpec, *, teacher: Shape, tokens: int) -> TrainPlan:
         batch_size=settings.batch_size,
         warmup_tokens=settings.warmup_tokens,
         decay_tokens=int(tokens * settings.decay_share),
+        optimizer=settings.optimizer,
         weight_decay=settings.weight_decay,
         seed=spec.seed,
         dtype=settings.dtype,
