@@ -128,6 +128,7 @@ def _recipe(spec: SearchSpec, *, provenance: Mapping[str, Any]) -> dict[str, Any
         validation_tokens=spec.corpus.validation_tokens,
         micro_batch_size=short.micro_batch_size,
         dtype=short.dtype,
+        moments=short.moments,
         seed=spec.seed + 1,  # another data order than the rungs'
     )
     return {

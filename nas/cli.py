@@ -404,6 +404,12 @@ def distill(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences per step, instead of the recipe's; 16 without one.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=8, help="Tokens per sequence, instead of the recipe's; 512 without one.")] = None,
     validation_tokens: Annotated[int | None, typer.Option(min=16, help="Held-out tokens, instead of the recipe's; 32,768 without one.")] = None,
+    sharded: Annotated[
+        bool | None,
+        typer.Option(
+            "--sharded/--replicated", help="Under torchrun: divide the student over the processes (FSDP2), or not (DDP); default: where it does not fit whole."
+        ),
+    ] = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -411,8 +417,12 @@ def distill(
     """The full distillation of a student; needs no service.
 
     Killed and run again with the same arguments, it goes on from its last checkpoint (one a minute, and one at Ctrl-C).
+
+    Over several GPUs or machines, which see the same folders: torchrun --nproc-per-node 8 -m nas.cli distill ... The result is the same up to rounding,
+    and a run may go on with another number of processes. The batch is shared out, so it has to be a multiple of them.
     """
     from nas.compress.distillation import Diverged, Stopped
+    from nas.compress.distributed import join_world
     from nas.full_run import Recipe, RecipeInputs, distil_fully
 
     _prepare_torch(threads, device=device)
@@ -437,26 +447,31 @@ def distill(
         inputs = RecipeInputs(teacher=None, corpora=())
     if teacher is None and inputs.teacher_folder is None:
         raise InvalidSpec(Problem(field="--teacher", expected="a folder or Hugging Face id: the recipe brings no teacher of its own", got="nothing"))
-    teacher_folder = _fetched_teacher(teacher or str(inputs.teacher_folder))
     started = time.monotonic()
-    corpora = _mixture(corpus, recipe=inputs.corpora)
-    try:
-        with _interruptible() as should_stop, _progress(tokens=plan.tokens) as report:
-            summary = distil_fully(
-                plan,
-                student=student,
-                teacher=teacher_folder,
-                corpora=corpora,
-                out=out_folder,
-                device=device,
-                expected_teacher=inputs.teacher,
-                report=report,
-                should_stop=should_stop,
-            )
-    except (Stopped, Diverged) as ended:
-        say(str(ended))
-        raise typer.Exit(INTERRUPTED if isinstance(ended, Stopped) else FAILED) from ended
-    print_facts({**summary, "wall_seconds": time.monotonic() - started, "folder": str(out_folder)}, as_json=as_json)
+    with join_world(device) as world:
+        err.quiet = out.quiet = not world.is_first
+        teacher_folder = _fetched_teacher(teacher or str(inputs.teacher_folder))
+        corpora = _mixture(corpus, recipe=inputs.corpora)
+        try:
+            with _interruptible() as should_stop, _progress(tokens=plan.tokens) as report:
+                summary = distil_fully(
+                    plan,
+                    student=student,
+                    teacher=teacher_folder,
+                    corpora=corpora,
+                    out=out_folder,
+                    device=world.device,
+                    expected_teacher=inputs.teacher,
+                    world=world,
+                    spreading=None if sharded is None else "sharded" if sharded else "replicated",
+                    report=report,
+                    should_stop=should_stop,
+                )
+        except (Stopped, Diverged) as ended:
+            say(str(ended))
+            raise typer.Exit(INTERRUPTED if isinstance(ended, Stopped) else FAILED) from ended
+        if world.is_first:
+            print_facts({**summary, "wall_seconds": time.monotonic() - started, "folder": str(out_folder)}, as_json=as_json)
 
 
 def _mixture(sources: Sequence[str], *, recipe: Sequence[RecipeCorpus]) -> list[tuple[Corpus, float]]:

@@ -10,15 +10,18 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nas.compress.corpus import Blocks, Corpus, Part, build_blocks, check_corpus, load_blocks
+from nas.compress.corpus import Corpus, Part, build_blocks, check_corpus, load_blocks
 from nas.compress.depth import DepthMethod, choose_layers
 from nas.compress.distillation import Diverged, Progress, distil
+from nas.compress.distributed import Spread, Spreading, World, shard_teacher
+from nas.compress.fitting import Fitted, check_disk_fits, fit_run
 from nas.compress.held_out import HeldOut, evaluate_kl
 from nas.compress.importance import Method, measure_importance
 from nas.compress.manifest import write_json
@@ -29,6 +32,7 @@ from nas.compress.teacher import Teacher, check_teacher, load_model, load_tokeni
 from nas.compress.train_plan import TrainPlan, trunk_rate
 from nas.compress.train_state import sound_checkpoint
 from nas.errors import Conflict, CorruptFile, InvalidSpec, NotFound, Problem
+from nas.memory import Moments, TeacherMemory, state_bytes
 from nas.shape import Shape
 
 WORK = ".work"
@@ -57,6 +61,8 @@ class Recipe:
     validation_tokens: int = 32_768
     micro_batch_size: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    moments: Literal["auto", "float32", "offloaded", "bfloat16"] = "auto"
+    """Optimiser state; auto: the first of them that fits."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +79,8 @@ class Recipe:
         ]
         if self.micro_batch_size is not None and (not isinstance(self.micro_batch_size, int) or self.micro_batch_size < 1):
             problems.append(Problem(field="micro_batch_size", expected="null or an integer of at least 1", got=repr(self.micro_batch_size)))
+        if self.moments not in ("auto", *get_args(Moments)):
+            problems.append(Problem(field="moments", expected=f"auto, {', '.join(get_args(Moments))}", got=repr(self.moments)))
         if self.dtype not in ("float32", "bfloat16"):
             problems.append(Problem(field="dtype", expected="float32 or bfloat16", got=repr(self.dtype)))
         if self.optimizer not in ("adamw", "muon"):
@@ -180,6 +188,8 @@ def distil_fully(
     out: Path,
     device: str,
     expected_teacher: str | None = None,
+    world: World | None = None,
+    spreading: Spreading | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -189,46 +199,86 @@ def distil_fully(
 
     Args:
         corpora: the mixture, each with its weight.
+        device: of this process.
         expected_teacher: digest of the teacher that the student was cut out of; None: not known.
+        world: the processes that call this with the same arguments, and see the same folders; None: one process.
+        spreading: of the student over them; None: every process holds it all where it fits, else a part. A teacher is whole where it fits.
     Returns:
         tokens, seconds, and held-out KL and loss before and after, with standard errors.
     Raises:
         TeacherUnavailable, CorpusUnavailable: an input cannot be used. InvalidSpec: student, teacher and recipe do not fit each other.
         Conflict: `out` holds something else, or a run with another recipe or other inputs. Diverged: the loss is not finite. Stopped: asked to.
+        DoesNotFit: no setting fits the memory or the disk; the message has the numbers.
     """
-    checked_teacher, checked_student = check_teacher(teacher), check_teacher(student)
+    world = world or World(device=device)
+    checked_teacher, checked_student = world.once(lambda: (check_teacher(teacher), check_teacher(student)))
     _check_pair(recipe, student=checked_student, teacher=checked_teacher, expected_teacher=expected_teacher)
+    world.check_batch(recipe.batch_size)
     facts = {
         "recipe": asdict(recipe),
         "digests": {"teacher": checked_teacher.digest, "student": checked_student.digest, "corpora": [corpus.digest for corpus, _ in corpora]},
         "weights": [weight for _, weight in corpora],
     }
-    work = _claim(out, mark=SUMMARY, facts=facts, inputs=(teacher, student))
+    work = world.once(partial(_claim, out, mark=SUMMARY, facts=facts, inputs=(teacher, student)))
     if (out / SUMMARY).exists():
-        shutil.rmtree(work, ignore_errors=True)
+        world.once(partial(shutil.rmtree, work, ignore_errors=True))
         return _read_object(out / SUMMARY)
-    blocks = _blocks(recipe, corpora=corpora, teacher=checked_teacher, folder=work / "blocks")
-    teacher_model = load_model(checked_teacher.path, dtype=recipe.dtype if device != "cpu" else "float32", device=device)
-    teacher_model.requires_grad_(False)
-    model = load_model(checked_student.path, dtype="float32", device=device)
-    batch_size = recipe.micro_batch_size or recipe.batch_size
-    before = _held_out(evaluate_kl(model, teacher=teacher_model, blocks_NT=blocks.validation_NT, batch_size=batch_size), recipe=recipe, tokens=0)
+    fitted = _fit(recipe, student=checked_student, teacher=checked_teacher, folder=out, world=world, spreading=spreading)
+    world.once(partial(_make_blocks, recipe, corpora=corpora, teacher=checked_teacher, folder=work / "blocks"))
+    blocks = load_blocks(work / "blocks")
+    teacher_model, spread = _load(recipe, student=checked_student, teacher=checked_teacher, fitted=fitted, world=world)
+    batch_size = fitted.plan.micro_batch_size or recipe.batch_size
+    held_out = partial(evaluate_kl, teacher=teacher_model, blocks_NT=blocks.validation_NT, batch_size=batch_size)
+    before = _held_out(spread.run(held_out), recipe=recipe, tokens=0)
+    checkpoint = world.once(partial(sound_checkpoint, work / CHECKPOINT))
     distilled = distil(
-        model,
+        spread.student,
         objective=TeacherLogits(teacher_model),
         blocks_NT=blocks.train_NT,
-        plan=_train_plan(recipe, teacher=checked_teacher),
-        checkpoint=sound_checkpoint(work / CHECKPOINT),
+        plan=fitted.plan,
+        checkpoint=checkpoint,
         report=report,
         should_stop=should_stop,
+        spread=spread,
     )
-    likelihood = evaluate_kl(model, teacher=teacher_model, blocks_NT=blocks.validation_NT, batch_size=batch_size)
-    after = _held_out(likelihood, recipe=recipe, tokens=distilled.tokens)
-    write_checkpoint(model.state_dict(), config=model.config.to_dict(), tokenizer_from=checked_student.path, folder=out)
+    after = _held_out(spread.run(held_out), recipe=recipe, tokens=distilled.tokens)
+    state, config = spread.whole_state(), spread.student.config.to_dict()
+    world.once(lambda: write_checkpoint(state, config=config, tokenizer_from=checked_student.path, folder=out))
     summary = {**facts, "tokens": distilled.tokens, "seconds": distilled.seconds, "held_out_before": before, "held_out_after": after}
-    write_json(summary, target=out / SUMMARY)
-    shutil.rmtree(work)
+    world.once(partial(write_json, summary, target=out / SUMMARY))
+    world.once(partial(shutil.rmtree, work))
     return summary
+
+
+def _fit(recipe: Recipe, *, student: Teacher, teacher: Teacher, folder: Path, world: World, spreading: Spreading | None) -> Fitted:
+    """The run's plan as it fits the machine, and how the models are spread."""
+    state = state_bytes(student.architecture, student.architecture.shape)
+    # Trunk, branch, and the one of them that replaces an older one; the result is smaller than what is removed for it.
+    world.once(partial(check_disk_fits, {"checkpoints of the training": 3 * state}, folder=folder, what="the run"))
+    return fit_run(
+        _train_plan(recipe, teacher=teacher),
+        architecture=student.architecture,
+        teacher=TeacherMemory(architecture=teacher.architecture, dtype=_teacher_dtype(recipe, device=world.device)),
+        sequence_length=recipe.sequence_length,
+        world=world,
+        moments=None if recipe.moments == "auto" else recipe.moments,
+        spreading=spreading,
+    )
+
+
+def _load(recipe: Recipe, *, student: Teacher, teacher: Teacher, fitted: Fitted, world: World) -> tuple[PreTrainedModel, Spread]:
+    """The teacher, frozen, and the student, each whole or in shards. What is sharded is read into the host's memory first."""
+    dtype = _teacher_dtype(recipe, device=world.device)
+    teacher_model = load_model(teacher.path, dtype=dtype, device="cpu" if fitted.teacher_sharded else world.device)
+    teacher_model.requires_grad_(False)
+    if fitted.teacher_sharded:
+        shard_teacher(teacher_model, world=world)
+    model = load_model(student.path, dtype="float32", device="cpu" if fitted.spreading == "sharded" else world.device)
+    return teacher_model, Spread(model, world=world, spreading=fitted.spreading)
+
+
+def _teacher_dtype(recipe: Recipe, *, device: str) -> str:
+    return recipe.dtype if device != "cpu" else "float32"
 
 
 def _check_pair(recipe: Recipe, *, student: Teacher, teacher: Teacher, expected_teacher: str | None) -> None:
@@ -292,12 +342,12 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _blocks(recipe: Recipe, *, corpora: Sequence[tuple[Corpus, float]], teacher: Teacher, folder: Path) -> Blocks:
-    """The run's blocks, those of an earlier call where they are whole."""
+def _make_blocks(recipe: Recipe, *, corpora: Sequence[tuple[Corpus, float]], teacher: Teacher, folder: Path) -> None:
+    """The run's blocks, unless those of an earlier call are whole."""
     try:
-        return load_blocks(folder)
+        load_blocks(folder)
     except (NotFound, CorruptFile):
-        return build_blocks(
+        build_blocks(
             [Part(name=corpus.files[0].name, files=corpus.files, weight=weight) for corpus, weight in corpora],
             tokenizer=load_tokenizer(teacher.path),
             sequence_length=recipe.sequence_length,

@@ -135,7 +135,7 @@ def join_world(device: str) -> Iterator[World]:
 class Spread:
     """A student over the processes of a world. After it was sharded, its weights are whole only inside `run`."""
 
-    def __init__(self, student: nn.Module, *, world: World, spreading: Spreading = "replicated") -> None:
+    def __init__(self, student: Any, *, world: World, spreading: Spreading = "replicated") -> None:
         """
         Args:
             student: a transformers causal language model, the same in every process; a sharded one may lie on the CPU, its shards move to the device.
@@ -170,6 +170,15 @@ class Spread:
     def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
         """Around the passes of one batch: replicas exchange gradients after the last. Shards do after each, since no process has room for a whole."""
         return nullcontext() if last or self._replica is None else self._replica.no_sync()
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """The student's state dict on the CPU, in the first process; empty in the others."""
+        state = {}
+        for name, tensor in self.student.state_dict().items():
+            gathered = whole(tensor)
+            if self.world.is_first:
+                state[name] = gathered.cpu()
+        return state
 
 
 class _Whole(nn.Module):

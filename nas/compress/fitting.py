@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 import torch
 
 from nas.compress.device import capacity, free_disk
+from nas.compress.distributed import Spreading, World
 from nas.compress.train_plan import TrainPlan
 from nas.errors import DoesNotFit
 from nas.families import Architecture
-from nas.memory import Moments, TeacherMemory, Training, explain, fit_training, inference_memory, table, written
+from nas.memory import Capacity, Moments, TeacherMemory, Training, explain, fit_training, inference_memory, table, written
 from nas.shape import Shape
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A plan that fits, and how the models of the run are spread over its processes."""
+
+    plan: TrainPlan
+    spreading: Spreading = "replicated"
+    teacher_sharded: bool = False
 
 
 def fit_plan(
@@ -37,27 +47,90 @@ def fit_plan(
     Raises:
         DoesNotFit: nothing does; the message has the least that is needed, by component.
     """
-    kind = torch.device(device).type
-    wanted = Training(
+    wanted = _wanted(plan, sequence_length=sequence_length, device=device, processes=1)
+    kinds = (moments,) if moments else get_args(Moments)
+    return _fit(plan, architecture=architecture, shape=shape, wanted=wanted, teacher=teacher, there=capacity(device), kinds=kinds)
+
+
+def fit_run(
+    plan: TrainPlan,
+    *,
+    architecture: Architecture,
+    teacher: TeacherMemory,
+    sequence_length: int,
+    world: World,
+    moments: Moments | None,
+    spreading: Spreading | None,
+) -> Fitted:
+    """As `fit_plan`, for a run over the processes of a world: every model whole in each of them where it fits, else first the student sharded, then the
+    teacher too. All processes get the same answer.
+
+    Args:
+        spreading: of the student; None: chosen.
+    """
+    shape, device = architecture.shape, world.device
+    if world.size == 1:
+        fitted = fit_plan(plan, architecture=architecture, shape=shape, teacher=teacher, sequence_length=sequence_length, device=device, moments=moments)
+        return Fitted(plan=fitted)
+    there = _agreed_capacity(world)
+    wanted = _wanted(plan, sequence_length=sequence_length, device=device, processes=world.size)
+    refused: DoesNotFit | None = None
+    for student, teacher_sharded in (("replicated", False), ("sharded", False), ("replicated", True), ("sharded", True)):
+        if spreading not in (None, student):
+            continue
+        # Sharding is dearer than checkpointing, but not than moments that travel or are rounded.
+        kinds: tuple[Moments, ...] = (moments,) if moments else ("float32",) if student == "replicated" else ("float32", "bfloat16")
+        setting = replace(wanted, num_shards=world.size if student == "sharded" else 1)
+        beside = replace(teacher, num_shards=world.size if teacher_sharded else 1)
+        try:
+            fitted = _fit(plan, architecture=architecture, shape=shape, wanted=setting, teacher=beside, there=there, kinds=kinds)
+        except DoesNotFit as error:
+            refused = error
+        else:
+            return Fitted(plan=fitted, spreading="sharded" if student == "sharded" else "replicated", teacher_sharded=teacher_sharded)
+    assert refused is not None
+    raise DoesNotFit(f"on each of {world.size} processes, {refused}")
+
+
+def _agreed_capacity(world: World) -> Capacity:
+    """What every process has: of the host's memory an equal part each."""
+    there = capacity(world.device)
+    host = there.host_bytes // world.processes_on_host
+    return replace(there, device_bytes=world.least(there.device_bytes if there.device == "cuda" else host), host_bytes=world.least(host))
+
+
+def _wanted(plan: TrainPlan, *, sequence_length: int, device: str, processes: int) -> Training:
+    kind, batch_size = torch.device(device).type, plan.batch_size // processes
+    return Training(
         sequence_length=sequence_length,
-        batch_size=plan.batch_size,
-        micro_batch_size=min(plan.batch_size, plan.micro_batch_size or plan.batch_size),
+        batch_size=batch_size,
+        micro_batch_size=min(batch_size, plan.micro_batch_size or batch_size),
         dtype=plan.dtype if kind == "cuda" else "float32",
         checkpoint_activations=plan.checkpoint_activations,
         device=kind,
     )
-    kinds = (moments,) if moments else get_args(Moments)
-    fitting, estimate = fit_training(architecture, shape, wanted=wanted, teacher=teacher, capacity=capacity(device), moments=kinds)
-    fitted = replace(plan, micro_batch_size=fitting.micro_batch_size, checkpoint_activations=fitting.checkpoint_activations, moments=fitting.moments)
+
+
+def _fit(
+    plan: TrainPlan,
+    *,
+    architecture: Architecture,
+    shape: Shape,
+    wanted: Training,
+    teacher: TeacherMemory | None,
+    there: Capacity,
+    kinds: tuple[Moments, ...],
+) -> TrainPlan:
+    fitting, estimate = fit_training(architecture, shape, wanted=wanted, teacher=teacher, capacity=there, moments=kinds)
     logger.info(
         "training takes %s: micro batch %d, %s moments%s",
         written(estimate.device_bytes),
-        fitted.micro_batch_size,
-        fitted.moments,
-        ", activations checkpointed" if fitted.checkpoint_activations else "",
+        fitting.micro_batch_size,
+        fitting.moments,
+        ", activations checkpointed" if fitting.checkpoint_activations else "",
         extra={"action": "fit_memory", **estimate.as_dict()},
     )
-    return fitted
+    return replace(plan, micro_batch_size=fitting.micro_batch_size, checkpoint_activations=fitting.checkpoint_activations, moments=fitting.moments)
 
 
 def check_teacher_fits(teacher: TeacherMemory, *, tokens: int, beside: Mapping[str, int], device: str) -> None:
