@@ -133,7 +133,7 @@ def join_world(device: str) -> Iterator[World]:
 
 
 class Spread:
-    """A student over the processes of a world. After it was sharded, its weights are whole only inside `run`."""
+    """A student over the processes of a world. After it was sharded, its weights are whole only inside `run` and `loss`."""
 
     def __init__(self, student: Any, *, world: World, spreading: Spreading = "replicated") -> None:
         """
@@ -142,15 +142,14 @@ class Spread:
         """
         self.student, self.world = student, world
         self._replica: DistributedDataParallel | None = None
-        self._shards: _Whole | None = None
+        self._shards: Any = None
         if world.size == 1:
             return
         if spreading == "sharded":
             mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
             for layer in _layers(student):
                 fully_shard(layer, mesh=mesh)
-            self._shards = _Whole(student)
-            fully_shard(self._shards, mesh=mesh)
+            self._shards = fully_shard(_Whole(student), mesh=mesh)
         else:
             # Nothing is dropped out and no buffer changes. Gradients live in DDP's buckets, not beside them.
             self._replica = DistributedDataParallel(_Whole(student), broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -159,12 +158,15 @@ class Spread:
         """`work` on the student with every weight whole where it is read, the head's too, which is read outside of the model's own forward pass."""
         if self._shards is None:
             return work(self.student)
-        whole: T = self._shards(work)
-        return whole
+        with torch.no_grad():
+            done: T = self._shards(work)
+        self._shards.reshard()  # else what no layer holds stays whole, and whoever asks for the weights gets copies that are not trained
+        return done
 
     def loss(self, work: Callable[[nn.Module], Tensor]) -> Tensor:
-        """As `run`, for a loss that is then differentiated."""
-        loss: Tensor = self.run(work) if self._replica is None else self._replica(work)
+        """As `run`, for a loss that is then differentiated: the way back leaves the shards."""
+        module = self._shards or self._replica
+        loss: Tensor = work(self.student) if module is None else module(work)
         return loss
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:

@@ -84,6 +84,7 @@ def main(folder: Path) -> None:
 
 def run(name: str, world: World, losses: dict[str, float], *, folder: Path, spreading: Spreading, objective: TeacherLogits, **options: Any) -> None:
     spread = Spread(tiny_model(seed=1, tied="small" not in name), world=world, spreading=spreading)
+    spread.run(partial(evaluate_kl, teacher=None, blocks_NT=tiny_blocks()[:2], batch_size=2))  # to look at a student is not to change it
     losses[name] = train(spread, objective=objective, **options)
     weights = {key: whole(weight.detach()).contiguous().clone() for key, weight in spread.student.named_parameters()}
     if world.is_first:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nas.compress import fitting
-from nas.compress.fitting import check_disk_fits, check_host_fits, check_teacher_fits, fit_plan
+from nas.compress.distributed import World
+from nas.compress.fitting import Fitted, check_disk_fits, check_host_fits, check_teacher_fits, fit_plan, fit_run
 from nas.errors import DoesNotFit
 from nas.memory import Capacity, TeacherMemory
 from tests.compress.training_values import plan
@@ -67,3 +69,31 @@ def test_host_and_disk_are_refused_with_their_components(room, tmp_path: Path):
     with pytest.raises(DoesNotFit, match=r"(?s)a rung: expected at most .* free on the disk of .*trunk"):
         check_disk_fits({"trunk": 10**18}, folder=tmp_path, what="a rung")
     check_disk_fits({"trunk": 10}, folder=tmp_path, what="a rung")
+
+
+def spread_over(processes: int, *, room: float, monkeypatch: pytest.MonkeyPatch, **options) -> Fitted:
+    """A 4B student under an 8B teacher on GPUs of that size; the processes see the same."""
+    monkeypatch.setattr(fitting, "capacity", lambda device: Capacity(device="cuda", device_bytes=int(room), host_bytes=10**11))
+    monkeypatch.setattr(World, "least", lambda self, number: number)
+    world = World(rank=0, size=processes, processes_on_host=processes, device="cuda:0")
+    train = plan(batch_size=64, dtype="bfloat16")
+    beside = TeacherMemory(architecture=LLAMA, dtype="bfloat16")
+    student = replace(LLAMA, shape=HALF)
+    return fit_run(train, architecture=student, teacher=beside, sequence_length=4096, world=world, **{"moments": None, "spreading": None, **options})
+
+
+def test_models_are_whole_in_every_process_while_they_fit_then_the_student_is_sharded_then_the_teacher(monkeypatch):
+    found = [spread_over(8, room=room, monkeypatch=monkeypatch) for room in (160e9, 60e9, 36e9)]
+    assert [(one.spreading, one.teacher_sharded) for one in found] == [("replicated", False), ("sharded", False), ("sharded", True)]
+    with pytest.raises(DoesNotFit, match="on each of 8 processes, training a student"):
+        spread_over(8, room=10e9, monkeypatch=monkeypatch)
+
+
+def test_a_spreading_that_is_asked_for_is_kept_or_refused(monkeypatch):
+    assert spread_over(8, room=160e9, monkeypatch=monkeypatch, spreading="sharded").spreading == "sharded"
+    with pytest.raises(DoesNotFit):
+        spread_over(8, room=36e9, monkeypatch=monkeypatch, spreading="replicated")
+
+
+def test_one_process_keeps_both_whole(monkeypatch):
+    assert spread_over(1, room=1e12, monkeypatch=monkeypatch).spreading == "replicated"
