@@ -18,13 +18,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from nas.compress.corpus import load_blocks
-from nas.compress.correction import load_correction
 from nas.compress.hidden_states import TeacherStates
-from nas.compress.manifest import write_json
+from nas.compress.manifest import load_tensors, write_json
 from nas.compress.objective import Objective, TeacherLogits
 from nas.compress.signals import StoredSignals, StoredTeacher, StoredTopK, build_signals
-from nas.compress.sorting import load_sorting
-from nas.compress.teacher import load_model, load_tokenizer
+from nas.compress.sorting import SORTING, load_sorting
+from nas.compress.teacher import WEIGHTS_FILE, load_model, load_tokenizer
 from nas.compress.teacher_outputs import RunningTeacher, TeacherOutputs
 from nas.cost import SignalChoice, SignalKind, choose_signals
 from nas.evaluate.tasks import load_tasks
@@ -58,7 +57,6 @@ class Shared:
         self._batch_size = spec.distillation.micro_batch_size or spec.distillation.batch_size
         self._top_k = spec.distillation.top_k
         self._teacher_folder = teacher_folder(spec, inputs=inputs, prepared=prepared)
-        self._digest = load_correction(self._teacher_folder).digest if spec.compression.teacher_correction_tokens else inputs["teacher"]["digest"]
         self._stored: dict[str, StoredSignals] = {}
         self.tokenizer = load_tokenizer(self._teacher_folder)
         self.sorting = load_sorting(prepared / SORTED)
@@ -129,6 +127,8 @@ class Shared:
         return choice
 
     def _build(self, kind: SignalKind, *, report: Callable[[int, int], None]) -> None:
+        # Of the sorted teacher: its channels have another order than the registered one's, and shards of two orders must not meet under one head.
+        _, facts = load_tensors(self._folder / SORTED, name=SORTING)
         total, before = len(self.blocks.train_NT) + len(self.blocks.validation_NT), 0
         parts: tuple[tuple[str, Tensor, SignalKind], ...] = ((TRAIN, self.blocks.train_NT, kind), (VALIDATION, self.blocks.validation_NT, "exact"))
         for part, blocks_NT, part_kind in parts:
@@ -139,7 +139,7 @@ class Shared:
                 kind=part_kind,
                 top_k=self._top_k,
                 folder=self._folder / SIGNALS,
-                teacher_digest=self._digest,
+                teacher_digest=facts["sha256"][WEIGHTS_FILE],
                 batch_size=self._batch_size,
                 report=partial(_report_part, report, before=before, total=total),
             )

@@ -165,6 +165,17 @@ def test_signals_that_were_begun_are_gone_on_with(case: Case, tmp_path: Path, mo
     assert without_seconds(facts) | {"signals": None} == without_seconds(case.facts) | {"signals": None}
 
 
+def test_signals_of_a_teacher_in_another_order_are_not_taken_up(case: Case, tmp_path: Path) -> None:
+    """Its channels, and with them the stored states, are permuted: under another order's head they would be noise."""
+    shutil.copytree(case.folder / SIGNALS, tmp_path / SIGNALS)
+    shard = next((tmp_path / SIGNALS).glob("train-00000.json"))
+    before = json.loads(shard.read_text())["sha256"]
+    other = case.spec(compression={"depth": "damage", "importance": "l2_mean"})
+    facts = prepare(other, inputs=case.inputs, folder=tmp_path, device="cpu", report=lambda line: None, should_stop=lambda: False)
+    assert abs(RungResult.from_dict(facts["teacher"]).kl.value) < 1e-6
+    assert json.loads(shard.read_text())["sha256"] != before
+
+
 def test_a_kind_of_signals_that_does_not_fit_is_refused_with_the_numbers(case: Case, tmp_path: Path) -> None:
     spec = case.spec(distillation={"learning_rate": 3e-3, "batch_size": 4, "signals": "exact", "max_signal_bytes": 1000})
     with pytest.raises(
