@@ -21,15 +21,13 @@ from torch.nn.functional import cosine_similarity
 from nas.compress.losses import LogitLoss, final_hidden, head_of, logit_loss
 from nas.compress.teacher_outputs import TeacherOutputs, outputs_of
 
-_FINAL_WEIGHT, _LAYERS_WEIGHT = 1.0, 3.0
-"""Of the final state alone, and of the streams behind all layers, as a multiple of the loss on the logits (LOG.md)."""
-
 
 class TeacherStates:
     """A distance to the teacher's logits, and the mean cosine distance to its residual stream.
 
-    The second is scaled to a fixed multiple of the first (Minitron's dynamic alpha), by their ratio in each micro batch. The value that is returned is
-    that of the logits alone, so that it compares with other runs; the gradient is that of both.
+    The second is scaled to be as large as the first, by their ratio in each micro batch (Minitron's dynamic alpha; twice or three times as large was
+    better for some cuts and worse than the logits alone for others, LOG.md). The value that is returned is that of the logits alone, so that it
+    compares with other runs; the gradient is that of both.
     """
 
     def __init__(
@@ -55,12 +53,10 @@ class TeacherStates:
         self._outputs, self._layers = outputs_of(teacher), None if layers is None else tuple(layers)
         self._channels_D = channels_D.to(self._outputs.head.weight_VD.device)
         self._loss, self._temperature = loss, temperature
-        self._weight = _FINAL_WEIGHT if layers is None else _LAYERS_WEIGHT
         self.facts: dict[str, Any] = {
             "loss": loss,
             "temperature": temperature,
             "hidden_states": "last" if layers is None else list(layers),
-            "hidden_states_weight": self._weight,
             "channels": hashlib.sha256(channels_D.cpu().numpy().tobytes()).hexdigest()[:12],
         }
 
@@ -70,7 +66,7 @@ class TeacherStates:
     def loss(self, student: nn.Module, tokens_BT: Tensor, *, rows_B: Tensor) -> Tensor:
         logits, distances = self.distances(student, tokens_BT, rows_B=rows_B)
         hidden = torch.stack(distances).mean()
-        weighted = hidden * (self._weight * logits / hidden.clamp_min(1e-8)).detach()
+        weighted = hidden * (logits / hidden.clamp_min(1e-8)).detach()
         return logits + weighted - weighted.detach()
 
     def distances(self, student: nn.Module, tokens_BT: Tensor, *, rows_B: Tensor) -> tuple[Tensor, list[Tensor]]:
