@@ -26,7 +26,7 @@ from nas.shape import Shape
 from nas.spec import parse_spec
 from nas.store.records import RungRecord, SearchRecord, TrialRecord, TrialState
 
-SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts")
 
 
 def summarise_search(search: SearchRecord, *, counts: Mapping[TrialState, int]) -> SearchSummary:
@@ -165,7 +165,7 @@ def leaderboard_csv(board: LeaderboardAnswer, *, task_names: Sequence[str]) -> s
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*names, *tasks])
     for row in board.rows:
-        values = {"state": None, **row.shape.as_dict(), **dict(row), "verified": is_verified(dict(row).get("confirmation"))}
+        values = {"state": None, "num_experts": None, **row.shape.as_dict(), **dict(row), "verified": is_verified(dict(row).get("confirmation"))}
         scores = [row.tasks.get(task, {}).get(key) for task in task_names for key in ("value", "standard_error")]
         writer.writerow([*(values[name] for name in names), *scores])
     return out.getvalue()

@@ -24,6 +24,8 @@ class ParameterCount:
     total: int
     embedding: int
     """Input table and, where it is not tied, the output head."""
+    active: int
+    """Those that one token passes through: of the experts only as many as it is sent to. Without experts the total."""
 
     @property
     def non_embedding(self) -> int:
@@ -32,8 +34,11 @@ class ParameterCount:
 
 def count_parameters(architecture: Architecture, shape: Shape) -> ParameterCount:
     """Parameters of `architecture` cut to `shape`; tied embeddings are counted once."""
-    total, embedding = sum_parameters(architecture, sizes=architecture.sizes(shape), num_hidden_layers=shape.num_hidden_layers)
-    return ParameterCount(total=total, embedding=embedding)
+    sizes = architecture.sizes(shape)
+    total, embedding = sum_parameters(architecture, sizes=sizes, num_hidden_layers=shape.num_hidden_layers)
+    idle = (shape.num_experts or 0) - (architecture.num_experts_per_tok or 0)
+    expert = sum(weight.numel(sizes) for weight in architecture.weights if weight.per_expert)
+    return ParameterCount(total=total, embedding=embedding, active=total - idle * expert * shape.num_hidden_layers)
 
 
 def sum_parameters(architecture: Architecture, *, sizes: Mapping[Axis, Any], num_hidden_layers: Any) -> tuple[Any, Any]:
@@ -41,7 +46,7 @@ def sum_parameters(architecture: Architecture, *, sizes: Mapping[Axis, Any], num
     total: Any = 0
     embedding: Any = 0
     for weight in architecture.weights:
-        numel = weight.numel(sizes)
+        numel = weight.numel(sizes) * (sizes[Axis.EXPERT] if weight.per_expert else 1)
         total = total + numel * (num_hidden_layers if weight.per_layer else 1)
         embedding = embedding + (numel if weight.in_embedding else 0)
     return total, embedding
@@ -58,7 +63,7 @@ def kv_bytes_per_token(shape: Shape, *, bytes_per_element: int) -> int:
 
 
 def flops_per_token(architecture: Architecture, shape: Shape, *, context_length: int) -> int:
-    """Forward FLOPs for one token at the end of a context: 2 per multiplied weight, plus attention over the context.
+    """Forward FLOPs for one token at the end of a context: 2 per multiplied weight (of its own experts only), plus attention over the context.
 
     The input table is a look-up and costs nothing; a tied head multiplies it once.
     Attention: scores and the weighted sum, 2 x 2 x context x query width per layer.
@@ -67,7 +72,7 @@ def flops_per_token(architecture: Architecture, shape: Shape, *, context_length:
     count = count_parameters(architecture, shape)
     head = architecture.vocab_size * shape.hidden_size
     attention = 4 * context_length * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
-    return 2 * (count.non_embedding + head) + attention
+    return 2 * (count.active - count.embedding + head) + attention
 
 
 def signal_bytes_per_token(kind: SignalKind, *, hidden_size: int, bytes_per_element: int, top_k: int) -> int:

@@ -4,7 +4,8 @@ A row lists every weight of the model with the axes of each of its sides, the ac
 the family's norms and its config class impose. Counting (`cost.py`), legality (`space.py`), measuring, sorting and slicing
 (`compress/`) all read this table, so a family is added by one row. How: ARCHITECTURE.md, "Add a model family".
 
-Axes: V vocabulary, D hidden, F intermediate, Q query heads x head_dim, K key/value heads x head_dim, E head_dim.
+Axes: V vocabulary, D hidden, F intermediate (of one expert, where there are experts), Q query heads x head_dim,
+K key/value heads x head_dim, E head_dim, X experts.
 Source of every row: the modeling and configuration files of transformers 5.23; `tests/compress/test_family_suite.py` holds them to the library.
 """
 
@@ -30,6 +31,8 @@ class Axis(StrEnum):
     KEY_VALUE = "K"
     HEAD_DIM = "E"
     """Never cut: the rotary embedding pairs its channels."""
+    EXPERT = "X"
+    """The router's rows; each expert's own matrices are tensors of their own."""
 
 
 Side = tuple[Axis, ...]
@@ -38,7 +41,7 @@ Side = tuple[Axis, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """One tensor of the checkpoint. `{layer}` in the name stands for the layer's index."""
+    """One tensor of the checkpoint, by its name in the file. `{layer}` and `{expert}` in the name stand for indices."""
 
     name: str
     sides: tuple[Side, ...]
@@ -55,6 +58,10 @@ class Weight:
     @property
     def per_layer(self) -> bool:
         return "{layer}" in self.name
+
+    @property
+    def per_expert(self) -> bool:
+        return "{expert}" in self.name
 
     def lengths(self, sizes: Mapping[Axis, Any]) -> tuple[Any, ...]:
         """Length of each side for axis sizes that are integers, or integer arrays of one shape."""
@@ -109,11 +116,22 @@ class Family:
     """Config keys that hold the index of the first layer of another kind."""
     layer_patterns: tuple[str, ...] = ()
     """Config keys from which older versions derive a list of `layer_lists`: wrong once layers were removed, then left out."""
+    intermediate_key: str = "intermediate_size"
+    """Config key of the width of the MLP, or of each expert."""
+    expert_keys: tuple[str, ...] = ()
+    """Config keys of the number of experts: the first that is there is read, all are written. None: a dense family."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """Weight -> parameter of transformers' module, where the file calls it otherwise. What belongs to an expert is fused in it:
+    experts first, and of each the rows of all its weights with that parameter, in the table's order."""
+    width_multiple: int = 1
+    """Hidden and intermediate sizes are multiples of this."""
+    presumed: Mapping[str, Any] = field(default_factory=dict)
+    """Config keys with the one value that the row is right for: with another, layers differ in their weights."""
 
 
 # -- pieces that rows share -------------------------------------------------------------------------------------------------
 
-_V, _D, _F, _Q, _K, _E = ((axis,) for axis in Axis)
+_V, _D, _F, _Q, _K, _E, _X = ((axis,) for axis in Axis)
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."
 _MLP = _LAYER + "mlp."
@@ -142,6 +160,22 @@ def _gated_mlp(*, bias_if: str | None = None) -> tuple[Weight, ...]:
     return (*inputs, *_linear(_MLP + "down_proj", _D, _F, bias_if=bias_if))
 
 
+def _experts(block: str, *, gate: str, up: str, down: str) -> tuple[Weight, ...]:
+    """A router and its experts, as the file names them."""
+    expert = _LAYER + block + ".experts.{expert}."
+    gated = [weight for name in (gate, up) for weight in _linear(expert + name, _F, _D)]
+    return (*_linear(f"{_LAYER}{block}.gate", _X, _D), *gated, *_linear(expert + down, _D, _F))
+
+
+def _fused(block: str, *, gate: str, up: str, down: str) -> dict[str, str]:
+    """The parameters of transformers' expert modules."""
+    expert = _LAYER + block + ".experts.{expert}."
+    fused = {gate: "gate_up_proj", up: "gate_up_proj", down: "down_proj"}
+    return {f"{_LAYER}{block}.gate.weight": _MLP + "gate.weight"} | {
+        f"{expert}{name}.weight": f"{_MLP}experts.{parameter}" for name, parameter in fused.items()
+    }
+
+
 def _model(*layer: tuple[Weight, ...], norm_bias: bool = False) -> tuple[Weight, ...]:
     return (_EMBEDDING, *(weight for part in layer for weight in part), *_norm("model.norm", bias=norm_bias), _HEAD)
 
@@ -152,6 +186,8 @@ def _sources(
     mlp_norm: str | None = "post_attention_layernorm",
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
     mlp: tuple[str, ...] = ("gate_proj", "up_proj"),
+    down: str = "down_proj",
+    mlp_block: str = _MLP,
 ) -> tuple[Source, ...]:
     def norm(name: str | None) -> str | None:
         return f"{_LAYER}{name}.weight" if name else None
@@ -159,8 +195,8 @@ def _sources(
     return (
         Source(axis=Axis.HIDDEN, readers=tuple(f"{_ATTENTION}{name}.weight" for name in attention), norm=norm(attention_norm)),
         Source(axis=Axis.QUERY, readers=(_ATTENTION + "o_proj.weight",)),
-        Source(axis=Axis.HIDDEN, readers=tuple(f"{_MLP}{name}.weight" for name in mlp), norm=norm(mlp_norm)),
-        Source(axis=Axis.INTERMEDIATE, readers=(_MLP + "down_proj.weight",)),
+        Source(axis=Axis.HIDDEN, readers=tuple(f"{mlp_block}{name}.weight" for name in mlp), norm=norm(mlp_norm)),
+        Source(axis=Axis.INTERMEDIATE, readers=(f"{mlp_block}{down}.weight",)),
         Source(axis=Axis.HIDDEN, readers=("lm_head.weight",), norm="model.norm.weight"),
     )
 
@@ -297,8 +333,33 @@ NEMOTRON = Family(
     activations=("relu2",),
 )
 
+# Every layer has its router and experts; the weights of the chosen experts are normalised to sum to 1.
+# Hidden size and expert width are multiples of 8: transformers' default product of all experts at once wants rows of 16 bytes, in bfloat16 too.
+_MIXTRAL_EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
+MIXTRAL = Family(
+    model_type="mixtral",
+    weights=_model(*_PRE_NORMS, _attention(), _experts("block_sparse_moe", **_MIXTRAL_EXPERT)),
+    sources=_sources(mlp_block=_LAYER + "block_sparse_moe.", mlp=("gate", "experts.{expert}.w1", "experts.{expert}.w3"), down="experts.{expert}.w2"),
+    expert_keys=("num_local_experts",),
+    width_multiple=8,
+    parameters=_fused("block_sparse_moe", **_MIXTRAL_EXPERT),
+)
+
+# `intermediate_size` is that of dense layers, of which a teacher that is taken has none. Older readers know `num_experts` only.
+_QWEN3_EXPERT = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    weights=_model(*_PRE_NORMS, _attention(bias_if="attention_bias"), *_HEAD_NORMS, _experts("mlp", **_QWEN3_EXPERT)),
+    sources=_sources(mlp=("gate", "experts.{expert}.gate_proj", "experts.{expert}.up_proj"), down="experts.{expert}.down_proj"),
+    intermediate_key="moe_intermediate_size",
+    expert_keys=("num_local_experts", "num_experts"),
+    width_multiple=8,
+    parameters=_fused("mlp", **_QWEN3_EXPERT),
+    presumed={"decoder_sparse_step": 1, "mlp_only_layers": []},
+)
+
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, SMOLLM3, GRANITE, NEMOTRON)
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, SMOLLM3, GRANITE, NEMOTRON, MIXTRAL, QWEN3_MOE)
 }
 
 
@@ -317,6 +378,8 @@ class Architecture:
     mlp_bias: bool
     long_rope_share: float | None = None
     """Rotary share of each head where `long_rope_from_hidden` rules; None: it does not."""
+    num_experts_per_tok: int | None = None
+    """Experts that each token passes through; None: a dense family."""
 
     @property
     def family(self) -> Family:
@@ -340,25 +403,53 @@ class Architecture:
             Axis.QUERY: shape.num_attention_heads * shape.head_dim,
             Axis.KEY_VALUE: shape.num_key_value_heads * shape.head_dim,
             Axis.HEAD_DIM: shape.head_dim,
+            Axis.EXPERT: shape.num_experts or 0,
         }
 
-    def allows(self, *, hidden_size: Any, num_attention_heads: Any) -> Any:
-        """Whether the family's config class takes these numbers; integers, or integer arrays of one shape."""
-        allowed = hidden_size > 0
+    def config_values(self, shape: Shape) -> dict[str, int]:
+        """The shape under the keys of the family's config."""
+        values = shape.as_dict()
+        values[self.family.intermediate_key] = values.pop("intermediate_size")
+        num_experts = values.pop("num_experts", None)
+        return values | {key: num_experts for key in self.family.expert_keys if num_experts is not None}
+
+    def allows(self, *, hidden_size: Any, num_attention_heads: Any, num_experts: Any = None) -> Any:
+        """Whether transformers takes a model of the family with these numbers (the intermediate size stands by itself).
+
+        Integers, or integer arrays of one shape.
+        """
+        multiple = self.family.width_multiple
+        allowed = (hidden_size > 0) & (hidden_size % multiple == 0)
         if self.family.hidden_divisible_by_heads:
             allowed = allowed & (hidden_size % num_attention_heads == 0)
         if (share := self.long_rope_share) is not None:
             allowed = allowed & (hidden_size // num_attention_heads * share // 1 == self.shape.head_dim * share // 1)
+        if self.num_experts_per_tok is not None and num_experts is not None:
+            allowed = allowed & (num_experts >= self.num_experts_per_tok)
         return allowed
 
+    def allows_intermediate(self, intermediate_size: int) -> bool:
+        return intermediate_size % self.family.width_multiple == 0
+
     def refusals(self, shape: Shape) -> tuple[Problem, ...]:
-        """What `allows` forbids, in words; empty if nothing."""
-        if self.allows(hidden_size=shape.hidden_size, num_attention_heads=shape.num_attention_heads):
-            return ()
-        expected = f"a multiple of num_attention_heads={shape.num_attention_heads}"
-        if self.long_rope_share is not None:
-            expected = f"{self.shape.head_dim} x num_attention_heads={shape.num_attention_heads} (long-context rope factors)"
-        return (Problem(field="hidden_size", expected=f"{expected}, as transformers' {self.model_type} wants it", got=str(shape.hidden_size)),)
+        """What `allows` forbids, in words, and experts where there can be none, or none where there must be; empty if nothing."""
+        family, problems = self.family, []
+        if (shape.num_experts is None) != (self.num_experts_per_tok is None):
+            expected = f"none ({self.model_type} is dense)" if self.num_experts_per_tok is None else f"a number ({self.model_type} has experts)"
+            problems.append(Problem(field="num_experts", expected=expected, got=str(shape.num_experts)))
+        elif shape.num_experts is not None and shape.num_experts < (self.num_experts_per_tok or 0):
+            expected = f"at least num_experts_per_tok={self.num_experts_per_tok}"
+            problems.append(Problem(field="num_experts", expected=expected, got=str(shape.num_experts)))
+        for name in ("hidden_size", "intermediate_size"):
+            if (size := getattr(shape, name)) % family.width_multiple:
+                expected = f"a multiple of {family.width_multiple}, as transformers' {self.model_type} runs no other"
+                problems.append(Problem(field=name, expected=expected, got=str(size)))
+        if not problems and not self.allows(hidden_size=shape.hidden_size, num_attention_heads=shape.num_attention_heads):
+            expected = f"a multiple of num_attention_heads={shape.num_attention_heads}"
+            if self.long_rope_share is not None:
+                expected = f"{self.shape.head_dim} x num_attention_heads={shape.num_attention_heads} (long-context rope factors)"
+            problems.append(Problem(field="hidden_size", expected=f"{expected}, as transformers' {self.model_type} wants it", got=str(shape.hidden_size)))
+        return tuple(problems)
 
 
 def read_architecture(config: Mapping[str, Any]) -> Architecture:
@@ -376,30 +467,42 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
             f"model_type: expected one of {', '.join(sorted(FAMILIES))}, got {model_type!r}; a new family is one row of nas/families.py: its weights "
             'with the axes of their sides, what reads them, its norms and the rules of its config (ARCHITECTURE.md, "A model family")'
         )
+    family = FAMILIES[model_type]
+    for key, value in family.presumed.items():
+        if (got := config.get(key)) not in (None, value):
+            raise TeacherUnavailable(f"config.json: {key}: expected {value!r} (dense layers between those with experts are not supported), got {got!r}")
     try:
         num_attention_heads = config["num_attention_heads"]
         shape = Shape(
             num_hidden_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
+            intermediate_size=config[family.intermediate_key],
             num_attention_heads=num_attention_heads,
             num_key_value_heads=config.get("num_key_value_heads") or num_attention_heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // num_attention_heads,
+            num_experts=config[next((key for key in family.expert_keys if key in config), family.expert_keys[0])] if family.expert_keys else None,
         )
         vocab_size = config["vocab_size"]
+        num_experts_per_tok = config["num_experts_per_tok"] if family.expert_keys else None
     except KeyError as missing:
         raise TeacherUnavailable(f"config.json: expected the key {missing}, got none") from missing
     except InvalidSpec as invalid:
         raise TeacherUnavailable(f"config.json: {invalid}") from invalid
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
         raise TeacherUnavailable(f"config.json: vocab_size: expected an integer of at least 1, got {vocab_size!r}")
+    if shape.num_experts is not None and not (isinstance(num_experts_per_tok, int) and 1 <= num_experts_per_tok <= shape.num_experts):
+        raise TeacherUnavailable(f"config.json: num_experts_per_tok: expected 1 to {shape.num_experts}, the number of experts, got {num_experts_per_tok!r}")
     rope = config.get("rope_parameters") or {}
-    return Architecture(
+    architecture = Architecture(
         model_type=model_type,
         shape=shape,
         vocab_size=vocab_size,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         attention_bias=bool(config.get("attention_bias", False)),
         mlp_bias=bool(config.get("mlp_bias", False)),
-        long_rope_share=float(rope.get("partial_rotary_factor", 1.0)) if FAMILIES[model_type].long_rope_from_hidden and "long_factor" in rope else None,
+        long_rope_share=float(rope.get("partial_rotary_factor", 1.0)) if family.long_rope_from_hidden and "long_factor" in rope else None,
+        num_experts_per_tok=num_experts_per_tok,
     )
+    if problems := architecture.refusals(shape):
+        raise TeacherUnavailable(f"config.json: {problems[0]}")
+    return architecture

@@ -432,8 +432,8 @@ def _check_cut(shape: Shape, *, teacher: Teacher, sequence_length: int) -> None:
     whole = teacher.architecture.shape
     problems = [
         Problem(field=name, expected=f"at most the teacher's {getattr(whole, name)}", got=str(getattr(shape, name)))
-        for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_key_value_heads", "num_attention_heads")
-        if getattr(shape, name) > getattr(whole, name)
+        for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_key_value_heads", "num_attention_heads", "num_experts")
+        if (getattr(shape, name) or 0) > (getattr(whole, name) or 0)
     ]
     if shape.head_dim != whole.head_dim:
         problems.append(Problem(field="head_dim", expected=f"the teacher's {whole.head_dim}", got=str(shape.head_dim)))

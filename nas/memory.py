@@ -132,7 +132,8 @@ def training_memory(architecture: Architecture, shape: Shape, *, training: Train
     """The peak of a training step of a student of `shape`; `teacher` None: trained on stored signals or on the next token."""
     parameters = count_parameters(architecture, shape).total
     own = parameters // training.num_shards + _unsharded(architecture, shape, num_shards=training.num_shards)
-    largest = max(weight.numel(architecture.sizes(shape)) for weight in architecture.weights)
+    # An expert's two projections of its input lie in one parameter with those of all others.
+    largest = max(weight.numel(architecture.sizes(shape)) * (2 * (shape.num_experts or 0) if weight.per_expert else 1) for weight in architecture.weights)
     always = {"student weights (float32)": 4 * own}
     if training.dtype != "float32":
         always[f"student weights ({training.dtype} copies)"] = DTYPE_BYTES[training.dtype] * _multiplied(architecture, shape) // training.num_shards
@@ -269,7 +270,7 @@ def _phases(
     chunk = _CHUNK_COPIES * 4 * chunk_tokens(vocab_size=architecture.vocab_size, device=training.device) * architecture.vocab_size
     signals = 0 if teacher is None else tokens * teacher.architecture.shape.hidden_size * DTYPE_BYTES[teacher.dtype]
     # Gradients of one layer's activations on the way back.
-    passing = tokens * 4 * (2 * width + 2 * shape.intermediate_size)
+    passing = tokens * 4 * (2 * width + 2 * shape.intermediate_size) * (architecture.num_experts_per_tok or 1)
     accumulating = training.micro_batch_size < training.batch_size
     phases = {
         "loss": {
@@ -309,9 +310,19 @@ def kept_per_token(architecture: Architecture, shape: Shape, *, dtype: str, sequ
     norms: int = (1 if family.norms_centre else 2) * 4 * sum(weight.lengths(sizes)[0] for weight in layer if weight.is_norm)
     sources = [source for source in family.sources if "{layer}" in source.readers[0]]
     inputs = size * sum(sizes[source.axis] * (1 if dtype == "float32" else len(source.readers)) for source in sources)
+    if family.expert_keys:
+        return norms + inputs + _kept_by_experts(architecture, shape) + _kept_by_attention(architecture, shape, size=size, sequence_length=sequence_length)
     gated = sum(weight.sides[0].count(Axis.INTERMEDIATE) for weight in layer if len(weight.sides) == 2) > 1
     mlp = size * (3 if gated else 1) * shape.intermediate_size
     return norms + inputs + mlp + _kept_by_attention(architecture, shape, size=size, sequence_length=sequence_length)
+
+
+def _kept_by_experts(architecture: Architecture, shape: Shape) -> int:
+    """Bytes per token beside the router's input: its probabilities, and for each expert that a token is sent to a copy of the token, the neurons
+    before and behind the gate, and the output. Float32 under autocast too: it does not reach transformers' product of all experts at once.
+    """
+    chosen = architecture.num_experts_per_tok or 0
+    return 4 * (shape.num_experts or 0) + chosen * (4 * (2 * shape.hidden_size + 5 * shape.intermediate_size) + 40)
 
 
 def _kept_by_attention(architecture: Architecture, shape: Shape, *, size: int, sequence_length: int) -> int:
@@ -330,7 +341,8 @@ def _inference_activations(teacher: TeacherMemory, *, tokens: int) -> int:
     """The most that one layer holds when nothing is kept: residual, its norm in float32, and either the MLP's or the attention's outputs."""
     shape, size = teacher.architecture.shape, DTYPE_BYTES[teacher.dtype]
     attention = 3 * shape.num_attention_heads * shape.head_dim + 3 * shape.num_key_value_heads * shape.head_dim
-    widest = max(3 * shape.intermediate_size, attention)
+    chosen = teacher.architecture.num_experts_per_tok
+    widest = max(chosen * (3 * shape.intermediate_size + 2 * shape.hidden_size) if chosen else 3 * shape.intermediate_size, attention)
     return tokens * (size * (2 * shape.hidden_size + widest) + 4 * shape.hidden_size)
 
 
@@ -358,7 +370,7 @@ def _unsharded(architecture: Architecture, shape: Shape, *, num_shards: int) -> 
 
 
 def _multiplied(architecture: Architecture, shape: Shape) -> int:
-    """Parameters of the matrices that are multiplied, the head among them; of these autocast makes copies."""
+    """Parameters of the matrices that are multiplied, the head among them; of these autocast makes copies. Not of the experts, which it does not reach."""
     sizes = architecture.sizes(shape)
-    layers: int = sum(weight.numel(sizes) for weight in architecture.weights if weight.per_layer and len(weight.sides) == 2)
+    layers: int = sum(weight.numel(sizes) for weight in architecture.weights if weight.per_layer and not weight.per_expert and len(weight.sides) == 2)
     return layers * shape.num_hidden_layers + architecture.vocab_size * shape.hidden_size

@@ -23,12 +23,14 @@ class Shape:
     num_key_value_heads: int
     head_dim: int
     """Always written out: it is the teacher's, never `hidden_size / num_attention_heads`, once a model was pruned."""
+    num_experts: int | None = None
+    """Experts of each layer, whose width is `intermediate_size`; None: a dense model."""
 
     def __post_init__(self) -> None:
         problems = [
             Problem(field=field.name, expected="an integer of at least 1", got=repr(value))
             for field in fields(self)
-            if isinstance(value := getattr(self, field.name), bool) or not isinstance(value, int) or value < 1
+            if (value := getattr(self, field.name)) is not field.default and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
         ]
         if not problems and self.num_attention_heads % self.num_key_value_heads:
             problems.append(
@@ -49,19 +51,22 @@ class Shape:
     @property
     def key(self) -> str:
         """Canonical text of the shape; equal shapes, and only they, have equal keys."""
+        experts = "" if self.num_experts is None else f"-X{self.num_experts}"
         return (
-            f"L{self.num_hidden_layers}-D{self.hidden_size}-F{self.intermediate_size}-H{self.num_attention_heads}-K{self.num_key_value_heads}-E{self.head_dim}"
+            f"L{self.num_hidden_layers}-D{self.hidden_size}-F{self.intermediate_size}"
+            f"-H{self.num_attention_heads}-K{self.num_key_value_heads}-E{self.head_dim}{experts}"
         )
 
     def as_dict(self) -> dict[str, int]:
-        return asdict(self)
+        """The numbers by name; a dense model has no `num_experts`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Shape:
         """A shape from plain numbers; unknown or missing names are an InvalidSpec."""
         names = [field.name for field in fields(cls)]
         problems = [Problem(field=name, expected="a field of Shape: " + ", ".join(names), got=name) for name in values if name not in names]
-        problems += [Problem(field=name, expected="an integer", got="nothing") for name in names if name not in values]
+        problems += [Problem(field=name, expected="an integer", got="nothing") for name in names if name not in values and name != "num_experts"]
         if problems:
             raise InvalidSpec(*problems)
         return cls(**values)

@@ -22,9 +22,10 @@ from nas.shape import Shape
 from nas.spec import AxisSpec, BudgetSpec, SearchSpec, SpaceSpec
 
 MAX_FRAMES = 2_000_000
-"""More combinations of depth, hidden size and heads than this are refused at submit; coarser multiples help."""
+"""More combinations of depth, hidden size, heads and experts than this are refused at submit; coarser multiples help."""
 
-FRAME_AXES = ("num_hidden_layers", "hidden_size", "num_key_value_heads", "query_heads_per_kv")
+FRAME_AXES = ("num_hidden_layers", "hidden_size", "num_key_value_heads", "query_heads_per_kv", "num_experts")
+"""The axes beside the MLP's width; the last one only in a space of models with experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +38,11 @@ class Choices:
     query_heads_per_kv: int
     mlp_fill: float
     """In (0, 1]: the share of what the other axes leave of the budget that the MLP takes."""
+    num_experts: int | None = None
+    """None: a dense model."""
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,23 +98,32 @@ class SearchSpace:
             "query_heads_per_kv": _axis_values("query_heads_per_kv", space.query_heads_per_kv, teacher=teacher.query_heads_per_kv, steps=None),
         }
         """The values of each free axis, ascending."""
-        self.intermediate_sizes = _axis_values("intermediate_size", space.intermediate_size, teacher=teacher.intermediate_size, steps=8, floor=4)
+        if teacher.num_experts is not None:
+            self.axes["num_experts"] = _axis_values("num_experts", space.num_experts, teacher=teacher.num_experts, steps=8)
+        elif space.num_experts != AxisSpec():
+            raise InvalidSpec(Problem(field="space.num_experts", expected=f"nothing ({architecture.model_type} is dense)", got="a range"))
+        widths = _axis_values("intermediate_size", space.intermediate_size, teacher=teacher.intermediate_size, steps=8, floor=4)
+        self.intermediate_sizes = tuple(width for width in widths if architecture.allows_intermediate(width))
+        if not self.intermediate_sizes:
+            expected = f"a value that {architecture.model_type} takes (multiples of {architecture.family.width_multiple})"
+            raise InvalidSpec(Problem(field="space.intermediate_size", expected=expected, got=str(widths)))
         num_frames = math.prod(len(values) for values in self.axes.values())
         if num_frames > MAX_FRAMES:
             raise InvalidSpec(
-                Problem(field="space", expected=f"at most {MAX_FRAMES} combinations of {', '.join(FRAME_AXES)} (coarser multiples)", got=str(num_frames))
+                Problem(field="space", expected=f"at most {MAX_FRAMES} combinations of {', '.join(self.axes)} (coarser multiples)", got=str(num_frames))
             )
         self._fill_frames()
 
     def _fill_frames(self) -> None:
-        grids = np.meshgrid(*(np.asarray(self.axes[name], dtype=np.int64) for name in FRAME_AXES), indexing="ij")
+        grids = np.meshgrid(*(np.asarray(values, dtype=np.int64) for values in self.axes.values()), indexing="ij")
         frames = np.stack([grid.ravel() for grid in grids], axis=1)
-        frames = frames[self.architecture.allows(hidden_size=frames[:, 1], num_attention_heads=frames[:, 2] * frames[:, 3])]
+        num_experts = frames[:, 4] if "num_experts" in self.axes else None
+        frames = frames[self.architecture.allows(hidden_size=frames[:, 1], num_attention_heads=frames[:, 2] * frames[:, 3], num_experts=num_experts)]
         if not len(frames):
             raise InvalidSpec(
                 Problem(
                     field="space.hidden_size",
-                    expected=f"a value that {self.architecture.model_type} takes with some number of attention heads",
+                    expected=f"a value that {self.architecture.model_type} takes with some number of attention heads and experts",
                     got=str(self.axes["hidden_size"]),
                 )
             )
@@ -129,7 +141,7 @@ class SearchSpace:
         filled = np.searchsorted(widths, np.ceil(floor * self.min_mlp_fill).astype(np.int64), side="left")
         self._high = high[fits]
         self._low = np.minimum(np.maximum(low[fits], filled), self._high - 1)
-        self._scale = np.maximum(np.asarray([values[-1] - values[0] for values in (self.axes[name] for name in FRAME_AXES)]), 1)
+        self._scale = np.maximum(np.asarray([values[-1] - values[0] for values in self.axes.values()]), 1)
 
     def _cost_line(self, frames: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Counted parameters of each frame without an MLP width, and per unit of it."""
@@ -140,6 +152,7 @@ class SearchSpace:
             Axis.QUERY: frames[:, 2] * frames[:, 3] * shape.head_dim,
             Axis.KEY_VALUE: frames[:, 2] * shape.head_dim,
             Axis.HEAD_DIM: shape.head_dim,
+            Axis.EXPERT: frames[:, 4] if shape.num_experts is not None else 0,
         }
         lines = []
         for width in (0, 1):
@@ -157,7 +170,7 @@ class SearchSpace:
         raise BudgetInfeasible(Problem(field="budget.min_use", expected=expected, got=f"{self.budget.min_parameters} parameters or more"))
 
     def _shape(self, frame: NDArray[np.int64], intermediate_size: int) -> Shape:
-        layers, hidden, groups, queries = (int(value) for value in frame)
+        layers, hidden, groups, queries, *experts = (int(value) for value in frame)
         return Shape(
             num_hidden_layers=layers,
             hidden_size=hidden,
@@ -165,6 +178,7 @@ class SearchSpace:
             num_attention_heads=groups * queries,
             num_key_value_heads=groups,
             head_dim=self.architecture.shape.head_dim,
+            num_experts=experts[0] if experts else None,
         )
 
     def count(self) -> int:
@@ -182,7 +196,7 @@ class SearchSpace:
 
         Total and deterministic; choices that name a legal shape are kept.
         """
-        wanted = np.asarray([getattr(choices, name) for name in FRAME_AXES], dtype=np.float64)
+        wanted = np.asarray([getattr(choices, name) for name in self.axes], dtype=np.float64)
         distance = (((self._frames - wanted) / self._scale) ** 2).sum(axis=1)
         index = int(np.argmin(distance))
         room = (self.budget.max_parameters - int(self._base[index])) // int(self._slope[index])
@@ -197,14 +211,8 @@ class SearchSpace:
         base, slope = self._cost_line(np.asarray([_frame_of(shape)], dtype=np.int64))
         room = min((self.budget.max_parameters - int(base[0])) // int(slope[0]), self.intermediate_sizes[-1])
         fill = min(1.0, shape.intermediate_size / room) if room > 0 else 1.0
-        layers, hidden, groups, queries = _frame_of(shape)
-        return Choices(
-            num_hidden_layers=_clamp(layers, self.axes["num_hidden_layers"]),
-            hidden_size=_clamp(hidden, self.axes["hidden_size"]),
-            num_key_value_heads=_clamp(groups, self.axes["num_key_value_heads"]),
-            query_heads_per_kv=_clamp(queries, self.axes["query_heads_per_kv"]),
-            mlp_fill=max(fill, self.min_mlp_fill),
-        )
+        frame = {name: _clamp(value, self.axes[name]) for name, value in zip(FRAME_AXES, _frame_of(shape), strict=False)}
+        return Choices(**frame, mlp_fill=max(fill, self.min_mlp_fill))
 
     def draw(self, generator: np.random.Generator) -> Shape:
         """A legal shape: a frame uniformly, then one of its MLP widths uniformly."""
@@ -217,8 +225,8 @@ class SearchSpace:
         teacher = self.architecture.shape
         problems = [
             Problem(field=name, expected=f"at most the teacher's {limit}", got=str(value))
-            for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_key_value_heads", "query_heads_per_kv")
-            if (value := getattr(shape, name)) > (limit := getattr(teacher, name))
+            for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_key_value_heads", "query_heads_per_kv", "num_experts")
+            if (value := getattr(shape, name) or 0) > (limit := getattr(teacher, name) or 0)
         ]
         if shape.head_dim != teacher.head_dim:
             problems.append(
@@ -232,22 +240,23 @@ class SearchSpace:
         return tuple(problems)
 
     def anchors(self) -> dict[str, Shape]:
-        """The three shapes one would take without a search, as large as the budget allows: width only, depth only, uniform.
+        """The shapes one would take without a search, as large as the budget allows: width only, depth only, uniform; of experts also experts only.
 
-        Depth only may go below the default range of layers, never below a minimum that the spec names, nor above the budget.
+        Width only keeps heads and experts. Depth only
+        may go below the default range of layers, never below a minimum that the spec names, nor above the budget.
         An anchor with no room is absent; two may coincide.
         """
         teacher = np.asarray(_frame_of(self.architecture.shape), dtype=np.float64)
         widths = np.asarray(self.intermediate_sizes, dtype=np.float64)[self._high - 1]
-        ratios = np.column_stack([self._frames / teacher, widths / self.architecture.shape.intermediate_size])
+        ratios = self._frames / teacher
+        mlp = widths / self.architecture.shape.intermediate_size
         used = (self._base + self._slope * widths.astype(np.int64)) / self.budget.max_parameters
         whole = np.isclose(ratios, 1.0)
-        heads_whole = whole[:, 2] & whole[:, 3]
         heads = ratios[:, 2] * ratios[:, 3]
-        spread = np.log(np.column_stack([ratios[:, 0], ratios[:, 1], heads, ratios[:, 4]])).std(axis=1)
-        width_spread = np.abs(np.log(ratios[:, 1] / ratios[:, 4]))
+        spread = np.log(np.column_stack([ratios[:, :2], heads, mlp, ratios[:, 4:]])).std(axis=1)
+        width_spread = np.abs(np.log(ratios[:, 1] / mlp))
         # Minitron's width pruning keeps the heads (arXiv 2408.11796, table 3); hidden and MLP shrink by one ratio.
-        picks = {"width_only": (whole[:, 0] & heads_whole, width_spread), "uniform": (np.ones(len(used), dtype=bool), spread)}
+        picks = {"width_only": (whole[:, 0] & whole[:, 2:].all(axis=1), width_spread), "uniform": (np.ones(len(used), dtype=bool), spread)}
         anchors = {}
         for name, (allowed, distance) in picks.items():
             if allowed.any():
@@ -259,6 +268,11 @@ class SearchSpace:
             if not self.explain(depth_only):
                 anchors["depth_only"] = depth_only
                 break
+        for num_experts in reversed(self.axes.get("num_experts", ())):
+            experts_only = replace(self.architecture.shape, num_experts=num_experts)
+            if not self.explain(experts_only):
+                anchors["experts_only"] = experts_only
+                break
         return anchors
 
 
@@ -267,8 +281,10 @@ def build_space(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> SearchSpace:
     return SearchSpace(read_architecture(inputs["teacher"]["config"]), space=spec.space, budget=spec.budget)
 
 
-def _frame_of(shape: Shape) -> tuple[int, int, int, int]:
-    return shape.num_hidden_layers, shape.hidden_size, shape.num_key_value_heads, shape.query_heads_per_kv
+def _frame_of(shape: Shape) -> tuple[int, ...]:
+    """The shape on `FRAME_AXES`."""
+    experts = () if shape.num_experts is None else (shape.num_experts,)
+    return shape.num_hidden_layers, shape.hidden_size, shape.num_key_value_heads, shape.query_heads_per_kv, *experts
 
 
 def _clamp(value: int, values: tuple[int, ...]) -> int:

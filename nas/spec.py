@@ -111,6 +111,8 @@ class SpaceSpec:
     num_key_value_heads: AxisSpec = field(default_factory=AxisSpec)
     query_heads_per_kv: AxisSpec = field(default_factory=AxisSpec)
     """Query heads that share one KV head."""
+    num_experts: AxisSpec = field(default_factory=AxisSpec)
+    """Experts of each layer, at least as many as a token is sent to; only of a teacher that has experts."""
     min_mlp_fill: Share = 0.5
     """The MLP takes at least this share of what the other axes leave of the budget; unused parameters rarely help."""
 

@@ -17,6 +17,7 @@ _SHORT_AXES = {
     "F": "intermediate_size",
     "H": "num_attention_heads",
     "KV": "num_key_value_heads",
+    "X": "num_experts",
 }
 
 _PIPE_COLUMNS = 200
@@ -122,7 +123,7 @@ def leaderboard_table(board: Mapping[str, Any], *, width: int | None = None) -> 
         "rank": ["" if row["rank"] is None else str(row["rank"]) for row in rows],
         "trial": [str(row["number"]) for row in rows],
         "origin": [row["origin"].removeprefix("anchor:") for row in rows],
-        **{short: [str(row["shape"][name]) for row in rows] for short, name in _SHORT_AXES.items()},
+        **{short: [str(row["shape"][name]) for row in rows] for short, name in _SHORT_AXES.items() if rows and rows[0]["shape"].get(name) is not None},
         "parameters": [f"{row['parameters']:,}" for row in rows],
         "%": [f"{100 * row['share_of_teacher']:.1f}" for row in rows],
         "tokens": [f"{row['tokens']:,}" for row in rows],

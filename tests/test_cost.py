@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from nas.compress.experts import by_file_names
+from nas.compress.teacher import checkpoint_weights
 from nas.cost import SignalChoice, choose_signals, count_parameters, flops_per_token, kv_bytes_per_token, signal_bytes_per_token, weight_bytes
 from nas.errors import InvalidSpec
 from nas.families import FAMILIES, Architecture, read_architecture
@@ -57,6 +60,19 @@ PUBLISHED = {
     "OLMo-2-1124-7B": (public("olmo2", layers=32, hidden=4096, mlp=11008, heads=(32, 32), vocab=100352), 7_298_617_344),
     "Phi-3-mini-4k": (public("phi3", layers=32, hidden=3072, mlp=8192, heads=(32, 32), vocab=32064), 3_821_079_552),
     "SmolLM3-3B": (public("smollm3", layers=36, hidden=2048, mlp=11008, heads=(16, 4), vocab=128256, tied=True), 3_075_098_624),
+    "Mixtral-8x7B-v0.1": (
+        {**public("mixtral", layers=32, hidden=4096, mlp=14336, heads=(32, 8), vocab=32000), "num_local_experts": 8, "num_experts_per_tok": 2},
+        46_702_792_704,
+    ),
+    "Qwen3-30B-A3B": (
+        {
+            **public("qwen3_moe", layers=48, hidden=2048, mlp=6144, heads=(32, 4), head_dim=128, vocab=151936),
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+        },
+        30_532_122_624,
+    ),
     "granite-3.0-2b": (public("granite", layers=40, hidden=2048, mlp=8192, heads=(32, 8), vocab=49155, tied=True), 2_533_531_648),
 }
 
@@ -73,9 +89,12 @@ def architectures(draw: st.DrawFn) -> Architecture:
         num_key_value_heads=groups,
         head_dim=2 * draw(st.integers(1, 8)),
     )
+    model_type = draw(st.sampled_from(sorted(FAMILIES)))
+    experts = draw(st.integers(1, 5)) if FAMILIES[model_type].expert_keys else None
     return Architecture(
-        model_type=draw(st.sampled_from(sorted(FAMILIES))),
-        shape=shape,
+        model_type=model_type,
+        shape=dataclasses.replace(shape, num_experts=experts),
+        num_experts_per_tok=experts and draw(st.integers(1, experts)),
         vocab_size=draw(st.integers(1, 300)),
         tie_word_embeddings=draw(st.booleans()),
         attention_bias=draw(st.booleans()),
@@ -86,7 +105,7 @@ def architectures(draw: st.DrawFn) -> Architecture:
 def build(architecture: Architecture) -> PreTrainedModel:
     config = AutoConfig.for_model(
         architecture.model_type,
-        **architecture.shape.as_dict(),
+        **architecture.config_values(architecture.shape),
         vocab_size=architecture.vocab_size,
         tie_word_embeddings=architecture.tie_word_embeddings,
         attention_bias=architecture.attention_bias,
@@ -118,12 +137,12 @@ def test_the_closed_form_equals_numel_of_the_model(architecture):
 @given(architectures())
 def test_the_table_names_the_tensors_of_the_model(architecture):
     sides = {
-        weight.name.format(layer=layer): weight.lengths(architecture.sizes(architecture.shape))
-        for weight in architecture.weights
-        for layer in range(architecture.shape.num_hidden_layers if weight.per_layer else 1)
+        name: weight.lengths(architecture.sizes(architecture.shape))
+        for name, weight, _, _ in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers)
     }
+    parameters = by_file_names(dict(build(architecture).named_parameters()), architecture=architecture)
 
-    assert sides == {name: tuple(parameter.shape) for name, parameter in build(architecture).named_parameters()}
+    assert sides == {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 
 
 @pytest.mark.parametrize(("config", "expected"), PUBLISHED.values(), ids=PUBLISHED)
@@ -131,6 +150,19 @@ def test_the_parameters_of_public_models_are_what_their_cards_say(config, expect
     architecture = read_architecture(config)
 
     assert count_parameters(architecture, architecture.shape).total == expected
+
+
+def test_a_token_passes_through_its_own_experts_only():
+    mixtral, qwen = (read_architecture(PUBLISHED[name][0]) for name in ("Mixtral-8x7B-v0.1", "Qwen3-30B-A3B"))
+
+    # 12.9B of 46.7B (arXiv 2401.04088, table 1: 13B); 3.35B of 30.5B (the card of Qwen3-30B-A3B: 3.3B).
+    assert round(count_parameters(mixtral, mixtral.shape).active / 1e9, 1) == 12.9
+    assert round(count_parameters(qwen, qwen.shape).active / 1e9, 1) == 3.4
+    expert = 3 * 4096 * 14336 * 32
+    assert count_parameters(mixtral, mixtral.shape).active == 46_702_792_704 - 6 * expert
+    one_less = dataclasses.replace(mixtral.shape, num_experts=7)
+    assert count_parameters(mixtral, mixtral.shape).active - count_parameters(mixtral, one_less).active == 4096 * 32
+    assert flops_per_token(mixtral, mixtral.shape, context_length=0) == 2 * (46_702_792_704 - 6 * expert - 32000 * 4096)
 
 
 def test_tied_embeddings_are_counted_once():

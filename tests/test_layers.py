@@ -24,6 +24,7 @@ ROWS = (
     "nas.space",
     "nas.compress.device",
     "nas.compress.manifest",
+    "nas.compress.experts",
     "nas.compress.teacher",
     "nas.compress.corpus",
     "nas.compress.importance",

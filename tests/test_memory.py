@@ -50,6 +50,8 @@ def kept_by_autograd(architecture: Architecture, *, config: dict[str, Any], laye
 def test_a_layer_keeps_what_autograd_keeps(model_type, dtype):
     sizes = {"hidden_size": 96, "intermediate_size": 250, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12, "vocab_size": 61}
     tokens = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    if FAMILIES[model_type].expert_keys:
+        sizes |= {"intermediate_size": 248, "moe_intermediate_size": 248, "num_local_experts": 6, "num_experts_per_tok": 2}
     config = AutoConfig.for_model(model_type, **sizes, **tokens, num_hidden_layers=4, max_position_embeddings=256).to_dict()
     config = {key: value for key, value in config.items() if key not in ("layer_types", "no_rope_layers")}
     architecture = read_architecture(config)

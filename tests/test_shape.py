@@ -68,3 +68,12 @@ def test_unknown_and_missing_names_are_both_told():
 def test_head_dim_is_not_derived_from_the_width():
     assert replace(SHAPE, hidden_size=48).head_dim == 8
     assert SHAPE.query_heads_per_kv == 2
+
+
+def test_a_dense_shape_says_nothing_of_experts():
+    assert "num_experts" not in SHAPE.as_dict()
+    assert replace(SHAPE, num_experts=4).as_dict() == {**SHAPE.as_dict(), "num_experts": 4}
+    assert replace(SHAPE, num_experts=4).key == f"{SHAPE.key}-X4"
+    assert Shape.from_dict({**VALUES, "num_experts": None}) == SHAPE
+    with pytest.raises(InvalidSpec, match="num_experts: expected an integer of at least 1, got 0"):
+        replace(SHAPE, num_experts=0)

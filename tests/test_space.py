@@ -33,12 +33,17 @@ def counted(found: SearchSpace, shape: Shape) -> int:
 def spaces(draw: st.DrawFn) -> SearchSpace:
     groups = draw(st.integers(1, 3))
     heads = groups * draw(st.integers(1, 3))
+    model_type = draw(st.sampled_from(sorted(FAMILIES)))
+    experts = draw(st.integers(1, 9)) if FAMILIES[model_type].expert_keys else None
+    multiple = FAMILIES[model_type].width_multiple
     architecture = Architecture(
-        model_type=draw(st.sampled_from(sorted(FAMILIES))),
+        model_type=model_type,
+        num_experts_per_tok=experts and draw(st.integers(1, experts)),
         shape=Shape(
+            num_experts=experts,
             num_hidden_layers=draw(st.integers(1, 6)),
-            hidden_size=heads * draw(st.integers(2, 8)),
-            intermediate_size=draw(st.integers(8, 90)),
+            hidden_size=heads * multiple * draw(st.integers(2, 8)),
+            intermediate_size=multiple * draw(st.integers(8, 90)),
             num_attention_heads=heads,
             num_key_value_heads=groups,
             head_dim=2 * draw(st.integers(1, 4)),
@@ -74,6 +79,7 @@ def choices(draw: st.DrawFn) -> Choices:
         num_key_value_heads=draw(anything),
         query_heads_per_kv=draw(anything),
         mlp_fill=draw(st.floats(0.0, 1.0)),
+        num_experts=draw(anything),
     )
 
 
@@ -284,6 +290,7 @@ def test_transformers_takes_every_shape_that_a_space_proposes(model_type: str):
     config: dict[str, Any] = {
         "model_type": model_type,
         **TEACHER.as_dict(),
+        **({"intermediate_size": 176, "moe_intermediate_size": 80, "num_experts": 8, "num_experts_per_tok": 2} if FAMILIES[model_type].expert_keys else {}),
         "hidden_size": TEACHER.num_attention_heads * TEACHER.head_dim,
         "vocab_size": 512,
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
@@ -297,5 +304,40 @@ def test_transformers_takes_every_shape_that_a_space_proposes(model_type: str):
 
     assert free is (model_type not in ("llama", "gemma2", "gemma3_text", "phi3"))
     for shape in islice(space.shapes(), 0, None, max(1, space.count() // 25)):
-        AutoConfig.for_model(**{**config, **shape.as_dict()})
+        AutoConfig.for_model(**{**config, **architecture.config_values(shape)})
         assert not space.explain(shape)
+
+
+EXPERTS = replace(
+    ARCHITECTURE, model_type="mixtral", shape=replace(TEACHER, intermediate_size=176, num_experts=8), tie_word_embeddings=False, num_experts_per_tok=3
+)
+
+
+def test_the_number_of_experts_is_one_more_axis_and_never_below_what_a_token_needs():
+    found = space(architecture=EXPERTS, axes=SpaceSpec(num_experts=AxisSpec(min=1, max=6)))
+
+    assert {shape.num_experts for shape in found.shapes()} == {3, 4, 5, 6}
+    assert found.axes["num_experts"] == (1, 2, 3, 4, 5, 6)
+    assert {shape.num_experts for shape in space(architecture=EXPERTS).shapes()} == {4, 5, 6, 7, 8}
+    assert all(shape.num_experts is None for shape in space().shapes())
+    with pytest.raises(InvalidSpec, match=r"space\.num_experts: expected nothing"):
+        space(axes=SpaceSpec(num_experts=AxisSpec(max=4)))
+
+
+def test_every_width_of_an_expert_is_one_that_transformers_runs():
+    found = space(architecture=EXPERTS, axes=SpaceSpec(hidden_size=AxisSpec(multiple=1), intermediate_size=AxisSpec(multiple=1)))
+
+    assert all(shape.hidden_size % 8 == 0 and shape.intermediate_size % 8 == 0 for shape in islice(found.shapes(), 500))
+    with pytest.raises(InvalidSpec, match=r"space\.intermediate_size: expected a value that mixtral takes"):
+        space(architecture=EXPERTS, axes=SpaceSpec(intermediate_size=AxisSpec(min=170, max=175, multiple=1)))
+
+
+def test_the_anchors_of_a_mixture_keep_all_experts_or_nothing_but_experts_go():
+    found = space(architecture=EXPERTS)
+    anchors = found.anchors()
+
+    assert anchors["width_only"].num_experts == anchors["depth_only"].num_experts == 8
+    assert anchors["experts_only"] == replace(EXPERTS.shape, num_experts=anchors["experts_only"].num_experts)
+    assert found.explain(replace(EXPERTS.shape, num_experts=anchors["experts_only"].num_experts + 1))
+    assert anchors["uniform"].num_experts < 8
+    assert "experts_only" not in space().anchors()

@@ -177,11 +177,11 @@ class _Fit:
         self.device, self.dtype = device, torch.float32 if device.startswith("mps") else torch.float64
         self.architecture, self.layers = sorting.architecture, sorting.layers[shape.num_hidden_layers]
         self.names = {  # in the teacher -> in the student
-            weight.name.format(layer=self.layers[layer]) if layer is not None else name: name
-            for name, weight, layer in checkpoint_weights(self.architecture, num_hidden_layers=len(self.layers))
+            weight.name.format(layer=self.layers[layer], expert=expert) if layer is not None else name: name
+            for name, weight, layer, expert in checkpoint_weights(self.architecture, num_hidden_layers=len(self.layers), num_experts=shape.num_experts)
         }
         self.weights: Mapping[str, Weight] = {
-            name: weight for name, weight, _ in checkpoint_weights(self.architecture, num_hidden_layers=self.architecture.shape.num_hidden_layers)
+            name: weight for name, weight, _, _ in checkpoint_weights(self.architecture, num_hidden_layers=self.architecture.shape.num_hidden_layers)
         }
         gaps = gaps_of(self.layers, num_hidden_layers=self.architecture.shape.num_hidden_layers) if absorbs_gaps(self.architecture) else []
         self.gaps = {neuron_reader(self.architecture).format(layer=gap[0]): gap for gap in gaps}
@@ -245,7 +245,7 @@ class _Fit:
         del gram_XX
         gram_YY = kept.rows(gram_XY)
         factor_YY = None if is_whole and gap is None else self._factor(gram_YY)
-        for teacher_name in source.readers:
+        for teacher_name in (reader for reader in source.readers if reader in self.names):
             weight_OX = self._rows(self._read(teacher_name), side=self.weights[teacher_name].sides[0])
             if gain_D is not None and isinstance(kept, _Projection):
                 weight_OX = weight_OX * gain_D

@@ -1,6 +1,7 @@
 """Second moments of the sorted teacher's activations: all that reconstruction.py needs of the calibration text. Forward passes only.
 
-    gram    of each source (families.py): E[z z'] of what its readers multiply. Behind a norm that does not centre, of the
+    gram    of each source (families.py): E[z z'] of what its readers multiply; for an expert over the tokens that it gets, its neurons times the
+            router's weight, zero on all others. Behind a norm that does not centre, of the
             normalised stream before the gain, which every gain and every basis can be put on afterwards
     gap     of each place where a depth removes layers: E[d a'], with a the neurons of the layer before it and d what the
             removed layers add to the stream
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nas.compress.experts import expert_modules, run_experts
 from nas.compress.importance import layer_modules
 from nas.compress.manifest import load_tensors, save_tensors
 from nas.compress.sorting import Sorting
@@ -183,12 +185,12 @@ def _split(items: list[Source | Gap]) -> tuple[list[Source], list[Gap]]:
 
 
 def absorbs_gaps(architecture: Architecture) -> bool:
-    """Whether the MLP's output reaches the stream through nothing but a constant, so that it can be fitted to what removed layers added."""
-    return neuron_reader(architecture) not in architecture.family.output_norms
+    """Whether there is one MLP whose output reaches the stream through nothing but a constant, so that it can be fitted to what removed layers added."""
+    return not architecture.family.expert_keys and neuron_reader(architecture) not in architecture.family.output_norms
 
 
 def neuron_reader(architecture: Architecture) -> str:
-    """The weight that reads the MLP's neurons, with `{layer}` in its name."""
+    """The weight that reads the MLP's neurons, with `{layer}` (and `{expert}`) in its name."""
     (reader,) = (source.readers[0] for source in architecture.family.sources if source.axis is Axis.INTERMEDIATE)
     return reader
 
@@ -198,7 +200,12 @@ def _listening(model: PreTrainedModel, *, sorting: Sorting, sources: list[Source
     """Hooks that add up the moments, for as long as the context lasts."""
     architecture = sorting.architecture
     handles = []
+    for layer, module in enumerate(expert_modules(model, architecture=architecture)):
+        if own := _expert_sources(layer, architecture=architecture, sources=sources):
+            handles.append(module.register_forward_pre_hook(_add_experts(own, sums=sums)))
     for source in sources:
+        if source.axis is Axis.INTERMEDIATE and architecture.family.expert_keys:
+            continue
         add = _adder(_gram_name(source), sums=sums)
         if measures_gain_free(source, architecture=architecture):
             eps = float(getattr(model.config, architecture.family.eps_key))
@@ -230,6 +237,23 @@ def _listening(model: PreTrainedModel, *, sorting: Sorting, sources: list[Source
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _expert_sources(layer: int, *, architecture: Architecture, sources: list[Source]) -> dict[int, Source]:
+    """Expert -> what its neurons are a source for, as far as it is among the sources."""
+    reader, by_name = neuron_reader(architecture), {source.readers[0]: source for source in sources}
+    names = {expert: reader.format(layer=layer, expert=expert) for expert in range(architecture.shape.num_experts or 0)}
+    return {expert: by_name[name] for expert, name in names.items() if name in by_name}
+
+
+def _add_experts(sources: dict[int, Source], *, sums: dict[str, Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        hidden_ND, top_k_index, top_k_weights = inputs
+        for one in run_experts(module, hidden_ND, top_k_index=top_k_index, top_k_weights=top_k_weights):
+            if one.expert in sources:
+                _adder(_gram_name(sources[one.expert]), sums=sums)(one.neurons_NF.float()[None])
+
+    return hook
 
 
 def _adder(name: str, *, sums: dict[str, Tensor]) -> Callable[..., None]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from nas.compress.experts import fuse_experts
 from nas.compress.sorting import Sorting
 from nas.compress.teacher import WEIGHTS_FILE, checkpoint_weights, resolve_dtype
 from nas.cost import count_parameters
@@ -29,7 +30,7 @@ from nas.shape import Shape
 
 
 def slice_student(sorting: Sorting, shape: Shape) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict (in the dtype of the sorted teacher's file) and Hugging Face config of the student of that shape.
+    """State dict under the checkpoint's names (in the dtype of the sorted teacher's file) and Hugging Face config of the student of that shape.
 
     A norm averages over the width. With the share kappa of the energy at a norm's input that the kept channels carry,
     the student's mean square is kappa * D / D' times the teacher's, so gamma takes the root of that factor and eps the
@@ -37,6 +38,10 @@ def slice_student(sorting: Sorting, shape: Shape) -> tuple[dict[str, Tensor], di
     token. Where the forward pass multiplies the embeddings by sqrt(D), the student's residual stream is sqrt(D' / D) times
     the teacher's: the norms behind the sublayers write that scale too, and those that read the stream take it out. The
     config holds one eps for all norms: it follows the norms by the square of the part that eps is of their divisor.
+
+    Of the experts a prefix stays, with its rows of the router; each token goes to as many as before. Exact on a token whose experts all stay,
+    where the router's weights are normalised over the chosen (Mixtral, `norm_topk_prob`). Where they are not, the softmax over fewer experts
+    raises them by 1 / (1 - the probability of those removed).
 
     Raises:
         InvalidSpec: larger than the teacher on an axis, another head_dim, a depth without selected layers, or not legal in the family.
@@ -46,8 +51,8 @@ def slice_student(sorting: Sorting, shape: Shape) -> tuple[dict[str, Tensor], di
     factors = norm_factors(sorting, shape)
     state = {}
     with safe_open(sorting.folder / WEIGHTS_FILE, framework="pt") as file:
-        for name, weight, layer in checkpoint_weights(sorting.architecture, num_hidden_layers=len(layers)):
-            teacher_name = weight.name.format(layer=layers[layer]) if layer is not None else name
+        for name, weight, layer, expert in checkpoint_weights(sorting.architecture, num_hidden_layers=len(layers), num_experts=shape.num_experts):
+            teacher_name = weight.name.format(layer=layers[layer], expert=expert) if layer is not None else name
             tensor = _read_prefix(file.get_slice(teacher_name), weight=weight, architecture=sorting.architecture, shape=shape)
             if weight.is_norm and (gain := factors[teacher_name].gain) != 1:
                 stored = int(sorting.architecture.family.gain_minus_one)
@@ -59,18 +64,24 @@ def slice_student(sorting: Sorting, shape: Shape) -> tuple[dict[str, Tensor], di
 def kept_indices(sorting: Sorting, shape: Shape) -> dict[str, Any]:
     """What the student keeps, as indices into the teacher as it was before sorting; lists only, ready for JSON.
 
-    Keys: layers, hidden_channels; and, one list per kept layer, neurons, key_value_heads, query_heads, in the student's order.
+    Keys: layers, hidden_channels; and, one list per kept layer, neurons, key_value_heads, query_heads, in the student's order;
+    with experts also experts, and neurons is one list per kept expert.
     """
     check_sliceable(sorting, shape)
     order, layers = sorting.order, sorting.layers[shape.num_hidden_layers]
     groups, queries = shape.num_key_value_heads, shape.query_heads_per_kv
-    return {
+    kept: dict[str, Any] = {
         "layers": list(layers),
         "hidden_channels": order.hidden_D[: shape.hidden_size].tolist(),
         "neurons": [order.neurons_LF[layer, : shape.intermediate_size].tolist() for layer in layers],
         "key_value_heads": [order.kv_groups_LK[layer, :groups].tolist() for layer in layers],
         "query_heads": [order.heads(layer)[:groups, :queries].flatten().tolist() for layer in layers],
     }
+    if order.experts_LX is not None:
+        experts = [order.experts_LX[layer, : shape.num_experts] for layer in layers]
+        neurons = [order.neurons_LF[layer, chosen, : shape.intermediate_size].tolist() for layer, chosen in zip(layers, experts, strict=True)]
+        kept |= {"experts": [chosen.tolist() for chosen in experts], "neurons": neurons}
+    return kept
 
 
 def build_student(sorting: Sorting, shape: Shape, *, dtype: str, device: str) -> PreTrainedModel:
@@ -90,6 +101,7 @@ def model_of(state: dict[str, Tensor], *, config: Mapping[str, Any], dtype: str,
         InvalidSpec: unknown dtype.
     """
     torch_dtype, architecture = resolve_dtype(dtype), read_architecture(config)
+    fuse_experts(state, architecture=architecture)
     for name in list(state):
         state[name] = state[name].to(torch_dtype)
     with no_init_weights():  # memory that is reserved and never touched: the next lines put the sliced tensors in its place
@@ -114,6 +126,7 @@ def check_sliceable(sorting: Sorting, shape: Shape) -> None:
     """
     teacher = sorting.architecture.shape
     limits = {"hidden_size": teacher.hidden_size, "intermediate_size": teacher.intermediate_size, "num_key_value_heads": teacher.num_key_value_heads}
+    limits |= {} if teacher.num_experts is None or shape.num_experts is None else {"num_experts": teacher.num_experts}
     problems = [
         Problem(field=field, expected=f"at most the teacher's {limit}", got=str(getattr(shape, field)))
         for field, limit in limits.items()
@@ -208,4 +221,4 @@ def student_config(sorting: Sorting, shape: Shape, *, factors: Mapping[str, Norm
     if not sum(weights.values()):
         weights = dict.fromkeys(factors, 1.0)
     eps = config[family.eps_key] * (sum(weights[name] * factor.eps for name, factor in factors.items()) / sum(weights.values()))
-    return {**config, **shape.as_dict(), family.eps_key: eps, "dtype": str(dtype).removeprefix("torch.")}
+    return {**config, **sorting.architecture.config_values(shape), family.eps_key: eps, "dtype": str(dtype).removeprefix("torch.")}

@@ -3,7 +3,7 @@
 The sorted teacher computes the same function; any width is then a prefix of every axis (slicing.py). Heads stay a
 rectangle of KV group x query per group. Layers are not permuted: depth is a list of kept indices per depth (depth.py).
 
-Shapes: B batch, T tokens, D hidden, F intermediate, H query heads, K key/value heads, G query heads per KV head, L layers, V vocabulary.
+Shapes: B batch, T tokens, D hidden, F intermediate, X experts, H query heads, K key/value heads, G query heads per KV head, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nas.compress.experts import by_file_names
 from nas.compress.importance import Importance
 from nas.compress.manifest import file_digest, load_tensors, save_tensors
 from nas.compress.teacher import CONFIG_FILE, WEIGHTS_FILE, checkpoint_weights, write_checkpoint
@@ -37,9 +38,12 @@ class Order:
 
     hidden_D: Tensor
     neurons_LF: Tensor
+    """With experts neurons_LXF, by the original index of the expert."""
     kv_groups_LK: Tensor
     queries_LKG: Tensor
     """Query heads inside each *sorted* group: row k belongs to group kv_groups_LK[:, k]; values in 0..G-1."""
+    experts_LX: Tensor | None = None
+    """None: a dense family."""
 
     def heads(self, layer: int) -> Tensor:
         """heads_KG: original indices of the query heads, sorted groups down, sorted queries across."""
@@ -73,16 +77,18 @@ def make_order(importance: Importance, shape: Shape) -> Order:
         neurons_LF=_descending(importance.neurons_LF),
         kv_groups_LK=kv_groups_LK,
         queries_LKG=_descending(by_group_LKG),
+        experts_LX=None if importance.experts_LX is None else _descending(importance.experts_LX),
     )
 
 
 def sort_teacher(model: PreTrainedModel, *, order: Order, architecture: Architecture) -> dict[str, Tensor]:
     """The model's checkpoint with every side of every weight in the new order: the same function up to float error."""
-    state = {}
-    for name, weight, layer in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers):
-        tensor = model.get_parameter(name).detach().cpu()
+    state, teacher = {}, by_file_names(model.state_dict(), architecture=architecture)
+    for name, weight, layer, place in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers):
+        expert = original_expert(place, order=order, layer=layer)
+        tensor = teacher[weight.name.format(layer=layer, expert=expert)].cpu()
         for dim, side in enumerate(weight.sides):
-            if (index := side_order(side, order=order, layer=layer, architecture=architecture)) is not None:
+            if (index := side_order(side, order=order, layer=layer, expert=expert, architecture=architecture)) is not None:
                 tensor = tensor.index_select(dim, index)
         state[name] = tensor.contiguous()
     return state
@@ -102,6 +108,7 @@ def save_sorted(
     (folder / f"{SORTING}.json").unlink(missing_ok=True)
     write_checkpoint(state, config=config, tokenizer_from=tokenizer_from, folder=folder)
     tensors = {name: getattr(order, name) for name in ("hidden_D", "neurons_LF", "kv_groups_LK", "queries_LKG")}
+    tensors |= {} if order.experts_LX is None else {"experts_LX": order.experts_LX}
     tensors |= {f"{_NORM_ENERGY}{name}": share_X for name, share_X in _sorted_energy(importance, order=order, architecture=read_architecture(config)).items()}
     facts = {
         "layers": {str(depth): list(kept) for depth, kept in sorted(layers.items())},
@@ -140,23 +147,38 @@ def _descending(scores: Tensor) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
-def side_order(side: Side, *, order: Order, layer: int | None, architecture: Architecture) -> Tensor | None:
-    """Original index of every position of one sorted side; None: the side stays as it is."""
+def original_expert(place: int | None, *, order: Order, layer: int | None) -> int | None:
+    """The teacher's expert at a place of a sorted layer."""
+    if place is None or order.experts_LX is None:
+        return None
+    assert layer is not None
+    return int(order.experts_LX[layer, place])
+
+
+def side_order(side: Side, *, order: Order, layer: int | None, architecture: Architecture, expert: int | None = None) -> Tensor | None:
+    """Original index of every position of one sorted side; None: the side stays as it is.
+
+    Args:
+        expert: whose weight it is, by its original index.
+    """
     if side in ((Axis.VOCAB,), (Axis.HEAD_DIM,)):
         return None
     sizes, start, indices = architecture.sizes(architecture.shape), 0, []
     for axis in side:
-        indices.append(start + _axis_order(axis, order=order, layer=layer, head_dim=architecture.shape.head_dim))
+        indices.append(start + _axis_order(axis, order=order, layer=layer, expert=expert, head_dim=architecture.shape.head_dim))
         start += sizes[axis]
     return torch.cat(indices)
 
 
-def _axis_order(axis: Axis, *, order: Order, layer: int | None, head_dim: int) -> Tensor:
+def _axis_order(axis: Axis, *, order: Order, layer: int | None, expert: int | None, head_dim: int) -> Tensor:
     if axis is Axis.HIDDEN:
         return order.hidden_D
     assert layer is not None, f"axis {axis} exists only inside a layer"
     if axis is Axis.INTERMEDIATE:
-        return order.neurons_LF[layer]
+        return order.neurons_LF[layer] if expert is None else order.neurons_LF[layer, expert]
+    if axis is Axis.EXPERT:
+        assert order.experts_LX is not None
+        return order.experts_LX[layer]
     assert axis in (Axis.QUERY, Axis.KEY_VALUE), f"axis {axis} is not sorted"
     heads = order.heads(layer).flatten() if axis is Axis.QUERY else order.kv_groups_LK[layer]
     return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
@@ -164,7 +186,7 @@ def _axis_order(axis: Axis, *, order: Order, layer: int | None, head_dim: int) -
 
 def _sorted_energy(importance: Importance, *, order: Order, architecture: Architecture) -> dict[str, Tensor]:
     energy = {}
-    for name, weight, layer in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers):
+    for name, weight, layer, _ in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers):
         if name in importance.norm_energy:
             index = side_order(weight.sides[0], order=order, layer=layer, architecture=architecture)
             assert index is not None, f"{name}: no order of {weight.sides[0]}"

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from nas.compress.experts import by_file_names
 from nas.compress.manifest import file_digest, publish, write_json
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem, TeacherUnavailable
@@ -152,35 +153,46 @@ def resolve_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def checkpoint_weights(architecture: Architecture, *, num_hidden_layers: int) -> Iterator[tuple[str, Weight, int | None]]:
-    """Every tensor of a checkpoint of that depth: its name, its row in the family's table, its layer."""
+def checkpoint_weights(
+    architecture: Architecture, *, num_hidden_layers: int, num_experts: int | None = None
+) -> Iterator[tuple[str, Weight, int | None, int | None]]:
+    """Every tensor of a checkpoint of that depth: its name, its row in the family's table, its layer, its expert.
+
+    Args:
+        num_experts: None: the architecture's.
+    """
+    experts = range(num_experts or architecture.shape.num_experts or 0)
     for weight in architecture.weights:
-        if weight.per_layer:
-            for layer in range(num_hidden_layers):
-                yield weight.name.format(layer=layer), weight, layer
-        else:
-            yield weight.name, weight, None
+        for layer in range(num_hidden_layers) if weight.per_layer else (None,):
+            for expert in experts if weight.per_expert else (None,):
+                yield weight.name.format(layer=layer, expert=expert), weight, layer, expert
 
 
 def checkpoint_sources(architecture: Architecture, *, num_hidden_layers: int) -> Iterator[Source]:
-    """Every source of a model of that depth, with the layers written into its names: kind by kind, the layers of each in order."""
+    """Every source of a model of that depth, with layers and experts written into its names: kind by kind, the layers of each in order.
+
+    What the experts read together is one source; the neurons of each are one of their own, expert by expert within a layer.
+    """
+    experts = range(architecture.shape.num_experts or 0)
     for source in architecture.family.sources:
         for layer in range(num_hidden_layers) if "{layer}" in source.readers[0] else (0,):
-            readers = tuple(reader.format(layer=layer) for reader in source.readers)
-            yield Source(axis=source.axis, readers=readers, norm=source.norm and source.norm.format(layer=layer))
+            for own in ([expert] for expert in experts) if "{expert}" in source.readers[0] else (experts,):
+                readers = tuple(reader.format(layer=layer, expert=expert) for reader in source.readers for expert in (own if "{expert}" in reader else (None,)))
+                yield Source(axis=source.axis, readers=readers, norm=source.norm and source.norm.format(layer=layer))
 
 
 def write_checkpoint(state_dict: Mapping[str, Tensor], *, config: Mapping[str, Any], tokenizer_from: Path, folder: Path) -> None:
     """A folder that plain AutoModelForCausalLM and AutoTokenizer load. The config is written last: with it the folder is whole.
 
     Args:
-        state_dict: a model's, or a sliced one; a tied head in it is not written.
+        state_dict: a model's, or a sliced one under the file's names; a tied head in it is not written.
         config: Hugging Face config of that state; `dtype` is taken from the tensors.
         tokenizer_from: the folder whose tokenizer (and generation config) the checkpoint gets.
     """
     folder.mkdir(parents=True, exist_ok=True)
     architecture = read_architecture(config)
-    names = [name for name, _, _ in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers)]
+    state_dict = by_file_names(state_dict, architecture=architecture)
+    names = [name for name, _, _, _ in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers)]
     tensors = {name: state_dict[name].detach().cpu().contiguous() for name in names}
     dtypes = {tensor.dtype for tensor in tensors.values()}
     assert len(dtypes) == 1, f"a checkpoint has one dtype, got {dtypes}"
@@ -195,7 +207,8 @@ def write_checkpoint(state_dict: Mapping[str, Tensor], *, config: Mapping[str, A
             shutil.copyfile(tokenizer_from / name, temporary)
             publish(temporary, target=folder / name)
     write_json(
-        {**config, **_legacy_rope(config), **architecture.shape.as_dict(), "dtype": str(dtypes.pop()).removeprefix("torch.")}, target=folder / CONFIG_FILE
+        {**config, **_legacy_rope(config), **architecture.config_values(architecture.shape), "dtype": str(dtypes.pop()).removeprefix("torch.")},
+        target=folder / CONFIG_FILE,
     )
 
 
@@ -236,7 +249,7 @@ def _check_config(config: dict[str, Any]) -> dict[str, Any]:
         raise TeacherUnavailable(f"{CONFIG_FILE}: quantization_config: expected none (plain float weights), got {config['quantization_config']!r}")
     if (activation := config.get(family.activation_key, family.activations[0])) not in family.activations:
         raise TeacherUnavailable(f"{CONFIG_FILE}: {family.activation_key}: expected {' or '.join(family.activations)}, got {activation!r}")
-    if unknown := [key for key, value in config.items() if "layer" in key and isinstance(value, list) and key not in family.layer_lists]:
+    if unknown := [key for key, value in config.items() if "layer" in key and isinstance(value, list) and value and key not in family.layer_lists]:
         raise TeacherUnavailable(
             f"{CONFIG_FILE}: {unknown[0]}: expected no such list ({family.model_type} has one entry per layer only in "
             f"{', '.join(family.layer_lists) or 'none'}; it could not follow removed layers), got {config[unknown[0]]!r}"
@@ -253,7 +266,8 @@ def _explicit_config(folder: Path, *, config: dict[str, Any]) -> dict[str, Any]:
     explicit = {**config, **resolved.to_diff_dict()}
     for stale in ("_name_or_path", "torch_dtype", "auto_map"):  # a path of another machine; the old spelling of dtype; code that is not passed on
         explicit.pop(stale, None)
-    return {**explicit, **read_architecture(explicit).shape.as_dict()}
+    architecture = read_architecture(explicit)
+    return {**explicit, **architecture.config_values(architecture.shape)}
 
 
 def _legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,7 +322,7 @@ def _check_weights(files: list[Path], *, architecture: Architecture) -> int:
     shape = architecture.shape
     weights = checkpoint_weights(architecture, num_hidden_layers=shape.num_hidden_layers)
     sizes = architecture.sizes(shape)
-    expected = {name: weight.lengths(sizes) for name, weight, _ in weights}
+    expected = {name: weight.lengths(sizes) for name, weight, _, _ in weights}
     counted, promised = sum(map(prod, shapes.values())), count_parameters(architecture, shape).total
     wrong = [
         f"{name} {shapes.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"

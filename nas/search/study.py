@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.trial import TrialState, create_trial
 
 from nas.shape import Shape
-from nas.space import FRAME_AXES, Choices, SearchSpace
+from nas.space import Choices, SearchSpace
 from nas.spec import SamplerSpec
 
 Sampler = Literal["gp", "tpe", "random", "enumerate"]
@@ -165,17 +165,17 @@ def _optuna_sampler(name: Literal["gp", "tpe"], *, seed: int) -> optuna.samplers
 
 def _distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     """Each axis as an index into its values: regular, ordered and small even where the teacher's own value is off the grid."""
-    distributions: dict[str, BaseDistribution] = {name: IntDistribution(0, len(space.axes[name]) - 1) for name in FRAME_AXES}
+    distributions: dict[str, BaseDistribution] = {name: IntDistribution(0, len(space.axes[name]) - 1) for name in space.axes}
     return {**distributions, "mlp_fill": FloatDistribution(space.min_mlp_fill, 1.0)}
 
 
 def _params_of(space: SearchSpace, choices: Choices) -> dict[str, Any]:
-    params = {name: space.axes[name].index(getattr(choices, name)) for name in FRAME_AXES}
+    params = {name: space.axes[name].index(getattr(choices, name)) for name in space.axes}
     return {**params, "mlp_fill": min(max(choices.mlp_fill, space.min_mlp_fill), 1.0)}
 
 
 def _choices_of(space: SearchSpace, params: Mapping[str, Any]) -> Choices:
-    return Choices(**{name: space.axes[name][params[name]] for name in FRAME_AXES}, mlp_fill=params["mlp_fill"])
+    return Choices(**{name: space.axes[name][params[name]] for name in space.axes}, mlp_fill=params["mlp_fill"])
 
 
 def _digest(seed: int, number: int) -> int:

@@ -75,7 +75,8 @@ def sort_on_disk(model: PreTrainedModel, *, folder: Path, depths: tuple[int, ...
     importance = measure_importance(model, blocks_BT=blocks_BT, method=method, batch_size=8)
     order = make_order(importance, shape)
     if as_it_is:
-        order = Order(**{name: torch.arange(getattr(order, name).shape[-1]).expand_as(getattr(order, name)) for name in Order.__slots__})
+        orders = {name: getattr(order, name) for name in Order.__slots__}
+        order = Order(**{name: None if one is None else torch.arange(one.shape[-1]).expand_as(one) for name, one in orders.items()})
     layers = select_layers(
         num_hidden_layers=shape.num_hidden_layers,
         depths=depths or range(1, shape.num_hidden_layers + 1),

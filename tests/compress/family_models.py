@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from nas.compress.experts import by_file_names
+from nas.families import read_architecture
 
 VOCAB_SIZE = 61
 
@@ -92,6 +96,26 @@ KINDS: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.5,
         "tie_word_embeddings": True,
     },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24},
+    "mixtral, tied, one expert each, sliding window": {
+        "model_type": "mixtral",
+        "num_local_experts": 3,
+        "intermediate_size": 16,
+        "num_experts_per_tok": 1,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+        "sliding_window": 6,
+    },
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "qwen3_moe, probabilities as they are, biases, tied": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": False,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
     "nemotron": {"model_type": "nemotron"},
     "nemotron, biases, tied": {"model_type": "nemotron", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "hidden_size": 23},
 }
@@ -112,3 +136,8 @@ def random_model(kind: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1.0)
     return model
+
+
+def file_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's own weights under the checkpoint's names: what is written into them is written into the model."""
+    return by_file_names(model.state_dict(), architecture=read_architecture(model.config.to_dict()))

@@ -24,12 +24,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nas.compress.depth import bridged_damage, layer_damage
+from nas.compress.experts import fuse_experts
 from nas.compress.slicing import build_student, slice_student
 from nas.compress.sorting import Sorting
 from nas.compress.teacher import check_teacher, load_model, write_checkpoint
 from nas.cost import count_parameters
 from nas.errors import TeacherUnavailable
-from nas.families import FAMILIES
+from nas.families import FAMILIES, Architecture
 from nas.shape import Shape
 from tests.compress.family_models import KINDS, PLAIN, random_model
 
@@ -67,11 +68,17 @@ def smaller(sorting: Sorting) -> Shape:
     return Shape(
         num_hidden_layers=teacher.num_hidden_layers - 1,
         hidden_size=next(width for width in widths if architecture.allows(hidden_size=width, num_attention_heads=groups * queries)),
-        intermediate_size=teacher.intermediate_size - 3,
+        intermediate_size=next(size for size in reversed(legal_mlp(architecture)) if size <= teacher.intermediate_size - 3),
         num_attention_heads=groups * queries,
         num_key_value_heads=groups,
         head_dim=teacher.head_dim,
+        num_experts=teacher.num_experts and teacher.num_experts - 1,
     )
+
+
+def legal_mlp(architecture: Architecture) -> list[int]:
+    """Every intermediate size up to the teacher's that the family takes."""
+    return list(range(architecture.family.width_multiple, architecture.shape.intermediate_size + 1, architecture.family.width_multiple))
 
 
 def any_shape(sorting: Sorting, generator: random.Random) -> Shape:
@@ -83,10 +90,11 @@ def any_shape(sorting: Sorting, generator: random.Random) -> Shape:
     return Shape(
         num_hidden_layers=generator.choice(sorted(sorting.layers)),
         hidden_size=generator.choice(widths),
-        intermediate_size=generator.randint(1, teacher.intermediate_size),
+        intermediate_size=generator.choice(legal_mlp(architecture)),
         num_attention_heads=heads,
         num_key_value_heads=groups,
         head_dim=teacher.head_dim,
+        num_experts=teacher.num_experts and generator.randint(architecture.num_experts_per_tok or 1, teacher.num_experts),
     )
 
 
@@ -251,6 +259,7 @@ def test_published_phi3_points_at_code_that_is_not_run_and_not_passed_on(
 @every_family
 def test_the_sorted_checkpoint_holds_every_weight_of_the_teacher(kind: str, teachers: dict[str, PreTrainedModel], sortings: dict[str, Sorting]) -> None:
     stored = load_file(sortings[kind].folder / "model.safetensors")
+    fuse_experts(stored, architecture=sortings[kind].architecture)
 
     for name, parameter in teachers[kind].named_parameters():
         torch.testing.assert_close(stored[name].flatten().sort().values, parameter.detach().flatten().sort().values, rtol=0, atol=0)

@@ -1,6 +1,8 @@
 """In every family, a teacher made by planting redundancy in a smaller model comes back to that model's function when it is pruned to its shape.
 
 Dead parts are planted on both sides: loud and unread, silent and read; in shuffled positions, on each axis and on all.
+Dead experts are as loud as the others, and the router sends no token to them: only such experts can go without a trace, since
+one that is chosen and does nothing takes the place of one that does.
 What is planted follows the family's table, and so does a family that someone adds.
 """
 
@@ -19,14 +21,18 @@ from transformers import PreTrainedModel
 
 from nas.compress.slicing import build_student
 from nas.compress.sorting import Sorting
-from nas.families import Architecture, Axis, Side, Weight, read_architecture
+from nas.compress.teacher import checkpoint_weights
+from nas.families import FAMILIES, Architecture, Axis, Side, Weight, read_architecture
 from nas.shape import Shape
-from tests.compress.family_models import KINDS, PLAIN, random_model
+from tests.compress.family_models import KINDS, PLAIN, file_weights, random_model
 
-ADDED = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 2, "num_key_value_heads": 1, "query_heads_per_kv": 1}
+ADDED = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 2, "num_key_value_heads": 1, "query_heads_per_kv": 1, "num_experts": 2}
 IDENTITY_LAYERS = (0, 3)
 """Scattered: no contiguous cut takes them both."""
-ALONE = [(kind, frozenset({axis})) for kind in PLAIN for axis in ADDED]
+CONSTANT = 7
+"""The channel of the small models with experts that is positive on every token, by which the router knows nothing but to avoid dead experts."""
+EXPERTS = {kind for kind, values in KINDS.items() if FAMILIES[values["model_type"]].expert_keys}
+ALONE = [(kind, frozenset({axis})) for kind in PLAIN for axis in ADDED if axis != "num_experts" or kind in EXPERTS]
 TOGETHER = [(kind, frozenset(ADDED)) for kind in KINDS]
 
 
@@ -39,6 +45,13 @@ class Places:
     neurons_LF: list[Tensor]
     heads_LH: list[Tensor]
     groups_LK: list[Tensor]
+    experts_LX: list[Tensor]
+
+    def name(self, weight: Weight, *, layer: int | None, expert: int | None) -> str:
+        """The big model's weight that the small one's lies in."""
+        if layer is None:
+            return weight.name
+        return weight.name.format(layer=self.layers[layer], expert=None if expert is None else int(self.experts_LX[layer][expert]))
 
     def index(self, side: Side, *, layer: int | None, big: Architecture) -> Tensor:
         """Positions in the big model of one side of one of the small model's weights."""
@@ -56,6 +69,8 @@ class Places:
         assert layer is not None
         if axis is Axis.INTERMEDIATE:
             return self.neurons_LF[layer]
+        if axis is Axis.EXPERT:
+            return self.experts_LX[layer]
         heads = (self.heads_LH if axis is Axis.QUERY else self.groups_LK)[layer]
         return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
@@ -68,16 +83,15 @@ def plant(small: PreTrainedModel, *, kind: str, axes: frozenset[str]) -> PreTrai
     lists = layer_lists(small, places=places, num_hidden_layers=shape.num_hidden_layers)
     key, share = architecture.family.eps_key, architecture.shape.hidden_size / shape.hidden_size  # the big norms average over more channels
     eps = getattr(small.config, key) * (share if one_eps(architecture) else 1)
-    big = random_model(kind, seed=1, **shape.as_dict(), **lists, **{key: eps})
+    big = random_model(kind, seed=1, **architecture.config_values(shape), **lists, **{key: eps})
     planted = read_architecture(big.config.to_dict())
     with torch.no_grad():
         silence(big, planted=planted, places=places)
-        for weight in architecture.weights:
-            for layer in range(architecture.shape.num_hidden_layers) if weight.per_layer else [None]:
-                source = small.get_parameter(weight.name.format(layer=layer))
-                target = big.get_parameter(weight.name.format(layer=None if layer is None else places.layers[layer]))
-                index = [places.index(side, layer=layer, big=planted) for side in weight.sides]
-                target[torch.meshgrid(*index, indexing="ij")] = rescaled(source, weight=weight, small=architecture, big=planted)
+        sources, targets = file_weights(small), file_weights(big)
+        for name, weight, layer, expert in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers):
+            target = targets[places.name(weight, layer=layer, expert=expert)]
+            index = [places.index(side, layer=layer, big=planted) for side in weight.sides]
+            target[torch.meshgrid(*index, indexing="ij")] = rescaled(sources[name], weight=weight, small=architecture, big=planted)
     return big
 
 
@@ -90,6 +104,7 @@ def bigger(architecture: Architecture, *, axes: frozenset[str]) -> Shape:
         num_hidden_layers=shape.num_hidden_layers + extra["num_hidden_layers"],
         hidden_size=next(width for width in widths if architecture.allows(hidden_size=width, num_attention_heads=groups * queries)),
         intermediate_size=shape.intermediate_size + extra["intermediate_size"],
+        num_experts=shape.num_experts and shape.num_experts + extra["num_experts"],
         num_attention_heads=groups * queries,
         num_key_value_heads=groups,
         head_dim=shape.head_dim,
@@ -111,6 +126,7 @@ def choose_places(small: Shape, big: Shape) -> Places:
         neurons_LF=[torch.randperm(big.intermediate_size, generator=generator)[: small.intermediate_size] for _ in range(small.num_hidden_layers)],
         heads_LH=[heads(groups_K) for groups_K in groups_LK],
         groups_LK=groups_LK,
+        experts_LX=[torch.randperm(big.num_experts or 0, generator=generator)[: small.num_experts] for _ in range(small.num_hidden_layers)],
     )
 
 
@@ -146,19 +162,23 @@ def one_eps(architecture: Architecture) -> bool:
 def silence(big: PreTrainedModel, *, planted: Architecture, places: Places) -> None:
     """Make what is not the small model's do nothing; the other side of each dead part stays loud."""
     unused_D = outside(places.hidden_D, size=planted.shape.hidden_size)
-    for weight in planted.weights:
-        for number in range(planted.shape.num_hidden_layers) if weight.per_layer else [None]:
-            parameter = big.get_parameter(weight.name.format(layer=number))
-            if weight.name == "model.embed_tokens.weight":
-                parameter[:, unused_D] = 0
-            elif writes_stream(weight, architecture=planted):
-                parameter[unused_D if number in places.layers else slice(None)] = 0  # an identity layer writes nothing at all
-            elif weight.sides[0] == (Axis.HIDDEN,) and not weight.is_norm:  # a norm's bias
-                parameter[unused_D] = 0
-            if number in places.layers:
-                layer = places.layers.index(number)
-                silence_neurons(parameter, weight=weight, planted=planted, dead_F=outside(places.neurons_LF[layer], size=planted.shape.intermediate_size))
-                silence_heads(parameter, weight=weight, planted=planted, heads_H=places.heads_LH[layer], groups_K=places.groups_LK[layer])
+    weights = file_weights(big)
+    for name, weight, number, _ in checkpoint_weights(planted, num_hidden_layers=planted.shape.num_hidden_layers):
+        parameter = weights[name]
+        if weight.name == "model.embed_tokens.weight":
+            parameter[:, unused_D] = 0
+        elif writes_stream(weight, architecture=planted):
+            parameter[unused_D if number in places.layers else slice(None)] = 0  # an identity layer writes nothing at all
+        elif weight.sides[0] == (Axis.HIDDEN,) and not weight.is_norm:  # a norm's bias
+            parameter[unused_D] = 0
+        if number in places.layers:
+            layer = places.layers.index(number)
+            silence_neurons(parameter, weight=weight, planted=planted, dead_F=outside(places.neurons_LF[layer], size=planted.shape.intermediate_size))
+            silence_heads(parameter, weight=weight, planted=planted, heads_H=places.heads_LH[layer], groups_K=places.groups_LK[layer])
+            if weight.sides[0] == (Axis.EXPERT,):
+                dead_X = outside(places.experts_LX[layer], size=planted.shape.num_experts or 0)
+                parameter[dead_X] = 0
+                parameter[dead_X, places.hidden_D[CONSTANT]] = -1e3
 
 
 def silence_neurons(parameter: Tensor, *, weight: Weight, planted: Architecture, dead_F: Tensor) -> None:
@@ -214,17 +234,27 @@ def writes_stream(weight: Weight, *, architecture: Architecture) -> bool:
 
 
 def small_model(kind: str) -> PreTrainedModel:
-    """Where norms centre, what is written into the residual stream has no mean, so that silent channels do not move it."""
+    """Where norms centre, what is written into the residual stream has no mean, so that silent channels do not move it. Where there are experts, one channel
+    is positive on every token."""
     architecture = read_architecture(random_model(kind).config.to_dict())
     small = random_model(kind, **{architecture.family.eps_key: 1e-3 if one_eps(architecture) else 1e-9})
-    if architecture.family.norms_centre:
-        with torch.no_grad():
+    weights = file_weights(small)
+    writers = [
+        weights[name]
+        for name, weight, _, _ in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers)
+        if writes_stream(weight, architecture=architecture)
+    ]
+    with torch.no_grad():
+        if architecture.family.norms_centre:
             small.model.embed_tokens.weight -= small.model.embed_tokens.weight.mean(1, keepdim=True)
-            for weight in architecture.weights:
-                if writes_stream(weight, architecture=architecture):
-                    for layer in range(architecture.shape.num_hidden_layers):
-                        parameter = small.get_parameter(weight.name.format(layer=layer))
-                        parameter -= parameter.mean(0, keepdim=True)
+            for parameter in writers:
+                parameter -= parameter.mean(0, keepdim=True)
+        if kind in EXPERTS:
+            small.model.embed_tokens.weight[:, CONSTANT] = 0.5
+            for parameter in writers:
+                parameter[CONSTANT] = 0
+            for layer in small.model.layers:
+                layer.post_attention_layernorm.weight[CONSTANT] = 1
     return small
 
 

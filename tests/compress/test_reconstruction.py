@@ -18,12 +18,12 @@ from nas.compress.reconstruction import Reconstruction, reconstruct, reconstruct
 from nas.compress.second_moments import SecondMoments, load_moments, measure_moments
 from nas.compress.slicing import build_student, model_of, slice_student
 from nas.compress.sorting import Sorting
-from nas.compress.teacher import load_model
-from nas.families import FAMILIES, Axis, Source
+from nas.compress.teacher import checkpoint_weights, load_model
+from nas.families import FAMILIES, Axis, Source, read_architecture
 from nas.shape import Shape
-from tests.compress.family_models import KINDS, PLAIN, SIZES, random_model
+from tests.compress.family_models import KINDS, PLAIN, SIZES, file_weights, random_model
 
-ROTATING = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite")
+ROTATING = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite", "mixtral", "qwen3_moe")
 ADDED = 8
 """Neurons that repeat others."""
 
@@ -54,32 +54,29 @@ def shrunk(sorting: Sorting, **changes: int) -> Shape:
 
 def rows_over(model: PreTrainedModel, *, axis: Axis) -> list[tuple[str, Tensor, int]]:
     """(name, parameter, first row) of every part of a side over the axis, layer by layer."""
-    family = FAMILIES[model.config.model_type]
-    found = []
-    parameters = dict(model.named_parameters())
-    sizes = {
-        Axis.INTERMEDIATE: model.config.intermediate_size,
-        Axis.QUERY: model.config.num_attention_heads * model.config.head_dim,
-        Axis.KEY_VALUE: model.config.num_key_value_heads * model.config.head_dim,
-    }
-    for weight in family.weights:
-        for layer in range(model.config.num_hidden_layers) if weight.per_layer else (0,):
-            start = 0
-            for part in weight.sides[0]:
-                if part is axis and (name := weight.name.format(layer=layer)) in parameters:
-                    found.append((name, parameters[name], start))
-                start += sizes.get(part, 0)
+    architecture, found, parameters = read_architecture(model.config.to_dict()), [], file_weights(model)
+    sizes = architecture.sizes(architecture.shape)
+    for name, weight, _, _ in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers):
+        start = 0
+        for part in weight.sides[0]:
+            if part is axis:
+                found.append((name, parameters[name], start))
+            start += sizes[part]
     return found
+
+
+def neurons_of(kind: str) -> int:
+    return read_architecture(random_model(kind).config.to_dict()).shape.intermediate_size
 
 
 @torch.no_grad()
 def with_repeated_neurons(kind: str) -> PreTrainedModel:
     """The last neurons of each layer do what the first do, at a fifth of the size."""
-    model = random_model(kind, intermediate_size=SIZES["intermediate_size"] + ADDED)
-    kept = SIZES["intermediate_size"]
+    kept = neurons_of(kind)
+    model = random_model(kind, **{FAMILIES[KINDS[kind]["model_type"]].intermediate_key: kept + ADDED})
     for name, parameter, start in rows_over(model, axis=Axis.INTERMEDIATE):
         copies = parameter[start : start + ADDED].clone()
-        is_up = ".up_proj" in name or ("gate_up" in name and start > 0)
+        is_up = ".up_proj" in name or ".w3" in name or ("gate_up" in name and start > 0)
         parameter[start + kept : start + kept + ADDED] = copies * (0.2 if is_up else 1.0)
     return model
 
@@ -113,11 +110,10 @@ def with_narrow_stream(kind: str, *, width: int, **changes: object) -> PreTraine
     span_DW = torch.linalg.qr(torch.randn(model.config.hidden_size, width, generator=torch.Generator().manual_seed(3)))[0]
     onto_DD = span_DW @ span_DW.t()
     model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight @ onto_DD)
-    for weight in FAMILIES[model.config.model_type].weights:
+    architecture, parameters = read_architecture(model.config.to_dict()), file_weights(model)
+    for name, weight, _, _ in checkpoint_weights(architecture, num_hidden_layers=architecture.shape.num_hidden_layers):
         if weight.sides[0] == (Axis.HIDDEN,) and not weight.is_norm:
-            for layer in range(model.config.num_hidden_layers):
-                if (parameter := dict(model.named_parameters()).get(weight.name.format(layer=layer))) is not None:
-                    parameter.copy_(onto_DD @ parameter)
+            parameters[name].copy_(onto_DD @ parameters[name])
     if model.config.tie_word_embeddings:
         model.model.norm.weight.fill_(1.3)
     return model
@@ -127,7 +123,7 @@ def with_narrow_stream(kind: str, *, width: int, **changes: object) -> PreTraine
 def test_repeated_neurons_are_recovered(kind: str, sort_on_disk: Sorted, random_tokens: Callable[..., Tensor], tmp_path: Path) -> None:
     teacher = with_repeated_neurons(kind)
     sorting = sort_on_disk(teacher, folder=tmp_path, as_it_is=True)
-    shape, tokens_BT = shrunk(sorting, intermediate_size=SIZES["intermediate_size"]), random_tokens(rows=4, seed=2)
+    shape, tokens_BT = shrunk(sorting, intermediate_size=neurons_of(kind)), random_tokens(rows=4, seed=2)
     moments = measured(sorting, tokens_BT=random_tokens(rows=16, seed=1), folder=tmp_path / "moments")
 
     plain = relative_difference(build_student(sorting, shape, dtype="float32", device="cpu").eval(), teacher, tokens_BT=tokens_BT)
