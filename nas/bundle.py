@@ -25,12 +25,13 @@ from typing import Any
 
 from nas.compress.correction import Correction, load_correction
 from nas.compress.manifest import publish, write_json
-from nas.compress.slicing import build_student, kept_indices
+from nas.compress.reconstruction import kept_of, load_reconstruction, rebuild_student
+from nas.compress.second_moments import load_moments
 from nas.compress.sorting import load_sorting
 from nas.compress.teacher import write_checkpoint
 from nas.cost import count_parameters
 from nas.full_run import Recipe
-from nas.search.layout import CORRECTED, SORTED, STUDENT
+from nas.search.layout import CORRECTED, MOMENTS, RECONSTRUCTION, SORTED, STUDENT
 from nas.shape import Shape
 from nas.spec import SearchSpec
 
@@ -53,13 +54,15 @@ def write_bundle(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, A
     shape = Shape.from_dict(request["shape"])
     sorting = load_sorting(Path(request["prepared"]) / SORTED)
     shutil.copytree(Path(request["trial_folder"]) / STUDENT, folder)
-    pruned = build_student(sorting, shape, dtype="float32", device="cpu")
+    reconstruction = load_reconstruction(Path(request["trial_folder"]) / RECONSTRUCTION)
+    moments = load_moments(Path(request["prepared"]) / MOMENTS) if spec.compression.reconstruction else None
+    pruned = rebuild_student(sorting, shape, moments=moments, result=reconstruction, dtype="float32", device="cpu")
     write_checkpoint(pruned.state_dict(), config=pruned.config.to_dict(), tokenizer_from=sorting.folder, folder=folder / "pruned")
     correction = _copy_corrected(Path(request["prepared"]) / CORRECTED, target=folder / CORRECTED) if spec.compression.teacher_correction_tokens else None
     provenance = _provenance(request, spec=spec, correction=correction)
     scores = {"search": _without_documents(request["result"]), "confirmation": _without_documents(request["confirmation"])}
     write_json(shape.as_dict(), target=folder / "shape.json")
-    write_json(kept_indices(sorting, shape), target=folder / "kept_indices.json")
+    write_json(kept_of(sorting, shape, result=reconstruction), target=folder / "kept_indices.json")
     write_json(request["spec"], target=folder / "spec.json")
     write_json(scores, target=folder / "scores.json")
     write_json(provenance, target=folder / "provenance.json")

@@ -371,6 +371,7 @@ def prune(
     out_folder: Annotated[Path, typer.Option("--out", help="Folder of the student; plain transformers loads it.")],
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens per calibration block.")] = 512,
     calibration_tokens: Annotated[int, typer.Option(min=256, help="Tokens on which importance and depth are measured.")] = 131_072,
+    reconstruction: Annotated[bool, typer.Option(help="Fit what stays to what was removed, where that lowers the held-out loss.")] = True,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -388,6 +389,7 @@ def prune(
         device=device,
         sequence_length=sequence_length,
         calibration_tokens=calibration_tokens,
+        reconstruction=reconstruction,
     )
     print_facts({**summary, "folder": str(out_folder)}, as_json=as_json)
 

@@ -26,8 +26,10 @@ from nas.compress.held_out import HeldOut, evaluate_kl
 from nas.compress.importance import Method, measure_importance
 from nas.compress.manifest import write_json
 from nas.compress.objective import TeacherLogits
-from nas.compress.slicing import build_student, kept_indices
-from nas.compress.sorting import load_sorting, make_order, save_sorted, sort_teacher
+from nas.compress.reconstruction import Reconstruction, kept_of, reconstruct_student, split_calibration
+from nas.compress.second_moments import measure_moments
+from nas.compress.slicing import build_student
+from nas.compress.sorting import Sorting, load_sorting, make_order, save_sorted, sort_teacher
 from nas.compress.teacher import Teacher, check_teacher, load_model, load_tokenizer, write_checkpoint
 from nas.compress.train_plan import TrainPlan, trunk_rate
 from nas.compress.train_state import sound_checkpoint
@@ -387,6 +389,7 @@ def prune_teacher(
     calibration_tokens: int = 131_072,
     importance: Method = "energy",
     depth: DepthMethod = "bridged_damage",
+    reconstruction: bool = True,
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -404,6 +407,7 @@ def prune_teacher(
         "digests": {"teacher": checked.digest, "corpus": checked_corpus.digest},
         "importance": importance,
         "depth": depth,
+        "reconstruction": reconstruction,
         "sequence_length": sequence_length,
         "calibration_tokens": calibration_tokens,
         "seed": seed,
@@ -419,12 +423,31 @@ def prune_teacher(
     state = sort_teacher(model, order=order, architecture=checked.architecture)
     save_sorted(work / "sorted", state=state, order=order, importance=measured, config=checked.config, layers=layers, tokenizer_from=checked.path)
     sorting = load_sorting(work / "sorted")
-    student: PreTrainedModel = build_student(sorting, shape, dtype="float32", device="cpu")
+    del model, state
+    student, result = _pruned_student(sorting, shape, blocks_BT=blocks_BT, folder=work / "moments", device=device, batch_size=batch_size, fit=reconstruction)
     write_checkpoint(student.state_dict(), config=student.config.to_dict(), tokenizer_from=checked.path, folder=out)
-    write_json(kept_indices(sorting, shape), target=out / "kept_indices.json")
+    write_json(kept_of(sorting, shape, result=result), target=out / "kept_indices.json")
     write_json(facts, target=out / PRUNING)
     shutil.rmtree(work)
-    return {"shape": shape.as_dict(), "parameters": sum(p.numel() for p in student.parameters()), "teacher_parameters": checked.parameters}
+    return {
+        "shape": shape.as_dict(),
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "teacher_parameters": checked.parameters,
+        "reconstruction": None if result is None else asdict(result),
+    }
+
+
+def _pruned_student(
+    sorting: Sorting, shape: Shape, *, blocks_BT: Tensor, folder: Path, device: str, batch_size: int, fit: bool
+) -> tuple[PreTrainedModel, Reconstruction | None]:
+    """The plain slice, or where `fit` the reconstructed one if it is better."""
+    if not fit:
+        return build_student(sorting, shape, dtype="float32", device="cpu"), None
+    measured_BT, held_out_BT = split_calibration(blocks_BT)
+    model = load_model(sorting.folder, dtype="float32", device=device)
+    moments = measure_moments(model, sorting=sorting, blocks_BT=measured_BT, folder=folder, batch_size=batch_size)
+    del model
+    return reconstruct_student(sorting, shape, moments=moments, held_out_NT=held_out_BT, dtype="float32", device=device, batch_size=batch_size)
 
 
 def _check_cut(shape: Shape, *, teacher: Teacher, sequence_length: int) -> None:

@@ -180,10 +180,18 @@ def state_bytes(architecture: Architecture, shape: Shape) -> int:
     return 12 * count_parameters(architecture, shape).total
 
 
-def preparation_disk(architecture: Architecture, *, corrected: bool) -> dict[str, int]:
-    """What the prepare step leaves besides signals and blocks: the sorted teacher, and the corrected one with the checkpoint of its training."""
-    weights = 4 * count_parameters(architecture, architecture.shape).total
-    return {"sorted teacher": weights} | ({"corrected teacher": weights, "its checkpoints": 9 * weights} if corrected else {})
+def preparation_disk(architecture: Architecture, *, corrected: bool, moments: bool) -> dict[str, int]:
+    """What the prepare step leaves besides signals and blocks: the sorted teacher, the second moments of its activations (float32; with one gap
+    before each layer), and the corrected teacher with the checkpoint of its training."""
+    weights, sizes = 4 * count_parameters(architecture, architecture.shape).total, architecture.sizes(architecture.shape)
+    per_layer = sum(sizes[source.axis] ** 2 for source in architecture.family.sources if "{layer}" in source.readers[0])
+    gap = sizes[Axis.HIDDEN] * sizes[Axis.INTERMEDIATE]
+    second_moments = 4 * (architecture.shape.num_hidden_layers * (per_layer + gap) + 2 * sizes[Axis.HIDDEN] ** 2)
+    return (
+        {"sorted teacher": weights}
+        | ({"second moments": second_moments} if moments else {})
+        | ({"corrected teacher": weights, "its checkpoints": 9 * weights} if corrected else {})
+    )
 
 
 def rung_disk(architecture: Architecture, shape: Shape) -> dict[str, int]:

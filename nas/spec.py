@@ -192,6 +192,8 @@ class CompressionSpec:
     """bridged_damage: KL of contiguous and of greedy removals after each gap is bridged by least squares, the best after distillation (LOG.md).
     damage: KL of the bare cut. contiguous: KL of contiguous cuts alone (arXiv 2408.11796). block_influence: lowest 1 - cos(in, out) dropped.
     task: what the bare cut loses of the tasks' own metrics on the search's documents, each set a run of lm-eval (arXiv 2408.11796)."""
+    reconstruction: bool = True
+    """Fit what stays to what was removed, by least squares on the calibration tokens, wherever that lowers the held-out loss of the plain slice (LOG.md)."""
     teacher_correction_tokens: Annotated[int, Field(ge=0, le=2**53)] = 0
     """Tokens of the corpus on which the teacher itself is trained (next token, a fifth of the distillation's rate) before anything else is done with it:
     the corrected teacher is then pruned and distilled from (arXiv 2408.11796). 0: the teacher as it is."""
@@ -321,7 +323,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "budget": {"min_use": 0.95},
         "sampler": {"name": "enumerate", "max_trials": 100_000},
         "controls": {"anchors": False},
-        "compression": {"importance": "l2_mean", "depth": "block_influence"},
+        "compression": {"importance": "l2_mean", "depth": "block_influence", "reconstruction": False},
         "distillation": {"learning_rate": 1e-4},
         "rungs": {"num_trained": 1, "keep_untrained": 1.0},
     }

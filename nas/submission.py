@@ -170,7 +170,7 @@ def _needs(spec: SearchSpec, *, space: SearchSpace, trials: int) -> dict[str, An
     )
     teacher = TeacherMemory(architecture=architecture, dtype=dtype, stored=settings.signals != "off")
     preparing = inference_memory(replace(teacher, stored=False), tokens=wanted.micro_tokens, device=wanted.device)
-    disk = preparation_disk(architecture, corrected=spec.compression.teacher_correction_tokens > 0)
+    disk = preparation_disk(architecture, corrected=spec.compression.teacher_correction_tokens > 0, moments=spec.compression.reconstruction)
     return {
         "memory": {
             "shape": shape.as_dict(),

@@ -70,6 +70,27 @@ def test_a_pruned_teacher_has_the_shape_and_loads_with_plain_transformers(studen
     assert not (student / full_run.WORK).exists()
 
 
+def test_a_plain_slice_is_given_when_it_is_asked_for(tiny_sources: dict[str, Path], student: Path, tmp_path: Path) -> None:
+    fitted = json.loads((student / "kept_indices.json").read_text())
+    summary = prune_teacher(
+        teacher=tiny_sources["teacher"],
+        shape=SHAPE,
+        corpus=[tiny_sources["corpus"]],
+        out=tmp_path / "plain",
+        device="cpu",
+        sequence_length=32,
+        calibration_tokens=512,
+        reconstruction=False,
+    )
+    plain = json.loads((tmp_path / "plain" / "kept_indices.json").read_text())
+    assert summary["reconstruction"] is None
+    assert len(plain["hidden_channels"]) == SHAPE.hidden_size
+    assert {name: kept for name, kept in plain.items() if name != "hidden_channels"} == {
+        name: kept for name, kept in fitted.items() if name != "hidden_channels"
+    }
+    assert (tmp_path / "plain" / "model.safetensors").read_bytes() != (student / "model.safetensors").read_bytes()
+
+
 def test_the_full_shape_is_the_teacher(tiny_sources: dict[str, Path], tmp_path: Path) -> None:
     whole = check_teacher(tiny_sources["teacher"]).architecture.shape
     prune(tiny_sources, out=tmp_path / "whole", shape=whole)

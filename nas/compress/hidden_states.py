@@ -1,7 +1,7 @@
 """Training towards the teacher's residual stream beside its logits.
 
-A student that is a slice of its teacher writes to the same residual stream, in fewer channels: channel c of the student is channel `channels_D[c]` of
-the teacher. What the layers that were removed would have written is the student's to make up for, so its stream behind a kept layer is compared with
+A student that is a slice of its teacher writes to the same residual stream, in fewer channels: some of the teacher's, or combinations of them
+(`StreamMap`). What the layers that were removed would have written is the student's to make up for, so its stream behind a kept layer is compared with
 the teacher's where the next kept layer begins. Minitron compares through a learned projection and behind the same layer (arXiv 2407.14679, A.3);
 both were measured to be worse here (LOG.md).
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,28 @@ from torch.nn.functional import cosine_similarity
 
 from nas.compress.losses import LogitLoss, final_hidden, head_of, logit_loss
 from nas.compress.teacher_outputs import TeacherOutputs, outputs_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StreamMap:
+    """What the student's residual stream is of its teacher's: either the indices of channels, int64 of the student's width, or a matrix DY
+    whose columns are the student's channels."""
+
+    stream: Tensor
+    """Between the layers."""
+    final: Tensor
+    """Behind the last norm, whose gains a matrix undoes or keeps."""
+
+    @classmethod
+    def selection(cls, channels_Y: Tensor) -> StreamMap:
+        return cls(stream=channels_Y, final=channels_Y)
+
+    def to(self, device: torch.device) -> StreamMap:
+        return StreamMap(stream=self.stream.to(device), final=self.final.to(device))
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.stream.cpu().numpy().tobytes() + self.final.cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 class TeacherStates:
@@ -34,7 +57,7 @@ class TeacherStates:
         self,
         teacher: nn.Module | TeacherOutputs,
         *,
-        channels_D: Tensor,
+        onto: StreamMap,
         layers: Sequence[int] | None = None,
         loss: LogitLoss = "forward_kl",
         temperature: float = 1.0,
@@ -42,7 +65,7 @@ class TeacherStates:
         """
         Args:
             teacher: a model on the student's device, which is put into eval mode; without `layers` also stored outputs of one.
-            channels_D: which of the teacher's hidden channels the student's are, int64.
+            onto: what the student's hidden channels are of this teacher's.
             layers: which of the teacher's layers the student's are, ascending: the streams behind all of them are compared.
                 None: the final hidden state alone, which is what the head reads and what stored outputs hold.
             loss, temperature: of the logits, as for `logit_loss`.
@@ -51,13 +74,13 @@ class TeacherStates:
             raise ValueError("teacher: expected a model, whose layers run, got stored outputs, which hold the final hidden state alone")
         self._model = teacher.eval() if isinstance(teacher, nn.Module) else None
         self._outputs, self._layers = outputs_of(teacher), None if layers is None else tuple(layers)
-        self._channels_D = channels_D.to(self._outputs.head.weight_VD.device)
+        self._onto = onto.to(self._outputs.head.weight_VD.device)
         self._loss, self._temperature = loss, temperature
         self.facts: dict[str, Any] = {
             "loss": loss,
             "temperature": temperature,
             "hidden_states": "last" if layers is None else list(layers),
-            "channels": hashlib.sha256(channels_D.cpu().numpy().tobytes()).hexdigest()[:12],
+            "channels": onto.digest,
         }
 
     def weights(self) -> dict[str, nn.Parameter]:
@@ -81,9 +104,10 @@ class TeacherStates:
             loss=self._loss,
             temperature=self._temperature,
         )
+        maps = [self._onto.stream] * (len(found) - 1) + [self._onto.final]
         distances = [
-            1.0 - cosine_similarity(state_ND.float(), teacher_ND.float().index_select(1, self._channels_D), dim=1).mean()
-            for state_ND, teacher_ND in zip(found, expected, strict=True)
+            1.0 - cosine_similarity(state_ND.float(), _mapped(teacher_ND.float(), onto), dim=1).mean()
+            for state_ND, teacher_ND, onto in zip(found, expected, maps, strict=True)
         ]
         return logits, distances
 
@@ -94,6 +118,10 @@ class TeacherStates:
             return [self._outputs.hidden(tokens_BT, rows_B=rows_B)]
         states = _states(self._model, tokens_BT)
         return [*(states[layer] for layer in self._layers[1:]), states[-1]]
+
+
+def _mapped(state_ND: Tensor, onto: Tensor) -> Tensor:
+    return state_ND.index_select(1, onto) if onto.ndim == 1 else state_ND @ onto
 
 
 def _states(model: Any, tokens_BT: Tensor) -> list[Tensor]:

@@ -16,11 +16,12 @@ Shapes: D hidden, F intermediate, X a source's axis, Y = X' what the student kee
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nas.compress.held_out import evaluate_kl
+from nas.compress.hidden_states import StreamMap
 from nas.compress.second_moments import SecondMoments, absorbs_gaps, gaps_of, last_norm, measures_gain_free, neuron_reader, stream_scale
-from nas.compress.slicing import NormFactor, check_sliceable, kept_ranges, model_of, norm_factors, slice_student, student_config
+from nas.compress.slicing import NormFactor, build_student, check_sliceable, kept_indices, kept_ranges, model_of, norm_factors, slice_student, student_config
 from nas.compress.sorting import Sorting
 from nas.compress.teacher import WEIGHTS_FILE, checkpoint_sources, checkpoint_weights
 from nas.families import Axis, Side, Source, Weight
@@ -49,17 +51,16 @@ logger = logging.getLogger(__name__)
 class Reconstruction:
     """What reconstruction did to one student."""
 
-    kept: bool
+    kept: bool = False
     """False: the student is the plain slice."""
-    rotated: bool
+    rotated: bool = False
     """The residual stream's channels are no longer channels of the teacher."""
-    damping: float | None
+    damping: float | None = None
     """The one that was best on the held-out tokens; None: nothing was fitted."""
-    loss_before: float | None
+    loss_before: float | None = None
     """Of the plain slice on the held-out calibration tokens, nats per token; None: not measured."""
-    loss_after: float | None
-    """Of the best reconstruction, whether or not it was kept."""
-    seconds: float
+    loss_after: float | None = None
+    """Of the best reconstruction, whether or not it was kept; None: not measured, or not finite."""
     reason: str
 
 
@@ -91,31 +92,39 @@ def reconstruct_student(
     Raises:
         InvalidSpec: as `slice_student`. NotFound, CorruptFile: the moments are not there or damaged.
     """
-    started = time.perf_counter()
 
     def loss(state: tuple[dict[str, Tensor], dict[str, Any]]) -> float:
         model = model_of(state[0], config=state[1], dtype=dtype, device=device)
         return evaluate_kl(model, teacher=None, blocks_NT=held_out_NT, batch_size=batch_size).loss
 
-    plain = slice_student(sorting, shape)
-    rotated, before, best, after = _rotates(sorting, shape, moments=moments), None, None, None
-    if removes_anything(sorting, shape):
-        before = loss(plain)
-        losses = {damping: loss(reconstruct(sorting, shape, moments=moments, damping=damping, device=device)) for damping in dampings}
-        best = min(losses, key=lambda damping: losses[damping] if math.isfinite(losses[damping]) else math.inf)
-        after = losses[best]
-    kept = before is not None and after is not None and after < before
-    reason = "lower held-out loss than the plain slice" if kept else "nothing was removed" if before is None else "the plain slice has the lower held-out loss"
-    chosen = reconstruct(sorting, shape, moments=moments, damping=best, device=device) if kept and best is not None else plain
+    if shape == sorting.architecture.shape:
+        return build_student(sorting, shape, dtype=dtype, device=device), Reconstruction(reason="nothing was removed")
+    before = loss(slice_student(sorting, shape))
+    losses = {damping: loss(reconstruct(sorting, shape, moments=moments, damping=damping, device=device)) for damping in dampings}
+    best = min(losses, key=lambda damping: losses[damping] if math.isfinite(losses[damping]) else math.inf)
+    kept = losses[best] < before
     result = Reconstruction(
-        kept=kept, rotated=kept and rotated, damping=best, loss_before=before, loss_after=after, seconds=time.perf_counter() - started, reason=reason
+        kept=kept,
+        rotated=kept and _rotates(sorting, shape, moments=moments),
+        damping=best,
+        loss_before=before,
+        loss_after=losses[best] if math.isfinite(losses[best]) else None,
+        reason="lower held-out loss than the plain slice" if kept else "the plain slice has the lower held-out loss",
     )
-    logger.info("reconstruction of %s: %s", shape.key, reason, extra={"action": "reconstruct", "loss_before": before, "loss_after": after, "damping": best})
-    return model_of(chosen[0], config=chosen[1], dtype=dtype, device=device), result
+    logger.info("reconstruction of %s: %s", shape.key, result.reason, extra={"action": "reconstruct", **asdict(result)})
+    return rebuild_student(sorting, shape, moments=moments, result=result, dtype=dtype, device=device), result
 
 
-def removes_anything(sorting: Sorting, shape: Shape) -> bool:
-    return shape != sorting.architecture.shape
+def rebuild_student(
+    sorting: Sorting, shape: Shape, *, moments: SecondMoments | None, result: Reconstruction | None, dtype: str, device: str
+) -> PreTrainedModel:
+    """The student that `reconstruct_student` found, without measuring again; None: the plain slice."""
+    if result is None or not result.kept:
+        return build_student(sorting, shape, dtype=dtype, device=device)
+    assert moments is not None
+    assert result.damping is not None
+    state, config = reconstruct(sorting, shape, moments=moments, damping=result.damping, device=device)
+    return model_of(state, config=config, dtype=dtype, device=device)
 
 
 def _rotates(sorting: Sorting, shape: Shape, *, moments: SecondMoments) -> bool:
@@ -131,6 +140,36 @@ def reconstruct(sorting: Sorting, shape: Shape, *, moments: SecondMoments, dampi
     """
     check_sliceable(sorting, shape)
     return _Fit(sorting, shape, moments=moments, damping=damping, device=device).run()
+
+
+def load_reconstruction(path: Path) -> Reconstruction | None:
+    """What was settled and written as JSON; None: nothing yet."""
+    return Reconstruction(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def kept_of(sorting: Sorting, shape: Shape, *, result: Reconstruction | None) -> dict[str, Any]:
+    """`kept_indices`; a rotated stream is no choice of channels: null."""
+    return kept_indices(sorting, shape) | ({"hidden_channels": None} if result is not None and result.rotated else {})
+
+
+def stream_map(sorting: Sorting, shape: Shape, *, moments: SecondMoments | None) -> StreamMap:
+    """What the residual stream of a student is of the *sorted* teacher's; without moments, of a plain slice."""
+    if moments is None or not _rotates(sorting, shape, moments=moments):
+        return StreamMap.selection(torch.arange(shape.hidden_size))
+    with safe_open(sorting.folder / WEIGHTS_FILE, framework="pt") as file:
+        gain_D = file.get_tensor(last_norm(sorting.architecture)).double() + int(sorting.architecture.family.gain_minus_one)
+    map_YD = _projection(sorting, shape, moments=moments, gain_D=gain_D).map_YX
+    # Behind the last norm the teacher has its gain on the normalised stream, the student only a constant. No gain: that channel says nothing there.
+    undone_D = torch.where(gain_D == 0, 0.0, 1 / gain_D)
+    return StreamMap(stream=map_YD.t().float().contiguous(), final=(map_YD * undone_D).t().float().contiguous())
+
+
+def _projection(sorting: Sorting, shape: Shape, *, moments: SecondMoments, gain_D: Tensor) -> _Projection:
+    """Args: gain_D: of the last norm, float64."""
+    assert moments.basis_DD is not None
+    scale_D = stream_scale(gain_D if sorting.architecture.tie_word_embeddings else None, hidden_size=len(moments.basis_DD))
+    kept_DY = moments.basis_DD[:, : shape.hidden_size].double()
+    return _Projection(map_YX=(scale_D[:, None] * kept_DY).t(), inverse_XY=kept_DY / scale_D[:, None])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,13 +242,10 @@ class _Fit:
         return weight.to(self.device, self.dtype)
 
     def _stream(self) -> _Selection | _Projection:
-        kept, basis_DD = self.shape.hidden_size, self.moments.basis_DD
-        if basis_DD is None or kept == self.architecture.shape.hidden_size:
-            return _Selection(index_Y=torch.arange(kept, device=self.device))
-        gain_D = self.file.get_tensor(last_norm(self.architecture)) if self.architecture.tie_word_embeddings else None
-        scale_D = stream_scale(gain_D, hidden_size=len(basis_DD)).to(self.device, self.dtype)
-        kept_DY = basis_DD[:, :kept].to(self.device, self.dtype)
-        return _Projection(map_YX=(scale_D[:, None] * kept_DY).t(), inverse_XY=kept_DY / scale_D[:, None])
+        if not _rotates(self.sorting, self.shape, moments=self.moments):
+            return _Selection(index_Y=torch.arange(self.shape.hidden_size, device=self.device))
+        projection = _projection(self.sorting, self.shape, moments=self.moments, gain_D=self.file.get_tensor(last_norm(self.architecture)).double())
+        return _Projection(map_YX=projection.map_YX.to(self.device, self.dtype), inverse_XY=projection.inverse_XY.to(self.device, self.dtype))
 
     def _rotate(self, state: dict[str, Tensor]) -> dict[str, Any]:
         """The embedding, the norms and the biases on the rotated stream; the weights that read it are fitted afterwards. Returns the config."""

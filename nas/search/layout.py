@@ -12,10 +12,10 @@ from typing import Any
 from nas.space import build_space
 from nas.spec import SearchSpec, dump_spec, objective_metrics
 
-PREPARED, BLOCKS, SORTED, SPLITS, SIGNALS, CORRECTED = "prepared.json", "blocks", "sorted", "splits.json", "signals", "teacher"
+PREPARED, BLOCKS, SORTED, SPLITS, SIGNALS, CORRECTED, MOMENTS = "prepared.json", "blocks", "sorted", "splits.json", "signals", "teacher", "moments"
 """Names inside a prepared folder."""
-STUDENT, PROBE = "student", "probe"
-"""Names inside a trial's folder: the model of the last rung, and its logits, which a fresh process must reproduce."""
+STUDENT, PROBE, RECONSTRUCTION = "student", "probe", "reconstruction.json"
+"""Names inside a trial's folder: the model of the last rung, its logits, which a fresh process must reproduce, and how the trial's start was reconstructed."""
 FORMAT = 2
 """Raise it when the content of a prepared folder changes meaning, so that old ones are not reused."""
 

@@ -29,6 +29,8 @@ from nas.compress.depth import Damage, choose_layers
 from nas.compress.fitting import check_disk_fits, check_host_fits, check_teacher_fits, fit_plan
 from nas.compress.importance import measure_importance
 from nas.compress.manifest import write_json
+from nas.compress.reconstruction import split_calibration
+from nas.compress.second_moments import SecondMoments, load_moments, measure_moments
 from nas.compress.sorting import Sorting, load_sorting, make_order, save_sorted, sort_teacher
 from nas.compress.teacher import check_teacher, load_model, load_tokenizer
 from nas.cost import weight_bytes
@@ -36,8 +38,8 @@ from nas.errors import CorpusUnavailable, CorruptFile, NotFound, TeacherUnavaila
 from nas.evaluate.tasks import load_tasks, split_documents
 from nas.families import Architecture, read_architecture
 from nas.memory import TeacherMemory, preparation_disk
-from nas.search.layout import BLOCKS, CORRECTED, PREPARED, SORTED, SPLITS, searched_depths
-from nas.search.shared import forget_shared, load_shared, teacher_dtype, teacher_folder
+from nas.search.layout import BLOCKS, CORRECTED, MOMENTS, PREPARED, SORTED, SPLITS, searched_depths
+from nas.search.shared import Shared, forget_shared, load_shared, teacher_dtype, teacher_folder
 from nas.search.task_damage import task_damage
 from nas.search.trial import measure, train_plan
 from nas.spec import SearchSpec
@@ -80,8 +82,11 @@ def prepare(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, device
     sorting = _found(folder / SORTED, load=load_sorting) or _sort(spec, inputs=inputs, folder=folder, blocks=blocks, device=device, steps=steps)
     facts = {"layers": {str(depth): list(kept) for depth, kept in sorting.layers.items()}, "documents": documents, "blocks": blocks.facts}
     facts["correction"] = None if correction is None else asdict(correction)
+    shared = load_shared(spec, inputs=inputs, prepared=folder, device=device)
+    if spec.compression.reconstruction:
+        with steps.step("moments"):
+            _found(folder / MOMENTS, load=load_moments) or _measure_moments(spec, shared=shared, folder=folder, report=steps.progress)
     with steps.step("signals"):
-        shared = load_shared(spec, inputs=inputs, prepared=folder, device=device)
         facts["signals"] = asdict(shared.keep_signals(spec, report=steps.progress))
     with steps.step("baselines"):
         facts |= _measure_baselines(spec, inputs=inputs, folder=folder, device=device)
@@ -142,7 +147,11 @@ def _check_room(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, de
     """The teacher on the device, its sorting in the host's memory, and what stays on disk besides the signals, which have a budget of their own."""
     architecture = read_architecture(inputs["teacher"]["config"])
     weights = weight_bytes(architecture, architecture.shape, bytes_per_element=4)
-    check_disk_fits(preparation_disk(architecture, corrected=spec.compression.teacher_correction_tokens > 0), folder=folder, what="the prepared folder")
+    check_disk_fits(
+        preparation_disk(architecture, corrected=spec.compression.teacher_correction_tokens > 0, moments=spec.compression.reconstruction),
+        folder=folder,
+        what="the prepared folder",
+    )
     check_host_fits({"teacher (float32)": weights, "its sorted copy": weights}, what="sorting the teacher")
     forget_shared()  # another search's teacher may still fill the device
     check_teacher_fits(
@@ -246,6 +255,17 @@ def _sort(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, blocks: 
         save(folder / SORTED, layers)
         shutil.rmtree(folder / WHOLE, ignore_errors=True)
     return load_sorting(folder / SORTED)
+
+
+def _measure_moments(spec: SearchSpec, *, shared: Shared, folder: Path, report: Callable[[int, int], None]) -> SecondMoments:
+    return measure_moments(
+        shared.teacher,
+        sorting=shared.sorting,
+        blocks_BT=split_calibration(shared.blocks.calibration_NT)[0],
+        folder=folder / MOMENTS,
+        batch_size=spec.distillation.micro_batch_size or spec.distillation.batch_size,
+        report=report,
+    )
 
 
 def _by_task(

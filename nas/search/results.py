@@ -61,9 +61,11 @@ class RungResult:
     parameters: int
     """Counted from the tensors, not from the shape."""
     seconds: Mapping[str, float]
-    """Wall seconds by step: load (teacher and blocks), slice, distil, evaluate, save."""
+    """Wall seconds by step: load (teacher and blocks), slice (and reconstruct), distil, evaluate, save."""
     details: Mapping[str, Any]
     """All metrics that lm-eval returned, by task, for display."""
+    reconstruction: Mapping[str, Any] | None = None
+    """How the student's weights were fitted before training, and what it gained (`compress.reconstruction.Reconstruction`); None: not asked for."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -75,6 +77,7 @@ class RungResult:
             "parameters": self.parameters,
             "seconds": dict(self.seconds),
             "details": dict(self.details),
+            "reconstruction": None if self.reconstruction is None else dict(self.reconstruction),
         }
 
     @classmethod
@@ -88,4 +91,5 @@ class RungResult:
             parameters=values["parameters"],
             seconds=dict(values["seconds"]),
             details=dict(values["details"]),
+            reconstruction=values.get("reconstruction"),
         )

@@ -21,13 +21,15 @@ from nas.compress.corpus import load_blocks
 from nas.compress.hidden_states import TeacherStates
 from nas.compress.manifest import load_tensors, write_json
 from nas.compress.objective import Objective, TeacherLogits
+from nas.compress.reconstruction import stream_map
+from nas.compress.second_moments import SecondMoments, load_moments
 from nas.compress.signals import StoredSignals, StoredTeacher, StoredTopK, build_signals
 from nas.compress.sorting import SORTING, load_sorting
 from nas.compress.teacher import WEIGHTS_FILE, load_model, load_tokenizer
 from nas.compress.teacher_outputs import RunningTeacher, TeacherOutputs
 from nas.cost import SignalChoice, SignalKind, choose_signals
 from nas.evaluate.tasks import load_tasks
-from nas.search.layout import BLOCKS, CORRECTED, SIGNALS, SORTED, SPLITS
+from nas.search.layout import BLOCKS, CORRECTED, MOMENTS, SIGNALS, SORTED, SPLITS
 from nas.shape import Shape
 from nas.spec import SearchSpec
 
@@ -86,8 +88,17 @@ class Shared:
             return RunningTeacher(self.teacher)
         return StoredTeacher(self._open(VALIDATION), first_row=len(self.blocks.validation_NT) // 2 if held_out else 0)
 
-    def objective(self, spec: SearchSpec, *, shape: Shape) -> Objective:
-        """What a student of this shape is trained towards on the training blocks."""
+    @cached_property
+    def moments(self) -> SecondMoments:
+        """What reconstruction reads; the prepare step leaves it where the spec asks for reconstruction."""
+        return load_moments(self._folder / MOMENTS)
+
+    def objective(self, spec: SearchSpec, *, shape: Shape, rotated: bool) -> Objective:
+        """What a student of this shape is trained towards on the training blocks.
+
+        Args:
+            rotated: its residual stream is not a choice of the teacher's channels (`Reconstruction.rotated`).
+        """
         kind, states = self.signals.kind, spec.distillation.hidden_states
         if kind == "top_k" and states in ("auto", "off"):
             return StoredTopK(self._open(TRAIN))
@@ -95,7 +106,8 @@ class Shared:
         if states == "off":
             return TeacherLogits(teacher)
         layers = self.sorting.layers[shape.num_hidden_layers] if states == "all" else None
-        return TeacherStates(teacher, channels_D=self.sorting.order.hidden_D[: shape.hidden_size], layers=layers)
+        onto = stream_map(self.sorting, shape, moments=self.moments if rotated else None)  # of the sorted teacher, whose signals these are, too
+        return TeacherStates(teacher, onto=onto, layers=layers)
 
     def keep_signals(self, spec: SearchSpec, *, report: Callable[[int, int], None]) -> SignalChoice:
         """Choose and build the signals, or find them built.

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from nas.compress.distillation import Diverged, Progress, distil
 from nas.compress.fitting import check_disk_fits, fit_plan
 from nas.compress.held_out import evaluate_kl
-from nas.compress.manifest import save_tensors
+from nas.compress.manifest import save_tensors, write_json
+from nas.compress.reconstruction import Reconstruction, load_reconstruction, rebuild_student, reconstruct_student, split_calibration
 from nas.compress.slicing import build_student
 from nas.compress.teacher import write_checkpoint
 from nas.compress.train_plan import TrainPlan, trunk_rate
@@ -28,7 +29,7 @@ from nas.compress.train_state import TrainState, load_trunk, sound_checkpoint
 from nas.errors import CorruptFile, NotFound, TaskUnavailable
 from nas.evaluate.scoring import MetricValue, TaskScore, score
 from nas.memory import TeacherMemory, rung_disk
-from nas.search.layout import PROBE, STUDENT, rung_folder
+from nas.search.layout import PROBE, RECONSTRUCTION, STUDENT, rung_folder
 from nas.search.results import Metric, RungResult
 from nas.search.shared import Shared, load_shared, teacher_dtype
 from nas.shape import Shape
@@ -85,13 +86,13 @@ def run_rung(
     shared = load_shared(spec, inputs=inputs, prepared=prepared, device=device)
     plan = None if rung == 0 else fitted_plan(spec, shared=shared, shape=shape, rung=rung, folder=folder, device=device)
     clock.lap("load")
-    student = build_student(shared.sorting, shape, dtype="float32", device=device)
+    student, reconstruction = start_student(spec, shared=shared, shape=shape, folder=folder, device=device)
     clock.lap("slice")
     tokens = 0
     if plan is not None:
         distilled = distil(
             student,
-            objective=shared.objective(spec, shape=shape),
+            objective=shared.objective(spec, shape=shape, rotated=reconstruction is not None and reconstruction.rotated),
             blocks_NT=shared.blocks.train_NT,
             plan=plan,
             state=_trunk_below(folder, rung=rung),
@@ -108,7 +109,28 @@ def run_rung(
     if rung == spec.rungs.num_trained:
         _save_student(student, shared=shared, folder=folder)
     clock.lap("save")
-    return RungResult(**{**_fields(result), "seconds": seconds})
+    return RungResult(**{**_fields(result), "seconds": seconds, "reconstruction": None if reconstruction is None else asdict(reconstruction)})
+
+
+def start_student(spec: SearchSpec, *, shared: Shared, shape: Shape, folder: Path, device: str) -> tuple[PreTrainedModel, Reconstruction | None]:
+    """The student before any training. How it was reconstructed is settled once and kept in the trial's folder: all rungs and attempts start from the same."""
+    sorting, found = shared.sorting, load_reconstruction(folder / RECONSTRUCTION)
+    if not spec.compression.reconstruction:
+        return build_student(sorting, shape, dtype="float32", device=device), None
+    if found is not None:
+        return rebuild_student(sorting, shape, moments=shared.moments, result=found, dtype="float32", device=device), found
+    student, result = reconstruct_student(
+        sorting,
+        shape,
+        moments=shared.moments,
+        held_out_NT=split_calibration(shared.blocks.calibration_NT)[1],
+        dtype="float32",
+        device=device,
+        batch_size=spec.distillation.micro_batch_size or spec.distillation.batch_size,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(asdict(result), target=folder / RECONSTRUCTION)
+    return student, result
 
 
 def fitted_plan(spec: SearchSpec, *, shared: Shared, shape: Shape, rung: int, folder: Path, device: str) -> TrainPlan:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from nas.compress.distillation import Stopped, distil
 from nas.compress.held_out import evaluate_kl
-from nas.compress.hidden_states import TeacherStates
+from nas.compress.hidden_states import StreamMap, TeacherStates
 from nas.compress.losses import final_hidden, forward_kl
 from nas.compress.objective import TeacherLogits
 from nas.compress.slicing import build_student
@@ -35,7 +35,7 @@ def sortings(sort_on_disk: Callable[..., Sorting], tmp_path_factory: pytest.Temp
 
 def towards(teacher: Any, sorting: Sorting, student: PreTrainedModel, *, layers: bool) -> TeacherStates:
     kept = sorting.layers[student.config.num_hidden_layers] if layers else None
-    return TeacherStates(teacher, channels_D=sorting.order.hidden_D[: student.config.hidden_size], layers=kept)
+    return TeacherStates(teacher, onto=StreamMap.selection(sorting.order.hidden_D[: student.config.hidden_size]), layers=kept)
 
 
 @pytest.mark.parametrize("layers", [True, False])
@@ -49,7 +49,9 @@ def test_a_student_that_is_the_teacher_in_other_order_is_at_no_distance_from_it(
     objective = towards(teacher, sorting, student, layers=layers)
     for channel_distance, channels_D in ((0.0, None), (0.1, sorting.order.hidden_D.flip(0))):
         if channels_D is not None:  # the control: with wrong channels there is a distance
-            objective = TeacherStates(teacher, channels_D=channels_D, layers=sorting.layers[student.config.num_hidden_layers] if layers else None)
+            objective = TeacherStates(
+                teacher, onto=StreamMap.selection(channels_D), layers=sorting.layers[student.config.num_hidden_layers] if layers else None
+            )
         distances = objective.distances(student, tokens_BT, rows_B=ROWS_B)[1]
         assert len(distances) == (student.config.num_hidden_layers if layers else 1)
         assert (torch.stack(distances) < 1e-4).all() if channel_distance == 0 else (torch.stack(distances) > channel_distance).all()
@@ -62,7 +64,7 @@ def test_behind_a_kept_layer_the_stream_of_the_next_kept_layer_is_expected(
     shape = replace(sorting.architecture.shape, num_hidden_layers=2)
     student = build_student(sorting, shape, dtype="float32", device="cpu").eval()
     tokens_BT, layers, channels_D = random_tokens(rows=4), sorting.layers[2], sorting.order.hidden_D
-    found = TeacherStates(teacher, channels_D=channels_D, layers=layers).distances(student, tokens_BT, rows_B=ROWS_B)[1]
+    found = TeacherStates(teacher, onto=StreamMap.selection(channels_D), layers=layers).distances(student, tokens_BT, rows_B=ROWS_B)[1]
     streams: dict[str, Tensor] = {}
     handles = [
         module.register_forward_pre_hook(lambda module, arguments, name=name: streams.update({name: arguments[0]}))
@@ -85,7 +87,7 @@ def test_the_value_is_that_of_the_logits_and_the_gradient_that_of_both(layers: t
         del student.model.layers[1]
         student.config.num_hidden_layers = 1
     channels_D = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:16]
-    loss = TeacherStates(teacher, channels_D=channels_D, layers=layers).loss(student, tokens_BT, rows_B=ROWS_B)
+    loss = TeacherStates(teacher, onto=StreamMap.selection(channels_D), layers=layers).loss(student, tokens_BT, rows_B=ROWS_B)
     found = torch.autograd.grad(loss, list(student.parameters()))
     with torch.no_grad():
         teacher_ND, teacher_logits_NV = final_hidden(teacher, tokens_BT), teacher(tokens_BT).logits.flatten(0, 1)
@@ -103,7 +105,7 @@ def test_a_run_stopped_and_resumed_equals_one_that_was_not_and_learns(tmp_path: 
     teacher, blocks_NT, train = tiny_model(seed=0, hidden_size=24), tiny_blocks(), plan(steps=40, learning_rate=1e-2)
 
     def run(student: nn.Module, **options: Any) -> None:
-        distil(student, objective=TeacherStates(teacher, channels_D=torch.arange(16), layers=layers), blocks_NT=blocks_NT, plan=train, **options)
+        distil(student, objective=TeacherStates(teacher, onto=StreamMap.selection(torch.arange(16)), layers=layers), blocks_NT=blocks_NT, plan=train, **options)
 
     straight, stopped, resumed = (tiny_model(seed=1) for _ in range(3))
     before = evaluate_kl(straight, teacher=teacher, blocks_NT=blocks_NT, batch_size=8)
@@ -120,8 +122,8 @@ def test_a_run_stopped_and_resumed_equals_one_that_was_not_and_learns(tmp_path: 
 
 def test_stored_outputs_serve_the_final_state_and_are_refused_for_the_layers() -> None:
     teacher, student, tokens_BT = tiny_model(seed=0, hidden_size=24), tiny_model(seed=1), tiny_blocks()[:4].long()
-    running, stored = (TeacherStates(source, channels_D=torch.arange(16)) for source in (teacher, RunningTeacher(teacher)))
+    running, stored = (TeacherStates(source, onto=StreamMap.selection(torch.arange(16))) for source in (teacher, RunningTeacher(teacher)))
     assert torch.equal(running.loss(student, tokens_BT, rows_B=ROWS_B), stored.loss(student, tokens_BT, rows_B=ROWS_B))
     assert running.facts == stored.facts != TeacherLogits(teacher).facts
     with pytest.raises(ValueError, match="teacher: expected a model, whose layers run, got stored outputs"):
-        TeacherStates(RunningTeacher(teacher), channels_D=torch.arange(16), layers=(0, 1))
+        TeacherStates(RunningTeacher(teacher), onto=StreamMap.selection(torch.arange(16)), layers=(0, 1))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nas.compress.reconstruction import Reconstruction, reconstruct, reconstruct_student, split_calibration
+from nas.compress.reconstruction import Reconstruction, kept_of, rebuild_student, reconstruct, reconstruct_student, split_calibration, stream_map
 from nas.compress.second_moments import SecondMoments, load_moments, measure_moments
 from nas.compress.slicing import build_student, model_of, slice_student
 from nas.compress.sorting import Sorting
@@ -46,6 +46,13 @@ def relative_difference(student: PreTrainedModel, teacher: PreTrainedModel, *, t
     with torch.no_grad():
         expected = teacher(tokens_BT).logits
         return float((student(tokens_BT).logits - expected).norm() / expected.norm())
+
+
+def text_of(teacher: PreTrainedModel, *, rows: int, random_tokens: Callable[..., Tensor]) -> Tensor:
+    """Drawn from the teacher, so that nobody's expected loss is lower than the teacher's own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return teacher.generate(random_tokens(rows=rows, length=1).clamp_min(1), max_new_tokens=40, do_sample=True, top_k=0, pad_token_id=0)
 
 
 def shrunk(sorting: Sorting, **changes: int) -> Shape:
@@ -299,7 +306,7 @@ def test_a_reconstruction_that_is_worse_is_not_kept(sorting: Sorting, moments: S
     shape = dataclasses.replace(every_axis(sorting), num_hidden_layers=3, hidden_size=24)
     wrong = Misleading(folder=moments.folder, basis_DD=moments.basis_DD)
     teacher = load_model(sorting.folder, dtype="float32", device="cpu")
-    held_out_NT = teacher.generate(random_tokens(rows=4, length=1), max_new_tokens=20, do_sample=False, pad_token_id=0)  # text that the teacher knows
+    held_out_NT = text_of(teacher, rows=64, random_tokens=random_tokens)
 
     student, result = reconstruct_student(sorting, shape, moments=wrong, held_out_NT=held_out_NT, dtype="float32", device="cpu", batch_size=4, dampings=(1e-3,))
 
@@ -315,7 +322,7 @@ def test_a_reconstruction_that_is_worse_is_not_kept(sorting: Sorting, moments: S
 def test_the_best_damping_on_held_out_tokens_is_taken(sorting: Sorting, moments: SecondMoments, random_tokens: Callable[..., Tensor]) -> None:
     shape = dataclasses.replace(every_axis(sorting), num_hidden_layers=3, hidden_size=24)
     teacher = load_model(sorting.folder, dtype="float32", device="cpu")
-    held_out_NT = teacher.generate(random_tokens(rows=8, length=1), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    held_out_NT = text_of(teacher, rows=64, random_tokens=random_tokens)
 
     def result(*dampings: float) -> Reconstruction:
         return reconstruct_student(sorting, shape, moments=moments, held_out_NT=held_out_NT, dtype="float32", device="cpu", batch_size=4, dampings=dampings)[1]
@@ -343,3 +350,42 @@ def test_moments_are_found_again(sorting: Sorting, moments: SecondMoments) -> No
     assert found.basis_DD is not None
     assert moments.basis_DD is not None
     assert torch.equal(found.basis_DD, moments.basis_DD)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_rotated_stream_is_the_mapped_stream_of_the_teacher(tied: bool, sort_on_disk: Sorted, random_tokens: Callable[..., Tensor], tmp_path: Path) -> None:
+    model = with_narrow_stream("llama", width=16, hidden_size=24, tie_word_embeddings=tied)
+    sorting = sort_on_disk(model, folder=tmp_path)
+    moments = measured(sorting, tokens_BT=random_tokens(rows=16, seed=1), folder=tmp_path / "moments")
+    shape, tokens_BT = shrunk(sorting, hidden_size=16), random_tokens(rows=4, seed=2)
+    onto = stream_map(sorting, shape, moments=moments)
+    student, teacher = built(sorting, shape, moments=moments), load_model(sorting.folder, dtype="float32", device="cpu")
+
+    with torch.no_grad():
+        found, expected = ([*each(tokens_BT, output_hidden_states=True).hidden_states] for each in (student, teacher))
+
+    for layer in range(3):
+        assert torch.allclose(found[layer], expected[layer] @ onto.stream, atol=2e-3)
+    final_BTD = expected[3] @ onto.final  # up to the student's one gain
+    assert torch.nn.functional.cosine_similarity(found[3], final_BTD, dim=-1).min() > 0.999
+
+
+def test_without_a_rotation_the_stream_is_a_choice_of_channels(sorting: Sorting, moments: SecondMoments) -> None:
+    shape = every_axis(sorting)
+    assert stream_map(sorting, shape, moments=None).stream.tolist() == list(range(18))
+    assert kept_of(sorting, shape, result=None)["hidden_channels"] == sorting.order.hidden_D[:18].tolist()
+    assert kept_of(sorting, shape, result=Reconstruction(kept=True, rotated=True, reason=""))["hidden_channels"] is None
+
+
+def test_what_was_found_is_built_again_bit_for_bit(sort_on_disk: Sorted, random_tokens: Callable[..., Tensor], tmp_path: Path) -> None:
+    teacher = with_repeated_neurons("llama")
+    sorting = sort_on_disk(teacher, folder=tmp_path, as_it_is=True)
+    shape = shrunk(sorting, intermediate_size=SIZES["intermediate_size"])
+    moments = measured(sorting, tokens_BT=random_tokens(rows=16, seed=1), folder=tmp_path / "moments")
+    held_out_NT = text_of(teacher, rows=64, random_tokens=random_tokens)
+    student, result = reconstruct_student(sorting, shape, moments=moments, held_out_NT=held_out_NT, dtype="float32", device="cpu", batch_size=4)
+
+    again = rebuild_student(sorting, shape, moments=moments, result=result, dtype="float32", device="cpu")
+
+    assert result.kept
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in student.state_dict().items())

@@ -110,7 +110,7 @@ def test_the_facts_are_plain_json(case: Case) -> None:
 
 def test_every_step_is_told_and_timed(case: Case) -> None:
     steps = [line["step"] for line in case.lines if "done" not in line]
-    assert steps == ["check", "corpus", "tasks", "importance", "depth", "sort", "signals", "baselines"]
+    assert steps == ["check", "corpus", "tasks", "importance", "depth", "sort", "moments", "signals", "baselines"]
     assert list(case.facts["seconds"]) == steps
 
 
@@ -136,7 +136,7 @@ def test_both_halves_of_the_validation_blocks_have_what_the_spec_asks_for(case: 
     assert load_blocks(case.folder / BLOCKS).validation_NT.numel() == 2 * case.spec().corpus.validation_tokens
 
 
-@pytest.mark.parametrize("step", ["check", "corpus", "tasks", "importance", "depth", "sort", "signals"])
+@pytest.mark.parametrize("step", ["check", "corpus", "tasks", "importance", "depth", "sort", "moments", "signals"])
 def test_stopped_after_any_step_and_run_again_it_finds_the_same(case: Case, tmp_path: Path, step: str) -> None:
     with pytest.raises(StoppedEarly):
         case.prepare(tmp_path, stop_at=step)

@@ -21,14 +21,14 @@ from nas.errors import DoesNotFit, TaskUnavailable
 from nas.evaluate.scoring import DocumentValues, MetricValue, TaskScore
 from nas.memory import Capacity
 from nas.search import shared as shared_module
-from nas.search.layout import PROBE, SIGNALS, STUDENT, clear_below
+from nas.search.layout import PROBE, RECONSTRUCTION, SIGNALS, STUDENT, clear_below
 from nas.search.prepare import prepare
 from nas.search.results import RungResult
 from nas.search.shared import forget_shared, load_shared
 from nas.search.trial import measure, paired_metric, run_rung
 from nas.settings import Settings
 from nas.shape import Shape
-from nas.spec import SearchSpec, parse_spec
+from nas.spec import SearchSpec, dump_spec, parse_spec
 from nas.store.store import Store
 from nas.submission import check_submission
 
@@ -90,6 +90,18 @@ def test_the_same_seed_gives_the_same_results_and_the_same_weights_bit_for_bit(c
     folder, results = undisturbed
     assert [bits(case.run(tmp_path, rung=rung)) for rung in range(3)] == [bits(result) for result in results]
     assert weights(tmp_path) == weights(folder)
+
+
+def test_every_rung_starts_from_the_reconstruction_that_the_first_one_settled(case: Case, undisturbed: Any, tmp_path: Path) -> None:
+    folder, results = undisturbed
+    assert results[0].reconstruction is not None
+    assert {json.dumps(result.reconstruction) for result in results} == {(json.dumps(results[0].reconstruction))}
+    assert json.loads((folder / RECONSTRUCTION).read_text()) == results[0].reconstruction
+    plain = Case(spec=parse_spec(json.dumps(dump_spec(case.spec) | {"compression": {"reconstruction": False}})), inputs=case.inputs, prepared=case.prepared)
+    without = plain.run(tmp_path, rung=0)
+    assert without.reconstruction is None
+    assert not (tmp_path / RECONSTRUCTION).exists()
+    assert results[0].loss.value < without.loss.value if results[0].reconstruction["kept"] else results[0].loss == without.loss
 
 
 @pytest.mark.parametrize("stop_after", [0, 5, 13, 21, 30])
