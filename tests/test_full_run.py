@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nas import full_run
 from nas.compress.corpus import check_corpus, load_blocks
 from nas.compress.distillation import Diverged, Stopped
 from nas.compress.held_out import HeldOut
-from nas.compress.teacher import check_teacher
+from nas.compress.teacher import check_teacher, write_checkpoint
 from nas.errors import Conflict, InvalidSpec
 from nas.full_run import Recipe, RecipeInputs, distil_fully, prune_teacher
 from nas.shape import Shape
@@ -293,3 +293,25 @@ def test_a_recipe_written_by_hand_may_leave_its_inputs_out(write_recipe: Callabl
 def test_wrong_inputs_of_a_recipe_are_told(write_recipe: Callable[[Any], Path], content: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidSpec, match=message):
         RecipeInputs.read(write_recipe({"distillation": LEAST, **content}))
+
+
+def test_a_mixture_of_experts_is_pruned_and_distilled_into_one_that_plain_transformers_loads(tiny_sources: dict[str, Path], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = check_teacher(tiny_sources["teacher"])
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.2}
+    numbers = {**whole.architecture.shape.as_dict(), "intermediate_size": 32, "vocab_size": whole.architecture.vocab_size, "max_position_embeddings": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**experts, **numbers))
+    teacher, student, out = tmp_path / "teacher", tmp_path / "pruned", tmp_path / "out"
+    write_checkpoint(model.state_dict(), config=model.config.to_dict(), tokenizer_from=whole.path, folder=teacher)
+    sources = {**tiny_sources, "teacher": teacher}
+    shape = replace(SHAPE, intermediate_size=24, num_experts=3)
+
+    prune(sources, out=student, shape=shape)
+    summary = distil(sources, student=student, out=out)
+
+    assert summary["held_out_after"]["kl"] < summary["held_out_before"]["kl"]
+    assert check_teacher(out).architecture.shape == shape
+    kept = json.loads((student / "kept_indices.json").read_text())
+    assert [len(layer) for layer in kept["experts"]] == [3, 3]
+    assert [len(neurons) for layer in kept["neurons"] for neurons in layer] == [24] * 6
+    assert AutoModelForCausalLM.from_pretrained(out).model.layers[1].mlp.experts.down_proj.shape == (3, 24, 24)

@@ -72,7 +72,7 @@ def test_the_digest_is_of_the_content_and_not_of_the_place(folder: Path, tmp_pat
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"vocab_size": -1}, "vocab_size"),
         ({"num_attention_heads": 5}, "num_attention_heads"),
-        ({"hidden_size": 37, "head_dim": 8}, "transformers refuses it"),
+        ({"hidden_size": 37, "head_dim": 8}, "hidden_size: expected a multiple of num_attention_heads=4, as transformers' llama wants it, got 37"),
         ({"intermediate_size": 21}, r"expected 19620 as config.json says, got 19296 in the safetensors files; 9 tensors differ"),
         ({"num_hidden_layers": 2}, "no such tensor"),
         ({"num_hidden_layers": 4}, "missing"),
