@@ -52,7 +52,7 @@ def test_half_of_the_tokens_is_a_share_of_one_half() -> None:
 def test_only_curves_of_the_same_shape_and_seed_are_compared() -> None:
     ours, same = curve(2.0, method="ours", seed=1), curve(3.0, seed=1)
     others = [curve(3.0, seed=0), curve(3.0, seed=1, shape="mlp50"), curve(3.0, seed=1, method="minitron")]
-    assert curves.paired([ours, same, *others], teacher="stories260K", baseline="plain") == {"mlp75": [(ours, same)]}
+    assert curves.paired([ours, same, *others], teacher="stories260K", ours="ours", baseline="plain") == {"mlp75": [(ours, same)]}
 
 
 def test_scratch_that_never_gets_there_is_a_bound() -> None:

@@ -35,10 +35,12 @@ CURVE_TOKENS = {
     "stories260K": [12_500, 25_000, 50_000, 100_000, 200_000, 400_000, 1_000_000],
     "tales4M": [12_500, 25_000, 50_000, 100_000, 200_000, 500_000],
 }
+SHORTER_TOKENS = {"stories260K": 400_000, "tales4M": 200_000}
+"""Where the curves of all seeds but the first end."""
 CURVE_TRAIN_TOKENS = 2**20
 CURVE_SHAPES = {
-    "stories260K": ("mlp75", "mlp50", "heads84", "hidden75", "hidden50", "depth65", "depth48", "mixed75", "mixed51", "mixed30"),
-    "tales4M": ("mlp75", "hidden50", "depth59", "mixed52", "mixed29"),
+    "stories260K": ("mlp75", "mlp50", "heads84", "hidden75", "depth65", "mixed75", "mixed51", "mixed30"),
+    "tales4M": ("mixed52", "mlp75", "hidden50", "depth59"),
 }
 CURVE_SEEDS = {"stories260K": (0, 1, 2), "tales4M": (0, 1)}
 
@@ -97,7 +99,10 @@ def curves(teacher: str, method: str) -> list[tuple[Run, list[int]]]:
         return []
     rate, batch_size = best_recipe(teacher, method)
     base = Run(teacher=teacher, shape="", method=method, learning_rate=rate, batch_size=batch_size, train_tokens=CURVE_TRAIN_TOKENS)
-    return [(replace(base, shape=shape, seed=seed), CURVE_TOKENS[teacher]) for seed in CURVE_SEEDS[teacher] for shape in CURVE_SHAPES[teacher]]
+    shorter = [tokens for tokens in CURVE_TOKENS[teacher] if tokens <= SHORTER_TOKENS[teacher]]
+    return [
+        (replace(base, shape=shape, seed=seed), shorter if seed else CURVE_TOKENS[teacher]) for seed in CURVE_SEEDS[teacher] for shape in CURVE_SHAPES[teacher]
+    ]
 
 
 def headline(teacher: str, method: str) -> list[tuple[Run, list[int]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from statistics import mean, median
 
 from rich.console import Console
@@ -12,10 +13,11 @@ from rich.table import Table
 from tests.benchmarks.campaign import CURVE_SHAPES, CURVE_TOKENS, DATA
 from tests.benchmarks.learning import Curve, Run, read_curves, tokens_to_reach
 
-OURS = "ours"
+OURS = ("ours-all", "ours")
+"""With everything that makes a token teach more, and the defaults, which need no teacher beside the student (recipes.py)."""
 BASELINES = {"plain": "plain slicing with our importance and depth", "minitron": "the published recipe: plain slicing, (L2, mean) and block influence"}
 GOAL = 0.5
-AT_TOKENS = {"stories260K": (100_000, 200_000, 400_000, 1_000_000), "tales4M": (100_000, 200_000, 500_000)}
+AT_TOKENS = {"stories260K": (50_000, 100_000, 200_000, 400_000), "tales4M": (50_000, 100_000, 200_000)}
 """Of the baseline: the loss that it has then is what ours has to reach."""
 
 console = Console(width=160)
@@ -23,22 +25,20 @@ console = Console(width=160)
 
 def bench() -> bool:
     curves = read_curves(DATA / "curves.jsonl")
-    for teacher in CURVE_SHAPES:
-        for baseline, words in BASELINES.items():
-            pairs = paired(curves, teacher=teacher, baseline=baseline)
-            if pairs:
-                _print(teacher, pairs, baseline=baseline, words=words)
-            else:
-                console.print(f"{teacher}: no curves of {OURS} and {baseline} with the same shape and seed")
+    for teacher, ours, baseline in product(CURVE_SHAPES, OURS, BASELINES):
+        if pairs := paired(curves, teacher=teacher, ours=ours, baseline=baseline):
+            _print(teacher, pairs, ours=ours, baseline=baseline)
+        else:
+            console.print(f"{teacher}: no curves of {ours} and {baseline} with the same shape and seed")
     return True
 
 
-def paired(curves: Sequence[Curve], *, teacher: str, baseline: str) -> dict[str, list[tuple[Curve, Curve]]]:
+def paired(curves: Sequence[Curve], *, teacher: str, ours: str, baseline: str) -> dict[str, list[tuple[Curve, Curve]]]:
     """Shape -> (ours, baseline) of every seed that both have."""
     by_run = {(curve.run.method, curve.run.shape, curve.run.seed): curve for curve in curves if curve.run.teacher == teacher}
     found: dict[str, list[tuple[Curve, Curve]]] = {}
     for (method, shape, seed), curve in sorted(by_run.items(), key=lambda item: item[0]):
-        if method == OURS and (other := by_run.get((baseline, shape, seed))) is not None:
+        if method == ours and (other := by_run.get((baseline, shape, seed))) is not None:
             found.setdefault(shape, []).append((curve, other))
     return {shape: found[shape] for shape in CURVE_SHAPES[teacher] if shape in found}
 
@@ -48,24 +48,25 @@ def share_of_tokens(ours: Curve, baseline: Curve, *, tokens: int, quantity: str)
     return tokens_to_reach(baseline.at(tokens, quantity=quantity), tokens=ours.tokens, values=getattr(ours, quantity)) / tokens
 
 
-def _print(teacher: str, pairs: dict[str, list[tuple[Curve, Curve]]], *, baseline: str, words: str) -> None:
+def _print(teacher: str, pairs: dict[str, list[tuple[Curve, Curve]]], *, ours: str, baseline: str) -> None:
     first, at = CURVE_TOKENS[teacher][0], AT_TOKENS[teacher]
     shown = at[0]
-    table = Table("shape", "seeds", f"loss {baseline}, {shown:,}", f"loss ours, {shown:,}", *(f"share of {tokens:,}" for tokens in at), box=None)
+    table = Table("shape", "seeds", f"loss {baseline}, {shown:,}", f"loss {ours}, {shown:,}", *(f"share of {tokens:,}" for tokens in at), box=None)
     shares: dict[tuple[int, str], list[float]] = {}
     for shape, seeds in pairs.items():
         cells = []
         for tokens in at:
             for quantity in ("loss", "kl"):
-                share = median(share_of_tokens(ours, other, tokens=tokens, quantity=quantity) for ours, other in seeds)
+                share = median(share_of_tokens(mine, other, tokens=tokens, quantity=quantity) for mine, other in seeds)
                 shares.setdefault((tokens, quantity), []).append(share)
             cells.append(_share_text(shares[tokens, "loss"][-1], least=first / tokens))
         table.add_row(shape, str(len(seeds)), *(_loss_text([pair[side] for pair in seeds], tokens=shown) for side in (1, 0)), *cells)
     for quantity in ("loss", "kl"):
         middle = (_share_text(median(shares[tokens, quantity]), least=first / tokens) for tokens in at)
         table.add_row(f"median shape, by {quantity}", "", "", "", *middle, style="bold")
-    recipes = [f"{name}: rate {run.learning_rate:g}, batch {run.batch_size}" for name, run in zip((OURS, baseline), _recipes(pairs), strict=True)]
-    console.print(f"{teacher}: tokens that {OURS} needs for the loss of {words}, as a share (goal: the median shape at most {GOAL:.2f}); {'; '.join(recipes)}")
+    recipes = "; ".join(f"{name}: rate {run.learning_rate:g}, batch {run.batch_size}" for name, run in zip((ours, baseline), _recipes(pairs), strict=True))
+    goal = f"goal: the median shape at most {GOAL:.2f}"
+    console.print(f"{teacher}: tokens that {ours} needs for the loss of {BASELINES[baseline]}, as a share ({goal}); {recipes}")
     console.print(table)
 
 

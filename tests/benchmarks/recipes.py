@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nas.compress.objective import NextToken, TeacherLogits
-from nas.compress.reconstruction import reconstruct_student, split_calibration
+from nas.compress.hidden_states import StreamMap, TeacherStates
+from nas.compress.objective import NextToken, Objective, TeacherLogits
+from nas.compress.reconstruction import reconstruct_student, split_calibration, stream_map
 from nas.compress.slicing import build_student
 from nas.compress.train_plan import TrainPlan
 from nas.search.prepare import random_model
@@ -52,47 +54,81 @@ SHAPES: dict[str, dict[str, Shape]] = {
 """Teacher -> name -> shape: what was cut, and the share of the teacher's parameters in percent."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Start:
+    """A student before training, and what its residual stream is of the sorted teacher's."""
+
+    student: nn.Module
+    stream: StreamMap
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """How a student is begun and trained."""
 
     choices: Choices
-    build: Callable[[Subject, Shape, int], nn.Module]
-    """The student before training, from (subject, shape, seed)."""
-    distilled: bool = True
-    """Else it learns the next token, without a teacher."""
-    plan: Mapping[str, Any] = field(default_factory=lambda: {"warmup_tokens": 2_000, "beta1": 0.9})
+    start: Callable[[Subject, Shape, int], Start]
+    """From (subject, shape, seed)."""
+    objective: Callable[[Subject, Shape, Start], Objective]
+    plan: Mapping[str, Any] = field(default_factory=dict)
     """Of the TrainPlan, beside length, rate, batch and seed."""
 
-
-def _sliced(subject: Subject, shape: Shape, seed: int) -> nn.Module:
-    return build_student(subject.sorting, shape, dtype="float32", device="cpu")
-
-
-def _random(initializer_range: float) -> Callable[[Subject, Shape, int], nn.Module]:
-    def build(subject: Subject, shape: Shape, seed: int) -> nn.Module:
-        config = {**subject.sorting.config, **shape.as_dict(), "initializer_range": initializer_range}
-        return random_model(subject.sorting.architecture, config=config, seed=seed, device="cpu")
-
-    return build
+    @property
+    def distilled(self) -> bool:
+        return self.objective is not _next_token
 
 
-def _reconstructed(subject: Subject, shape: Shape, seed: int) -> nn.Module:
+def _sliced(subject: Subject, shape: Shape, seed: int) -> Start:
+    return Start(student=build_student(subject.sorting, shape, dtype="float32", device="cpu"), stream=stream_map(subject.sorting, shape, moments=None))
+
+
+def _reconstructed(subject: Subject, shape: Shape, seed: int) -> Start:
     held_out_NT = split_calibration(subject.calibration_NT)[1]
-    student, _ = reconstruct_student(subject.sorting, shape, moments=subject.moments, held_out_NT=held_out_NT, dtype="float32", device="cpu", batch_size=16)
-    return student
+    student, result = reconstruct_student(
+        subject.sorting, shape, moments=subject.moments, held_out_NT=held_out_NT, dtype="float32", device="cpu", batch_size=16
+    )
+    return Start(student=student, stream=stream_map(subject.sorting, shape, moments=subject.moments if result.rotated else None))
+
+
+def _random(initializer_range: float) -> Callable[[Subject, Shape, int], Start]:
+    def start(subject: Subject, shape: Shape, seed: int) -> Start:
+        config = {**subject.sorting.config, **shape.as_dict(), "initializer_range": initializer_range}
+        student = random_model(subject.sorting.architecture, config=config, seed=seed, device="cpu")
+        return Start(student=student, stream=stream_map(subject.sorting, shape, moments=None))
+
+    return start
+
+
+def _logits(subject: Subject, shape: Shape, start: Start) -> Objective:
+    return TeacherLogits(subject.outputs)
+
+
+def _final_state(subject: Subject, shape: Shape, start: Start) -> Objective:
+    return TeacherStates(subject.outputs, onto=start.stream)
+
+
+def _all_states(subject: Subject, shape: Shape, start: Start) -> Objective:
+    return TeacherStates(subject.teacher, onto=start.stream, layers=subject.sorting.layers[shape.num_hidden_layers])
+
+
+def _next_token(subject: Subject, shape: Shape, start: Start) -> Objective:
+    return NextToken()
 
 
 _PLAIN = {"warmup_tokens": 2_000, "beta1": 0.9}
+_SCRATCH = {"warmup_tokens": 50_000, "beta1": 0.9}
 METHODS: dict[str, Method] = {
-    "ours": Method(choices="ours", build=_reconstructed, plan={"rate_follows_loss": True}),
-    "plain": Method(choices="plain", build=_sliced, plan=_PLAIN),
-    "minitron": Method(choices="minitron", build=_sliced, plan=_PLAIN),
-    "scratch": Method(choices="ours", build=_random(0.02), distilled=False, plan={"warmup_tokens": 50_000, "beta1": 0.9}),
-    "scratch-wide": Method(choices="ours", build=_random(0.1), distilled=False, plan={"warmup_tokens": 50_000, "beta1": 0.9}),
+    "ours": Method(choices="ours", start=_reconstructed, objective=_final_state, plan={"rate_follows_loss": True}),
+    "ours-all": Method(choices="ours", start=_reconstructed, objective=_all_states, plan={"rate_follows_loss": True, "optimizer": "muon"}),
+    "ours-logits": Method(choices="ours", start=_reconstructed, objective=_logits, plan={"rate_follows_loss": True}),
+    "plain": Method(choices="plain", start=_sliced, objective=_logits, plan=_PLAIN),
+    "minitron": Method(choices="minitron", start=_sliced, objective=_logits, plan=_PLAIN),
+    "scratch": Method(choices="ours", start=_random(0.02), objective=_next_token, plan=_SCRATCH),
+    "scratch-wide": Method(choices="ours", start=_random(0.1), objective=_next_token, plan=_SCRATCH),
 }
-"""ours: reconstructed, and trained at a rate that follows the loss (the learning rate is that at one nat per token). plain: sliced, with our importance and
-depth. minitron: sliced, with the published importance and depth. Both: forward KL, AdamW.
+"""ours: the defaults: reconstructed, forward KL and the final hidden state, AdamW at a rate that follows the loss (the learning rate is that at one nat per
+token). ours-all: the streams behind all layers and Muon, the most that a token can give here. ours-logits: reconstruction and rate alone.
+plain: sliced, with our importance and depth. minitron: sliced, with the published importance and depth. Both: forward KL, AdamW at a constant rate.
 scratch: the shape with random weights of the family's usual spread, and of a wider one, on the text alone."""
 
 
@@ -112,11 +148,13 @@ def compute(run: Run, *, tokens: list[int], folder: Path, cache: Path) -> Curve:
             **method.plan,
         )
 
+    shape = SHAPES[run.teacher][run.shape]
+    start = method.start(subject, shape, run.seed)
     return trace(
         run,
         tokens=tokens,
-        student=lambda: method.build(subject, SHAPES[run.teacher][run.shape], run.seed),
-        objective=TeacherLogits(subject.outputs) if method.distilled else NextToken(),
+        student=lambda: copy.deepcopy(start.student),
+        objective=method.objective(subject, shape, start),
         plan=plan,
         train_NT=subject.train_NT,
         held_out_NT=subject.held_out_NT,

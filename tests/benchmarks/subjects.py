@@ -46,6 +46,7 @@ class Subject:
     """One teacher and its text."""
 
     teacher: PreTrainedModel
+    """Sorted, as are the signals."""
     train_NT: Tensor
     calibration_NT: Tensor
     held_out_NT: Tensor
@@ -61,11 +62,11 @@ def load_subject(name: str, *, choices: Choices, train_tokens: int, cache: Path)
     """The teacher `name` of the reference material with the first `train_tokens` of its text; what takes long is kept in `cache`."""
     reference = reference_folder()
     source, folder = reference / "models" / name, cache / name
-    teacher = load_model(source, dtype="float32", device="cpu").requires_grad_(False)
     blocks = _once(
         lambda: load_blocks(folder / "blocks"), make=lambda: _pack(source, text=reference / "data" / "text" / "tinystories", folder=folder / "blocks")
     )
-    sorting = _once(lambda: load_sorting(folder / choices), make=lambda: _sort(teacher, source=source, blocks=blocks, choices=choices, folder=folder / choices))
+    sorting = _once(lambda: load_sorting(folder / choices), make=lambda: _sort(source=source, blocks=blocks, choices=choices, folder=folder / choices))
+    teacher = load_model(sorting.folder, dtype="float32", device="cpu").requires_grad_(False)
     moments = _once(lambda: load_moments(folder / choices / "moments"), make=lambda: _measure(sorting, blocks=blocks, folder=folder / choices / "moments"))
     train_NT = blocks.train_NT[: train_tokens // SEQUENCE_LENGTH]
     return Subject(
@@ -73,8 +74,8 @@ def load_subject(name: str, *, choices: Choices, train_tokens: int, cache: Path)
         train_NT=train_NT,
         calibration_NT=blocks.calibration_NT,
         held_out_NT=blocks.validation_NT,
-        outputs=_stored(teacher, train_NT, folder=folder, part="train") if train_tokens <= MOST_SIGNAL_TOKENS else RunningTeacher(teacher),
-        held_out_outputs=_stored(teacher, blocks.validation_NT, folder=folder, part="held_out"),
+        outputs=_stored(teacher, train_NT, folder=folder / choices, part="train") if train_tokens <= MOST_SIGNAL_TOKENS else RunningTeacher(teacher),
+        held_out_outputs=_stored(teacher, blocks.validation_NT, folder=folder / choices, part="held_out"),
         sorting=sorting,
         moments=moments,
     )
@@ -106,7 +107,8 @@ def _pack(source: Path, *, text: Path, folder: Path) -> None:
     )
 
 
-def _sort(teacher: PreTrainedModel, *, source: Path, blocks: Blocks, choices: Choices, folder: Path) -> None:
+def _sort(*, source: Path, blocks: Blocks, choices: Choices, folder: Path) -> None:
+    teacher = load_model(source, dtype="float32", device="cpu")
     architecture = read_architecture(teacher.config.to_dict())
     num_layers = architecture.shape.num_hidden_layers
     depths = range(num_layers // 2, num_layers + 1)
