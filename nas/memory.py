@@ -65,6 +65,7 @@ class Training:
     checkpoint_activations: bool = False
     """Keep each layer's input only and run its forward pass again in the backward pass."""
     moments: Moments = "float32"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     device: str = "cpu"
     num_shards: int = 1
     """Processes among which weights, gradients and moments are divided (FSDP2); 1: each process holds all."""
@@ -137,7 +138,7 @@ def training_memory(architecture: Architecture, shape: Shape, *, training: Train
     always = {"student weights (float32)": 4 * own}
     if training.dtype != "float32":
         always[f"student weights ({training.dtype} copies)"] = DTYPE_BYTES[training.dtype] * _multiplied(architecture, shape) // training.num_shards
-    state = 8 * (parameters // training.num_shards)
+    state = _moments_bytes(architecture, shape, optimizer=training.optimizer) // training.num_shards
     match training.moments:
         case "float32":
             always["optimiser state (float32)"] = state
@@ -156,6 +157,12 @@ def training_memory(architecture: Architecture, shape: Shape, *, training: Train
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     host = {"optimiser state (float32, offloaded)": state} if training.moments == "offloaded" else {}
     return Estimate(phase=phase, device=phases[phase], host=host)
+
+
+def _moments_bytes(architecture: Architecture, shape: Shape, *, optimizer: str) -> int:
+    """AdamW keeps two moments of each weight, Muon one of each matrix inside the layers; float32."""
+    single = (_multiplied(architecture, shape) - architecture.vocab_size * shape.hidden_size) if optimizer == "muon" else 0
+    return 8 * count_parameters(architecture, shape).total - 4 * single
 
 
 def inference_memory(teacher: TeacherMemory, *, tokens: int, device: str) -> Estimate:

@@ -166,6 +166,7 @@ def _needs(spec: SearchSpec, *, space: SearchSpace, trials: int) -> dict[str, An
         micro_batch_size=settings.micro_batch_size or settings.batch_size,
         dtype=dtype,
         moments="float32" if settings.moments == "auto" else settings.moments,
+        optimizer=settings.optimizer,
         device="cuda" if spec.resources.gpus else "cpu",
     )
     teacher = TeacherMemory(architecture=architecture, dtype=dtype, stored=settings.signals != "off")

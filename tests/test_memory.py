@@ -114,7 +114,15 @@ def test_smaller_passes_come_before_checkpointing_and_that_before_parked_moments
 
 @pytest.mark.parametrize(
     "change",
-    [{"micro_batch_size": 8}, {"checkpoint_activations": True}, {"moments": "bfloat16"}, {"moments": "offloaded"}, {"num_shards": 4}, {"dtype": "bfloat16"}],
+    [
+        {"micro_batch_size": 8},
+        {"checkpoint_activations": True},
+        {"moments": "bfloat16"},
+        {"moments": "offloaded"},
+        {"num_shards": 4},
+        {"dtype": "bfloat16"},
+        {"optimizer": "muon"},
+    ],
 )
 def test_every_setting_that_saves_memory_saves_some(change):
     wanted = Training(sequence_length=2048, batch_size=16, micro_batch_size=16, device="cuda")

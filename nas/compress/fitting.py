@@ -10,10 +10,10 @@ from typing import get_args
 
 import torch
 
-from nas.compress.device import capacity, free_disk
+from nas.compress.device import capacity, free_disk, multiplies_bfloat16
 from nas.compress.distributed import Spreading, World
 from nas.compress.train_plan import TrainPlan
-from nas.errors import DoesNotFit
+from nas.errors import DoesNotFit, InvalidSpec, Problem
 from nas.families import Architecture
 from nas.memory import Capacity, Moments, TeacherMemory, Training, explain, fit_training, inference_memory, table, written
 from nas.shape import Shape
@@ -67,16 +67,20 @@ def fit_run(
 
     Args:
         spreading: of the student; None: chosen.
+    Raises:
+        DoesNotFit: as `fit_plan`. InvalidSpec: Muon on shards.
     """
     shape, device = architecture.shape, world.device
     if world.size == 1:
         fitted = fit_plan(plan, architecture=architecture, shape=shape, teacher=teacher, sequence_length=sequence_length, device=device, moments=moments)
         return Fitted(plan=fitted)
+    if plan.optimizer == "muon" and spreading == "sharded":
+        raise InvalidSpec(Problem(field="optimizer", expected="adamw where the weights are sharded (muon needs whole matrices)", got="muon"))
     there = _agreed_capacity(world)
     wanted = _wanted(plan, sequence_length=sequence_length, device=device, processes=world.size)
     refused: DoesNotFit | None = None
     for student, teacher_sharded in (("replicated", False), ("sharded", False), ("replicated", True), ("sharded", True)):
-        if spreading not in (None, student):
+        if spreading not in (None, student) or (student == "sharded" and plan.optimizer == "muon"):
             continue
         # Sharding is dearer than checkpointing, but not than moments that travel or are rounded.
         kinds: tuple[Moments, ...] = (moments,) if moments else ("float32",) if student == "replicated" else ("float32", "bfloat16")
@@ -105,8 +109,9 @@ def _wanted(plan: TrainPlan, *, sequence_length: int, device: str, processes: in
         sequence_length=sequence_length,
         batch_size=batch_size,
         micro_batch_size=min(batch_size, plan.micro_batch_size or batch_size),
-        dtype=plan.dtype if kind == "cuda" else "float32",
+        dtype=plan.dtype if multiplies_bfloat16(torch.device(device)) else "float32",
         checkpoint_activations=plan.checkpoint_activations,
+        optimizer=plan.optimizer,
         device=kind,
     )
 

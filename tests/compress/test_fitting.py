@@ -10,7 +10,7 @@ import pytest
 from nas.compress import fitting
 from nas.compress.distributed import World
 from nas.compress.fitting import Fitted, check_disk_fits, check_host_fits, check_teacher_fits, fit_plan, fit_run
-from nas.errors import DoesNotFit
+from nas.errors import DoesNotFit, InvalidSpec
 from nas.memory import Capacity, TeacherMemory
 from tests.compress.training_values import plan
 from tests.test_memory import HALF, LLAMA
@@ -76,7 +76,7 @@ def spread_over(processes: int, *, room: float, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(fitting, "capacity", lambda device: Capacity(device="cuda", device_bytes=int(room), host_bytes=10**11))
     monkeypatch.setattr(World, "least", lambda self, number: number)
     world = World(rank=0, size=processes, processes_on_host=processes, device="cuda:0")
-    train = plan(batch_size=64, dtype="bfloat16")
+    train = plan(batch_size=64, dtype="bfloat16", optimizer=options.pop("optimizer", "adamw"))
     beside = TeacherMemory(architecture=LLAMA, dtype="bfloat16")
     student = replace(LLAMA, shape=HALF)
     return fit_run(train, architecture=student, teacher=beside, sequence_length=4096, world=world, **{"moments": None, "spreading": None, **options})
@@ -97,3 +97,11 @@ def test_a_spreading_that_is_asked_for_is_kept_or_refused(monkeypatch):
 
 def test_one_process_keeps_both_whole(monkeypatch):
     assert spread_over(1, room=1e12, monkeypatch=monkeypatch).spreading == "replicated"
+
+
+def test_muon_is_not_sharded(monkeypatch):
+    with pytest.raises(InvalidSpec, match="optimizer: expected adamw where the weights are sharded"):
+        spread_over(8, room=1e12, monkeypatch=monkeypatch, optimizer="muon", spreading="sharded")
+    assert spread_over(8, room=90e9, monkeypatch=monkeypatch, optimizer="muon").spreading == "replicated"
+    with pytest.raises(DoesNotFit):
+        spread_over(8, room=36e9, monkeypatch=monkeypatch, optimizer="muon")
