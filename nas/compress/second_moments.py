@@ -35,6 +35,8 @@ from nas.families import Architecture, Axis, Source
 MOMENTS = "moments"
 """Name of the manifest that makes a folder of moments whole; its tensor is the basis."""
 
+HELD_BYTES = 2**32
+"""Most bytes of moments that are summed in one pass over the calibration text."""
 Gap = tuple[int, int]
 """(a layer that stays, the next that stays, or the number of layers behind the last), with removed layers between."""
 
@@ -93,7 +95,7 @@ def measure_moments(
     blocks_BT: Tensor,
     folder: Path,
     batch_size: int,
-    max_bytes: int = 2**32,
+    max_bytes: int = HELD_BYTES,
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> SecondMoments:
     """Measure all moments of a sorted teacher and write them.

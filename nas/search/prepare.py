@@ -30,7 +30,7 @@ from nas.compress.fitting import check_disk_fits, check_host_fits, check_teacher
 from nas.compress.importance import measure_importance
 from nas.compress.manifest import write_json
 from nas.compress.reconstruction import split_calibration
-from nas.compress.second_moments import SecondMoments, load_moments, measure_moments
+from nas.compress.second_moments import HELD_BYTES, SecondMoments, load_moments, measure_moments
 from nas.compress.sorting import Sorting, load_sorting, make_order, save_sorted, sort_teacher
 from nas.compress.teacher import check_teacher, load_model, load_tokenizer
 from nas.cost import weight_bytes
@@ -147,17 +147,17 @@ def _check_room(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, de
     """The teacher on the device, its sorting in the host's memory, and what stays on disk besides the signals, which have a budget of their own."""
     architecture = read_architecture(inputs["teacher"]["config"])
     weights = weight_bytes(architecture, architecture.shape, bytes_per_element=4)
-    check_disk_fits(
-        preparation_disk(architecture, corrected=spec.compression.teacher_correction_tokens > 0, moments=spec.compression.reconstruction),
-        folder=folder,
-        what="the prepared folder",
-    )
+    files = preparation_disk(architecture, corrected=spec.compression.teacher_correction_tokens > 0, moments=spec.compression.reconstruction)
+    check_disk_fits(files, folder=folder, what="the prepared folder")
     check_host_fits({"teacher (float32)": weights, "its sorted copy": weights}, what="sorting the teacher")
     forget_shared()  # another search's teacher may still fill the device
+    # On a CPU their sums are float64.
+    held = min(HELD_BYTES, files.get("second moments", 0) * (2 if device == "cpu" else 1))
+    name, size = max(("random weights, the other baseline (float32)", weights), ("second moments held at once", held), key=lambda part: part[1])
     check_teacher_fits(
         TeacherMemory(architecture=architecture, dtype=teacher_dtype(spec, device=device)),
         tokens=(spec.distillation.micro_batch_size or spec.distillation.batch_size) * spec.corpus.sequence_length,
-        beside={"random weights, the other baseline (float32)": weights},
+        beside={name: size},
         device=device,
     )
 
