@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
@@ -112,10 +113,11 @@ def trace(
         state = None if before is None else load_trunk(work / str(before))
         distil(model, objective=objective, blocks_NT=train_NT, plan=plan(number), state=state, checkpoint=work / str(number))
         measured = evaluate_kl(model, teacher=held_out, blocks_NT=held_out_NT, batch_size=16)
-        curve.tokens.append(number)
+        place = bisect(curve.tokens, number)
+        curve.tokens.insert(place, number)
         for name in ("loss", "kl"):
-            getattr(curve, name).append(round(getattr(measured, name), 4))
-            getattr(curve, f"{name}_se").append(round(getattr(measured, f"{name}_standard_error"), 4))
+            getattr(curve, name).insert(place, round(getattr(measured, name), 4))
+            getattr(curve, f"{name}_se").insert(place, round(getattr(measured, f"{name}_standard_error"), 4))
         temporary = file.with_suffix(f".{os.getpid()}")
         temporary.write_text(curve.as_line(), encoding="utf-8")
         temporary.replace(file)
