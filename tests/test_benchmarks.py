@@ -49,6 +49,11 @@ def test_half_of_the_tokens_is_a_share_of_one_half() -> None:
     assert curves.share_of_tokens(ours, plain, tokens=400, quantity="loss") == pytest.approx(0.5)
 
 
+def test_a_share_is_at_most_that_of_the_first_point() -> None:
+    ours, plain = curve(1.0, 0.5, method="ours"), curve(4.0, 3.0)
+    assert curves.share_of_tokens(ours, plain, tokens=200, quantity="loss") == pytest.approx(0.5)
+
+
 def test_only_curves_of_the_same_shape_and_seed_are_compared() -> None:
     ours, same = curve(2.0, method="ours", seed=1), curve(3.0, seed=1)
     others = [curve(3.0, seed=0), curve(3.0, seed=1, shape="mlp50"), curve(3.0, seed=1, method="minitron")]

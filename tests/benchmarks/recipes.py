@@ -122,13 +122,15 @@ METHODS: dict[str, Method] = {
     "ours-all": Method(choices="ours", start=_reconstructed, objective=_all_states, plan={"rate_follows_loss": True, "optimizer": "muon"}),
     "ours-logits": Method(choices="ours", start=_reconstructed, objective=_logits, plan={"rate_follows_loss": True}),
     "plain": Method(choices="plain", start=_sliced, objective=_logits, plan=_PLAIN),
+    "plain-bridged": Method(choices="ours", start=_sliced, objective=_logits, plan=_PLAIN),
     "minitron": Method(choices="minitron", start=_sliced, objective=_logits, plan=_PLAIN),
     "scratch": Method(choices="ours", start=_random(0.02), objective=_next_token, plan=_SCRATCH),
     "scratch-wide": Method(choices="ours", start=_random(0.1), objective=_next_token, plan=_SCRATCH),
 }
 """ours: the defaults: reconstructed, forward KL and the final hidden state, AdamW at a rate that follows the loss (the learning rate is that at one nat per
 token). ours-all: the streams behind all layers and Muon, the most that a token can give here. ours-logits: reconstruction and rate alone.
-plain: sliced, with our importance and depth. minitron: sliced, with the published importance and depth. Both: forward KL, AdamW at a constant rate.
+plain: sliced, with our importance and the layers of the least damage; plain-bridged: and the layers of our default. minitron: sliced, with the published
+importance and depth. All three: forward KL, AdamW at a constant rate.
 scratch: the shape with random weights of the family's usual spread, and of a wider one, on the text alone."""
 
 
