@@ -222,14 +222,14 @@ def test_a_trial_that_diverges_is_not_tried_again(service: Service, monkeypatch:
     from nas.compress.distillation import Diverged
     from nas.search import trial as trial_module
 
-    build = trial_module.build_student
+    start = trial_module.start_student
 
-    def build_or_diverge(sorting: Any, shape: Any, **arguments: Any) -> Any:
-        if shape.num_hidden_layers == sorting.architecture.shape.num_hidden_layers:
+    def start_or_diverge(spec: Any, *, shared: Any, shape: Any, **arguments: Any) -> Any:
+        if shape.num_hidden_layers == shared.sorting.architecture.shape.num_hidden_layers:
             raise Diverged(step=3, tokens=512)
-        return build(sorting, shape, **arguments)
+        return start(spec, shared=shared, shape=shape, **arguments)
 
-    monkeypatch.setattr(trial_module, "build_student", build_or_diverge)
+    monkeypatch.setattr(trial_module, "start_student", start_or_diverge)
     search_id = service.submit()
 
     search = service.run(search_id)
