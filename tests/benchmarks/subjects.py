@@ -28,7 +28,7 @@ SEQUENCE_LENGTH = 128
 CALIBRATION_TOKENS = 65_536
 HELD_OUT_TOKENS = 65_536
 MOST_TRAIN_TOKENS = 10_000_000
-MOST_SIGNAL_TOKENS = 2**20
+MOST_SIGNAL_TOKENS = 2**21
 """Up to so many training tokens the teacher's outputs are stored; beyond, it runs beside the student."""
 
 Choices = Literal["ours", "plain", "minitron"]
