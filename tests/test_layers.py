@@ -52,6 +52,7 @@ ROWS = (
     "nas.evaluate",
     "nas.full_run",
     "nas.search.results",
+    "nas.search.pareto",
     "nas.search.study",
     "nas.search.rungs",
     "nas.search.ranking",
