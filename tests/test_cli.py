@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from nas import cli, terminal
+from nas.cli import errors, models
 from nas.client import ApiError
 from nas.compress.distillation import Progress
 from nas.compress.teacher import check_teacher
@@ -74,21 +75,21 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (ApiError("", status=None, problem={}), cli.UNREACHABLE),
-        (ApiError("", status=404, problem={}), cli.MISSING),
-        (ApiError("", status=409, problem={}), cli.CONFLICT),
-        (ApiError("", status=422, problem={}), cli.WRONG_INPUT),
-        (ApiError("", status=500, problem={}), cli.FAILED),
-        (NotFound(""), cli.MISSING),
-        (Conflict(""), cli.CONFLICT),
-        (InvalidSpec(Problem(field="a", expected="b", got="c")), cli.WRONG_INPUT),
-        (TeacherUnavailable(""), cli.WRONG_INPUT),
-        (FileNotFoundError(""), cli.WRONG_INPUT),
-        (FloatingPointError(""), cli.FAILED),
+        (ApiError("", status=None, problem={}), errors.UNREACHABLE),
+        (ApiError("", status=404, problem={}), errors.MISSING),
+        (ApiError("", status=409, problem={}), errors.CONFLICT),
+        (ApiError("", status=422, problem={}), errors.WRONG_INPUT),
+        (ApiError("", status=500, problem={}), errors.FAILED),
+        (NotFound(""), errors.MISSING),
+        (Conflict(""), errors.CONFLICT),
+        (InvalidSpec(Problem(field="a", expected="b", got="c")), errors.WRONG_INPUT),
+        (TeacherUnavailable(""), errors.WRONG_INPUT),
+        (FileNotFoundError(""), errors.WRONG_INPUT),
+        (FloatingPointError(""), errors.FAILED),
     ],
 )
 def test_an_exit_code_means_something(error: Exception, code: int) -> None:
-    assert cli.exit_code(error) == code
+    assert errors.exit_code(error) == code
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_a_teacher_is_pruned_distilled_and_evaluated_without_a_service(registere
     summary = json.loads(registered(*command).out)
     assert summary["held_out_after"]["kl"] < summary["held_out_before"]["kl"]
     again = registered(*command, "--learning-rate", "0.001")
-    assert again.code == cli.CONFLICT
+    assert again.code == errors.CONFLICT
     assert "holds another run; learning_rate: expected 0.003" in again.err
     scored = json.loads(registered("evaluate", large, "--task", "choice", "--limit", "10", "--threads", "1", "--json").out)
     assert [(row["task"], row["metric"], row["documents"]) for row in scored] == [("choice", "acc", 10)]
@@ -201,13 +202,13 @@ def test_a_teacher_that_comes_with_the_recipe_need_not_be_named(distilled: Calla
 def test_a_teacher_that_no_one_brings_is_asked_for(nas: Nas, tiny_sources: dict[str, Path], tmp_path: Path) -> None:
     options = ["--student", tiny_sources["teacher"], "--tokens", 512, "--learning-rate", 1e-3, "--corpus", tiny_sources["corpus"], "--out", tmp_path / "out"]
     answer = nas("distill", *options)
-    assert answer.code == cli.WRONG_INPUT
+    assert answer.code == errors.WRONG_INPUT
     assert "--teacher: expected a folder or Hugging Face id: the recipe brings no teacher of its own, got nothing" in answer.err
 
 
 def test_a_bundle_s_teacher_and_no_other_distils_it(distilled: Callable[..., Answer], tiny_sources: dict[str, Path], tmp_path: Path) -> None:
     answer = distilled({"teacher": {"name": "tiny", "digest": "0" * 64}}, tiny_sources["corpus"])
-    assert (answer.code, answer.out) == (cli.WRONG_INPUT, "")
+    assert (answer.code, answer.out) == (errors.WRONG_INPUT, "")
     assert f"teacher: expected the one that the student was cut out of, digest {'0' * 64}, got " in answer.err
     assert not (tmp_path / "out").exists()
 
@@ -282,11 +283,11 @@ def test_the_status_line_says_where_a_search_stands() -> None:
         "rungs": [{"rung": 0, "finished": 3, "running": 1}, {"rung": 1, "finished": 2, "running": 0}],
         "best": {"trial": 1, "score": 0.5, "standard_error": 0.1},
     }
-    assert cli.status_line(search) == "searching  trials 2/5  rung 0: 3+1  rung 1: 2  best: trial 1, score 0.500 ± 0.100"
+    assert terminal.status_line(search) == "searching  trials 2/5  rung 0: 3+1  rung 1: 2  best: trial 1, score 0.500 ± 0.100"
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
-    with cli._progress(tokens=300) as report:
+    with models._progress(tokens=300) as report:
         for tokens in (100, 200, 300):
             report(Progress(step=1, tokens=tokens, loss=1.5, learning_rate=0.1, tokens_per_second=50.0))
     lines = capsys.readouterr().err.splitlines()

@@ -1,0 +1,178 @@
+"""Submitting, following and reading searches, over REST."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from nas.cli.errors import FAILED
+from nas.cli.options import Json, SearchId, Url
+from nas.client import TERMINAL_STATES, Client
+from nas.errors import InvalidSpec, Problem
+from nas.settings import Settings
+from nas.terminal import event_line, leaderboard_table, out, print_facts, print_json, print_rows, say, shown, status_line
+
+commands = typer.Typer()
+
+
+def _client(url: str | None) -> Client:
+    settings = Settings.from_environment(os.environ)
+    return Client(url or f"http://{settings.host}:{settings.port}")
+
+
+@commands.command()
+def submit(
+    spec: Annotated[Path, typer.Argument(help="Spec file (JSON); - for standard input.")],
+    preview: Annotated[bool, typer.Option("--preview", help="Check and price it, store nothing.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow it to its end.")] = False,
+    idempotency_key: Annotated[str | None, typer.Option(help="The same key and spec again give the same search.")] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Submit a search; prints its id.
+
+    The least that a spec says, all else has a default (see /docs of the service):
+
+    \b
+    {"teacher": "NAME", "corpus": {"parts": [{"name": "NAME"}]},
+     "tasks": [{"name": "NAME"}], "budget": {"max_fraction": 0.6}}
+    """
+    try:
+        body = sys.stdin.buffer.read() if str(spec) == "-" else spec.read_bytes()
+    except OSError as error:
+        raise InvalidSpec(Problem(field="spec", expected="a readable file", got=str(error))) from error
+    with _client(url) as client:
+        if preview:
+            plan = client.preview(body)["plan"]
+            print_facts(plan if as_json else _readable_plan(plan), as_json=as_json)
+            return
+        search = client.submit(body, idempotency_key=idempotency_key)
+        if not as_json:
+            sys.stdout.write(search["id"] + "\n")
+            sys.stdout.flush()
+            say(f"{search['plan']['legal_shapes']:,} legal shapes; follow with: nas watch {search['id']}")
+        state = _follow(client, search["id"], show=not as_json) if wait else search["state"]
+        if as_json:
+            print_json(client.search(search["id"]) if wait else search)
+    _exit_unless_well(state)
+
+
+def _readable_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan with one line per anchor."""
+    anchors = {f"anchor {name}": f"{anchor['parameters']:,} parameters: {shown(anchor['shape'], name='')}" for name, anchor in plan["anchors"].items()}
+    return {**{name: value for name, value in plan.items() if name != "anchors"}, **anchors}
+
+
+@commands.command("list")
+def list_searches(state: Annotated[str | None, typer.Option(help="Only searches in this state.")] = None, url: Url = None, as_json: Json = False) -> None:
+    """Searches, newest first."""
+    with _client(url) as client:
+        searches = client.searches(state=state)
+    if as_json:
+        print_json(searches)
+        return
+    rows = [
+        {
+            "id": search["id"],
+            "state": search["state"],
+            "trials": f"{search['progress']['settled']}/{search['progress']['planned']}",
+            "created": search["created_at"][:16].replace("T", " "),
+            "teacher": search["teacher"],
+            "label": search["label"],
+        }
+        for search in searches
+    ]
+    print_rows(rows, as_json=False)
+
+
+@commands.command()
+def watch(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
+    """Follow a search until it ends; exit code 1 if it did not succeed. With --json: its events, one per line."""
+    with _client(url) as client:
+        if as_json:
+            for event in client.follow(search_id):
+                sys.stdout.write(json.dumps(event) + "\n")
+                sys.stdout.flush()
+        state = client.search(search_id)["state"] if as_json else _follow(client, search_id, show=True)
+    _exit_unless_well(state)
+
+
+@commands.command()
+def leaderboard(
+    search_id: SearchId,
+    csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """The leaderboard of a search. Rows that share a rank cannot be told apart."""
+    if csv and as_json:
+        raise InvalidSpec(Problem(field="--csv", expected="one of --csv and --json", got="both"))
+    with _client(url) as client:
+        if csv:
+            sys.stdout.write(client.leaderboard_csv(search_id))
+            return
+        board = client.leaderboard(search_id)
+    if as_json:
+        print_json(board)
+    elif not board["rows"]:
+        say("no trial has been measured yet")
+    else:
+        table = leaderboard_table(board, width=out.width)
+        out.print(table)
+        if hidden := len(leaderboard_table(board).columns) - len(table.columns):
+            say(f"{hidden} columns are left out, as the terminal is narrow; --csv and --json have all")
+
+
+@commands.command()
+def winner(
+    search_id: SearchId,
+    bundle: Annotated[Path | None, typer.Option(help="Save the bundle (a tar file) here, or as bundle.tar in this folder.")] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """The winning shape, and its bundle."""
+    with _client(url) as client:
+        document = client.winner(search_id)
+        if bundle is not None:
+            saved = client.download_bundle(search_id, target=bundle / "bundle.tar" if bundle.is_dir() else bundle)
+            say(f"saved {saved}")
+    if as_json:
+        print_json(document)
+    else:
+        shown = {"trial": document["trial"], **document["shape"], "parameters": document["parameters"], "share_of_teacher": document["share_of_teacher"]}
+        print_facts({**shown, "bundle_sha256": document["bundle_sha256"]}, as_json=False)
+
+
+@commands.command()
+def cancel(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
+    """Cancel a search; what it has measured stays."""
+    with _client(url) as client:
+        search = client.cancel(search_id)
+    print_facts({"id": search["id"], "state": search["state"]}, as_json=as_json)
+
+
+def _follow(client: Client, search_id: str, *, show: bool) -> str:
+    """Wait for the end of a search; returns its state. On a terminal its last line says where the search stands."""
+    shown = out if show else Console(quiet=True)
+    looked = 0.0
+    with shown.status("", spinner="dots") as status:
+        for event in client.follow(search_id):
+            if line := event_line(event):
+                shown.print(line, markup=False, highlight=False, soft_wrap=True)
+            if shown.is_terminal and time.monotonic() - looked > 1.0:
+                status.update(status_line(client.search(search_id)))
+                looked = time.monotonic()
+    return str(client.search(search_id)["state"])
+
+
+def _exit_unless_well(state: str) -> None:
+    if state in TERMINAL_STATES and state != "succeeded":
+        raise typer.Exit(FAILED)

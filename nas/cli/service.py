@@ -1,0 +1,45 @@
+"""`nas serve`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nas.settings import Settings
+from nas.terminal import say
+
+commands = typer.Typer()
+
+
+@commands.command()
+def serve(
+    data: Annotated[Path | None, typer.Option(help="Folder of all files (NAS_DATA).")] = None,
+    host: Annotated[str | None, typer.Option(help="Address (NAS_HOST).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port (NAS_PORT).")] = None,
+    database: Annotated[str | None, typer.Option(help="sqlite:///FILE or postgresql://... (NAS_DATABASE_URL).")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A running Ray cluster; default: a local one (NAS_RAY_ADDRESS).")] = None,
+    num_cpus: Annotated[int | None, typer.Option(help="CPU cores of the local cluster (NAS_NUM_CPUS).")] = None,
+    num_gpus: Annotated[int | None, typer.Option(help="GPUs of the local cluster (NAS_NUM_GPUS).")] = None,
+) -> None:
+    """Run the API, the controller and a local Ray cluster until Ctrl-C."""
+    from nas.serve import check_port
+    from nas.serve import serve as run
+
+    options = {
+        "NAS_DATA": data and data.absolute(),
+        "NAS_HOST": host,
+        "NAS_PORT": port,
+        "NAS_DATABASE_URL": database,
+        "NAS_RAY_ADDRESS": ray_address,
+        "NAS_NUM_CPUS": num_cpus,
+        "NAS_NUM_GPUS": num_gpus,
+    }
+    os.environ.update({name: str(value) for name, value in options.items() if value is not None})
+    settings = Settings.from_environment(os.environ)
+    check_port(settings)
+    say(f"serving http://{settings.host}:{settings.port}, data in {settings.data_folder}")
+    sys.exit(run())
