@@ -61,6 +61,8 @@ class TaskSpec:
     """Weight in the objective, relative to the other tasks."""
     num_fewshot: Annotated[int, Field(ge=0, le=64)] = 0
     """Worked examples in front of each document."""
+    insist: bool = False
+    """Keep the task in the objective even where the teacher does not stand clear of random weights; else such a task is named and left out."""
 
 
 @_value

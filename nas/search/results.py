@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -66,6 +66,8 @@ class RungResult:
     """All metrics that lm-eval returned, by task, for display."""
     reconstruction: Mapping[str, Any] | None = None
     """How the student's weights were fitted before training, and what it gained (`compress.reconstruction.Reconstruction`); None: not asked for."""
+    likelihoods: Mapping[str, Mapping[str, Metric]] = field(default_factory=dict)
+    """Per task its likelihood forms, as far as the task has them: `logprob_per_byte`, `margin`, `bits_per_byte` (evaluate/scoring.py)."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -78,6 +80,7 @@ class RungResult:
             "seconds": dict(self.seconds),
             "details": dict(self.details),
             "reconstruction": None if self.reconstruction is None else dict(self.reconstruction),
+            "likelihoods": {task: {form: metric.as_dict() for form, metric in forms.items()} for task, forms in self.likelihoods.items()},
         }
 
     @classmethod
@@ -92,4 +95,5 @@ class RungResult:
             seconds=dict(values["seconds"]),
             details=dict(values["details"]),
             reconstruction=values.get("reconstruction"),
+            likelihoods={task: {form: Metric.from_dict(metric) for form, metric in forms.items()} for task, forms in values.get("likelihoods", {}).items()},
         )

@@ -37,8 +37,16 @@ def test_a_metric_is_the_mean_of_its_documents_with_its_standard_error(values: t
         parameters=st.integers(1, 9),
         seconds=st.dictionaries(st.text(max_size=3), finite),
         details=st.just({"t": {"acc": {"value": None}}}),
+        likelihoods=st.dictionaries(st.text(max_size=3), st.dictionaries(st.sampled_from(["margin", "bits_per_byte"]), metrics), max_size=2),
     )
 )
 @settings(max_examples=30, deadline=None)
 def test_a_result_survives_json(result: RungResult) -> None:
     assert RungResult.from_dict(json.loads(json.dumps(result.as_dict(), allow_nan=False))) == result
+
+
+def test_a_result_stored_before_there_were_likelihood_forms_is_read() -> None:
+    metric = Metric.from_documents((1.0, 2.0), higher_is_better=False)
+    result = RungResult(rung=0, tokens=0, kl=metric, loss=metric, tasks={}, parameters=1, seconds={}, details={})
+    stored = {name: value for name, value in result.as_dict().items() if name != "likelihoods"}
+    assert RungResult.from_dict(stored) == result
