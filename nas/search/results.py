@@ -68,6 +68,9 @@ class RungResult:
     """How the student's weights were fitted before training, and what it gained (`compress.reconstruction.Reconstruction`); None: not asked for."""
     likelihoods: Mapping[str, Mapping[str, Metric]] = field(default_factory=dict)
     """Per task its likelihood forms, as far as the task has them: `logprob_per_byte`, `margin`, `bits_per_byte` (evaluate/scoring.py)."""
+    costs: Mapping[str, float] = field(default_factory=dict)
+    """What the model costs, by name: `parameters`, `memory_bytes`, `flops_per_token` in closed form (`nas/cost.py`), and at rung 0
+    `prefill_ms:NAME` and `decode_ms:NAME`, measured at the named workloads of the budget. Lower is better."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -81,6 +84,7 @@ class RungResult:
             "details": dict(self.details),
             "reconstruction": None if self.reconstruction is None else dict(self.reconstruction),
             "likelihoods": {task: {form: metric.as_dict() for form, metric in forms.items()} for task, forms in self.likelihoods.items()},
+            "costs": dict(self.costs),
         }
 
     @classmethod
@@ -96,4 +100,5 @@ class RungResult:
             details=dict(values["details"]),
             reconstruction=values.get("reconstruction"),
             likelihoods={task: {form: Metric.from_dict(metric) for form, metric in forms.items()} for task, forms in values.get("likelihoods", {}).items()},
+            costs=dict(values.get("costs", {})),
         )

@@ -46,7 +46,7 @@ class TrialState(StrEnum):
     COMPLETED = "completed"
     """Reached the last rung."""
     STOPPED = "stopped"
-    """Not promoted."""
+    """Not promoted, or over a ceiling that is measured: its failure then has the reason `over_budget`."""
     FAILED = "failed"
     CANCELLED = "cancelled"
 
@@ -148,6 +148,8 @@ class TrialRecord:
     """Of a finalist: verified, reason, parameters of the file, held-out result (without documents), latency."""
     created_at: datetime
     updated_at: datetime
+    budget: int = 0
+    """Index among the search's budgets (`SearchSpec.budgets`) of the one it was proposed for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -155,6 +155,7 @@ trials = Table(
     Column("shape_key", String(255), nullable=False),
     Column("choices", _JSON),
     Column("parameters", BigInteger, nullable=False),
+    Column("budget", Integer, nullable=False, server_default="0"),
     Column("state", String(16), nullable=False),
     Column("rung", Integer),
     Column("failure", _JSON),

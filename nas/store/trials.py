@@ -40,7 +40,9 @@ class Trials(Database):
     A terminal state is never left. What takes a `fence` raises Fenced when it is stale; what takes an id raises NotFound.
     """
 
-    def add_trial(self, search_id: str, *, number: int, origin: str, shape: Json, choices: Json | None, parameters: int, fence: int | None) -> TrialRecord:
+    def add_trial(
+        self, search_id: str, *, number: int, origin: str, shape: Json, choices: Json | None, parameters: int, fence: int | None, budget: int = 0
+    ) -> TrialRecord:
         """A waiting trial; event `trial.proposed`.
 
         Raises:
@@ -62,12 +64,13 @@ class Trials(Database):
                 "shape_key": key,
                 "choices": choices,
                 "parameters": parameters,
+                "budget": budget,
                 "state": TrialState.WAITING,
                 "created_at": now,
                 "updated_at": now,
             }
             connection.execute(insert(trials).values(row))
-            write_event(connection, search_id, "trial.proposed", {"trial": number, "origin": origin, "parameters": parameters})
+            write_event(connection, search_id, "trial.proposed", {"trial": number, "origin": origin, "parameters": parameters, "budget": budget})
             return _get_trial(connection, search_id, number)
 
     def get_trial(self, search_id: str, number: int) -> TrialRecord:
@@ -160,8 +163,13 @@ class Trials(Database):
         with self.read() as connection:
             return connection.execute(select(func.count()).select_from(query.subquery())).scalar_one()
 
-    def record_rung(self, attempt_id: str, *, search_id: str, trial: int, rung: int, result: Json, trial_state: TrialState, fence: int | None) -> RungRecord:
+    def record_rung(
+        self, attempt_id: str, *, search_id: str, trial: int, rung: int, result: Json, trial_state: TrialState, fence: int | None, failure: Json | None = None
+    ) -> RungRecord:
         """Keep a rung's result, all in one transaction: the rung, the attempt's success, the trial's state, event `trial.rung_finished`.
+
+        Args:
+            failure: why this result ends the trial, where it does (a measured cost is over its ceiling).
 
         Raises:
             Conflict: the attempt is not running, is not of this rung, or the rung has a result.
@@ -183,8 +191,8 @@ class Trials(Database):
             )
             connection.execute(insert(rungs).values(_rung_row(record)))
             connection.execute(update(attempts).where(attempts.c.id == attempt_id).values(state=AttemptState.SUCCEEDED, finished_at=record.finished_at))
-            _update_trial(connection, search_id, trial, {"state": trial_state, "rung": rung})
-            write_event(connection, search_id, "trial.rung_finished", _rung_data(record, trial_state))
+            _update_trial(connection, search_id, trial, {"state": trial_state, "rung": rung, "failure": failure})
+            write_event(connection, search_id, "trial.rung_finished", _rung_data(record, trial_state) | ({} if failure is None else {"failure": failure}))
             return record
 
     def save_confirmation(self, attempt_id: str | None, *, search_id: str, trial: int, confirmation: Json, fence: int | None) -> None:

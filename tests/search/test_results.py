@@ -37,6 +37,7 @@ def test_a_metric_is_the_mean_of_its_documents_with_its_standard_error(values: t
         parameters=st.integers(1, 9),
         seconds=st.dictionaries(st.text(max_size=3), finite),
         details=st.just({"t": {"acc": {"value": None}}}),
+        costs=st.dictionaries(st.text(max_size=3), finite),
         likelihoods=st.dictionaries(st.text(max_size=3), st.dictionaries(st.sampled_from(["margin", "bits_per_byte"]), metrics), max_size=2),
     )
 )

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 
 from nas.errors import Conflict
-from nas.store.database import VERSION_TABLE
+from nas.store import database
+from nas.store.database import VERSION_TABLE, Database
 from nas.store.store import Store
 from nas.store.tables import metadata
+from tests.store.store_values import shape
 
 FIRST_RUN = """
 import sys
@@ -62,3 +68,24 @@ def test_a_database_of_a_newer_version_is_refused(empty_url: str) -> None:
 
     with pytest.raises(Conflict, match=r"database schema: .*9999"):
         Store.open(empty_url, migrate=True)
+
+
+def test_trials_that_are_there_belong_to_the_first_budget_after_the_upgrade(empty_url: str) -> None:
+    old = Database(empty_url)
+    config = Config()
+    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
+    with old.write(fence=None) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        now = "'2026-01-01 00:00:00.000000'"
+        columns = "id, label, state, num_events, created_at, updated_at, spec, inputs, plan"
+        connection.execute(text(f"INSERT INTO searches ({columns}) VALUES ('srch_1', '', 'queued', 0, {now}, {now}, '{{}}', '{{}}', '{{}}')"))
+        columns = "search_id, number, origin, shape, shape_key, parameters, state, created_at, updated_at"
+        values = f"'srch_1', 0, 'sampler', '{json.dumps(shape())}', 'key', 5, 'waiting', {now}, {now}"
+        connection.exec_driver_sql(f"INSERT INTO trials ({columns}) VALUES ({values})")
+    old.close()
+
+    store = Store.open(empty_url, migrate=True)
+
+    assert [(trial.budget, trial.parameters) for trial in store.list_trials("srch_1")] == [(0, 5)]
+    store.close()

@@ -35,6 +35,12 @@ class TestTrials:
         assert store.list_trials(search.id) == [trial]
         assert event_types(store, search) == ["trial.proposed"]
 
+    def test_a_trial_belongs_to_the_budget_it_was_proposed_for(self, store: Store, search: SearchRecord, trial: TrialRecord) -> None:
+        added = store.add_trial(search.id, number=1, origin="user", shape=shape(hidden_size=32), choices=None, parameters=9, budget=2, fence=None)
+
+        assert (trial.budget, added.budget) == (0, 2)
+        assert [kept.budget for kept in store.list_trials(search.id)] == [0, 2]
+
     @pytest.mark.parametrize("number", [1, -1, 2**31, 10**30])
     def test_an_unknown_number_is_not_found_whatever_its_size(self, store: Store, trial: TrialRecord, number: int) -> None:
         with pytest.raises(NotFound, match="trial: expected the number of one"):
@@ -187,6 +193,16 @@ class TestResults:
         assert (after.state, after.rung) == (TrialState.COMPLETED, 1)
         event = store.list_events(search.id)[-1]
         assert (event.type, event.data) == ("trial.rung_finished", {"trial": 0, "rung": 1, "tokens": 4000, "state": "completed", "kl": 1.5, "loss": 1.5})
+
+    def test_a_result_that_ends_its_trial_says_why(self, store: Store, search: SearchRecord, trial: TrialRecord) -> None:
+        attempt = store.start_attempt(search.id, stage="rung", trial=0, rung=0, fence=None)
+        failure = {"stage": "rung 0", "reason": "over_budget"}
+        ended = {"search_id": search.id, "trial": 0, "rung": 0, "result": result(), "trial_state": TrialState.STOPPED}
+        store.record_rung(attempt.id, **ended, failure=failure, fence=None)
+
+        after = store.get_trial(search.id, 0)
+        assert (after.state, after.rung, after.failure) == (TrialState.STOPPED, 0, failure)
+        assert store.list_events(search.id)[-1].data["failure"] == failure
 
     def test_a_second_result_of_a_rung_is_refused(self, store: Store, search: SearchRecord, trial: TrialRecord, finish_rung: FinishRung) -> None:
         finish_rung(trial, 0)
