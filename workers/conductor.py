@@ -160,7 +160,7 @@ class Conductor:
         self._store.finish_attempt(attempt.id, state=state, reason=f"{reason}: {outcome.message}"[:4000], fence=self._fence)
         logger.warning("attempt failed: %s", reason, extra={"action": "attempt_failed", "search_id": self.record.id, "attempt_id": attempt.id})
         if attempt.trial is not None:
-            self._run.trials[attempt.trial] = self._store.get_trial(self.record.id, attempt.trial)
+            self._run.set_trial(self._store.get_trial(self.record.id, attempt.trial))
         if attempt.stage in ("rung", "confirm"):  # the others end the search when they are spent: that waits until all is settled
             self._give_up_if_spent(attempt.stage, trial=attempt.trial, rung=attempt.rung)
 
@@ -197,7 +197,7 @@ class Conductor:
             trial_state=TrialState.COMPLETED if is_last else TrialState.WAITING,
             fence=self._fence,
         )
-        self._run.trials[number] = self._store.get_trial(self.record.id, number)
+        self._run.set_trial(self._store.get_trial(self.record.id, number))
         self._run.add_result(number, rung_result)
         # The next rung resumes this one's trunk; after the last, only the student is needed.
         clear_below(self.folder.trial(number), rung=rung_result.rung + 1 if is_last else rung_result.rung)
@@ -308,22 +308,22 @@ class Conductor:
 
     def _propose(self, new: NewTrial) -> None:
         run = self._run
-        number = len(run.trials)
-        run.trials[number] = self._store.add_trial(
+        trial = self._store.add_trial(
             run.id,
-            number=number,
+            number=len(run.trials),
             origin=new.origin,
             shape=new.shape.as_dict(),
             choices=new.choices.as_dict() if new.choices else None,
             parameters=count_parameters(run.space.architecture, new.shape).total,
             fence=self._fence,
         )
+        run.set_trial(trial)
 
     def _start_rung(self, action: Advance) -> None:
         trial = self._run.trials[action.trial]
         request = {"shape": trial.shape, "rung": action.rung, "trial_folder": str(self.folder.trial(trial.number))}
         self._start("rung", trial=trial.number, rung=action.rung, request=request)
-        self._run.trials[trial.number] = self._store.get_trial(self.record.id, trial.number)
+        self._run.set_trial(self._store.get_trial(self.record.id, trial.number))
 
     def _confirm(self) -> None:
         """Confirm every finalist, then bundle the first verified one that is not a control."""
@@ -394,7 +394,7 @@ class Conductor:
             self.folder.drop_trial(number)
 
     def _change_trial(self, number: int, *, to: TrialState, failure: dict[str, Any] | None = None) -> None:
-        self._run.trials[number] = self._store.change_trial(self.record.id, number, to=to, failure=failure, fence=self._fence)
+        self._run.set_trial(self._store.change_trial(self.record.id, number, to=to, failure=failure, fence=self._fence))
 
     def _cancel_trials(self) -> None:
         for trial in list(self._run.trials.values()):
@@ -423,7 +423,7 @@ class Conductor:
         self.running.clear()
         self.ended.clear()
         for trial in self._store.list_trials(self.record.id):
-            self._run.trials[trial.number] = trial
+            self._run.set_trial(trial)
         self._cancel_trials()
         failed = [attempt.id for attempt in self._store.list_attempts(self.record.id) if attempt.state is AttemptState.FAILED]
         self.folder.clear(keep_attempts=failed)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -55,7 +57,11 @@ class _Step:
 
 
 class SearchRun:
-    """The search's state between two decisions; `trials` and `results` are kept in step with the store by the controller."""
+    """The search's state between two decisions; `set_trial`, `add_start` and `add_result` keep it in step with the store.
+
+    A decision must cost about the same after ten thousand trials as after ten, so what it reads is indexed as it arrives, and who goes on from a
+    rung is computed again only when something came that can change it. All of it follows from the store's content, in whatever steps it came.
+    """
 
     def __init__(self, record: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Sequence[RungRecord], attempts: Sequence[AttemptRecord]) -> None:
         self.id = record.id
@@ -64,30 +70,74 @@ class SearchRun:
         self.space = build_space(self.spec, inputs=record.inputs)
         anchors = self.space.anchors() if self.spec.controls.anchors else {}
         self._named = [*((f"anchor:{name}", shape) for name, shape in anchors.items()), *(("user", shape) for shape in self.spec.shapes)]
-        self.trials: dict[int, TrialRecord] = {trial.number: trial for trial in trials}
+        self._trials: dict[int, TrialRecord] = {}
+        self.trials: Mapping[int, TrialRecord] = MappingProxyType(self._trials)
+        """By number; changed by `set_trial` alone."""
         self.results: dict[int, dict[int, RungResult]] = {}
-        for row in sorted(rungs, key=lambda row: row.sequence):
-            self.add_result(row.trial, RungResult.from_dict(row.result))
         self.reached: dict[int, int] = {}
         """Deepest rung of a trial that was ever started, however it ended."""
+        self._shapes: dict[int, Shape] = {}
+        self._seen: set[str] = set()
+        self._choices: dict[int, Choices | None] = {}
+        self._num_searched = 0
+        self._open: set[int] = set()
+        """Trials that run or wait."""
+        self._waiting: defaultdict[int | None, set[int]] = defaultdict(set)
+        """Trials that wait, by their deepest finished rung."""
+        self._standings: list[dict[int, Standing]] = [{} for _ in range(self.last_rung)]
+        """By rung: the results that count there."""
+        self._promoted: dict[int, tuple[bool, tuple[int, ...]]] = {}
+        """By rung, while nothing has come that can change it: whether it was complete, and who goes on."""
+        self._is_exhausted = False
+        for trial in trials:
+            self.set_trial(trial)
+        for row in sorted(rungs, key=lambda row: row.sequence):
+            self.add_result(row.trial, RungResult.from_dict(row.result))
         for attempt in attempts:
             if attempt.stage == "rung" and attempt.trial is not None and attempt.rung is not None:
                 self.add_start(attempt.trial, rung=attempt.rung)
 
+    def set_trial(self, trial: TrialRecord) -> None:
+        """A trial as the store has it now: a new one, or one that changed."""
+        number, before = trial.number, self._trials.get(trial.number)
+        if before is None:
+            self._shapes[number] = Shape.from_dict(trial.shape)
+            self._seen.add(self._shapes[number].key)
+            self._num_searched += trial.origin != CONTROL
+        else:
+            self._waiting[before.rung].discard(number)
+        self._trials[number] = trial
+        if trial.state is TrialState.WAITING:
+            self._waiting[trial.rung].add(number)
+        if trial.state.is_terminal:
+            self._open.discard(number)
+        else:
+            self._open.add(number)
+        if trial.state is TrialState.FAILED:  # the places it held go to the next best
+            for rung, standings in enumerate(self._standings):
+                if standings.pop(number, None) is not None:
+                    self._promoted.pop(rung, None)
+
     def add_start(self, trial: int, *, rung: int) -> None:
         """A rung of a trial starts: whatever becomes of it, the trial was promoted to it."""
         self.reached[trial] = max(rung, self.reached.get(trial, 0))
+        for below in range(rung):
+            if below in self._promoted and trial not in self._promoted[below][1]:
+                del self._promoted[below]
 
     def add_result(self, trial: int, result: RungResult) -> None:
         """Must be called in finish order: the sampler is fed in it."""
         self.results.setdefault(trial, {})[result.rung] = result
+        if result.rung < self.last_rung and self.trials[trial].state is not TrialState.FAILED:
+            self._standings[result.rung][trial] = self._standing(trial, result)
+            self._promoted.pop(result.rung, None)
 
     @property
     def last_rung(self) -> int:
         return self.spec.rungs.num_trained
 
     def shape_of(self, trial: int) -> Shape:
-        return Shape.from_dict(self.trials[trial].shape)
+        return self._shapes[trial]
 
     # -- what next ---------------------------------------------------------------------------------------------------------
 
@@ -96,24 +146,22 @@ class SearchRun:
 
         Higher rungs go first, then new shapes: with one worker that is a depth-first successive halving.
         """
-        for trial in self.trials.values():
-            if trial.state == TrialState.WAITING and trial.rung is None:
-                return Advance(trial=trial.number, rung=0)
-        for standing in reversed(self._ladder()):
-            for number in standing.promoted:
-                trial = self.trials[number]
-                if trial.state == TrialState.WAITING and trial.rung == standing.rung:
-                    return Advance(trial=number, rung=standing.rung + 1)
+        if new := self._waiting[None]:
+            return Advance(trial=min(new), rung=0)
+        for step in reversed(self._ladder()):
+            if waiting := self._waiting[step.rung]:
+                for number in step.promoted:
+                    if number in waiting:
+                        return Advance(trial=number, rung=step.rung + 1)
         return self._next_shape()
 
     def left_behind(self) -> list[int]:
         """Trials that wait at a rung from which no one will go up any more: who was promoted is up, so none of their places gets free."""
         return [
-            trial.number
-            for standing in self._ladder()
-            if standing.complete and self._have_arrived(standing.promoted, rung=standing.rung + 1)
-            for trial in self.trials.values()
-            if trial.state == TrialState.WAITING and trial.rung == standing.rung and trial.number not in standing.promoted
+            number
+            for step in self._ladder()
+            if step.complete and self._waiting[step.rung] and self._have_arrived(step.promoted, rung=step.rung + 1)
+            for number in sorted(self._waiting[step.rung].difference(step.promoted))
         ]
 
     def _have_arrived(self, promoted: Sequence[int], *, rung: int) -> bool:
@@ -121,30 +169,40 @@ class SearchRun:
 
     def is_finished(self) -> bool:
         """No trial runs or waits, and no shape is left to propose."""
-        return all(trial.state.is_terminal for trial in self.trials.values()) and self.next_action() is None
+        return not self._open and self.next_action() is None
 
     def _ladder(self) -> list[_Step]:
         """Every rung below the last: who goes on from it (those that already did among them), and whether more may still reach it."""
         ladder: list[_Step] = []
-        live = [trial for trial in self.trials.values() if not self._is_forced(trial.number) and trial.state not in (TrialState.FAILED, TrialState.CANCELLED)]
         complete = self._all_proposed()
-        coming = {trial.number for trial in live}
+        coming: Sequence[int] = [number for number in self.trials if self._may_arrive(number)] if complete else ()
         for rung in range(self.last_rung):
-            arrived = {trial.number for trial in live if trial.rung is not None and trial.rung >= rung}
-            complete = complete and coming <= arrived
-            standings = [
-                Standing(trial=number, depth=self.shape_of(number).num_hidden_layers, kl=results[rung].kl, forced=self._is_forced(number))
-                for number, results in self.results.items()
-                if rung in results and self.trials[number].state != TrialState.FAILED  # the place it held goes to the next best
-            ]
-            best = promotable(rung, standings, spec=self.spec.rungs, complete=complete)
-            # Better ones may have come since an early promotion; it holds all the same, also while its rung is tried again.
-            early = [standing.trial for standing in standings if standing.trial not in best and self.reached.get(standing.trial, 0) > rung]
-            promoted = (*best, *early)
+            complete = complete and all(self._has_arrived(number, rung=rung) for number in coming)
+            promoted = self._goes_on(rung, complete=complete)
             ladder.append(_Step(rung=rung, complete=complete, promoted=promoted))
             # A place that gets free after the others were stopped stays empty.
-            coming = {trial.number for trial in live if trial.number in promoted and trial.state != TrialState.STOPPED}
+            coming = [number for number in promoted if self._may_arrive(number) and self.trials[number].state is not TrialState.STOPPED] if complete else ()
         return ladder
+
+    def _may_arrive(self, number: int) -> bool:
+        return not self._is_forced(number) and self.trials[number].state not in (TrialState.FAILED, TrialState.CANCELLED)
+
+    def _has_arrived(self, number: int, *, rung: int) -> bool:
+        deepest = self.trials[number].rung
+        return deepest is not None and deepest >= rung
+
+    def _goes_on(self, rung: int, *, complete: bool) -> tuple[int, ...]:
+        """Who goes on from a rung, those that already did among them."""
+        if self._promoted.get(rung, (None,))[0] is not complete:
+            standings = self._standings[rung]
+            best = promotable(rung, list(standings.values()), spec=self.spec.rungs, complete=complete)
+            # Better ones may have come since an early promotion; it holds all the same, also while its rung is tried again.
+            early = sorted(number for number in standings.keys() - set(best) if self.reached.get(number, 0) > rung)
+            self._promoted[rung] = complete, (*best, *early)
+        return self._promoted[rung][1]
+
+    def _standing(self, number: int, result: RungResult) -> Standing:
+        return Standing(trial=number, depth=self.shape_of(number).num_hidden_layers, kl=result.kl, forced=self._is_forced(number))
 
     def _is_forced(self, number: int) -> bool:
         return self.trials[number].origin.split(":")[0] in FORCED_ORIGINS
@@ -155,16 +213,17 @@ class SearchRun:
         """Whether every named shape and max_trials shapes in all are proposed, or every legal one is."""
         if self._next_named() is not None:
             return False
-        if sum(self._is_searched(number) for number in self.trials) >= self.spec.sampler.max_trials:
+        if self._num_searched >= self.spec.sampler.max_trials:
             return True
-        seen = self._seen()
-        return self.space.count() <= len(seen) and all(shape.key in seen for shape in self.space.shapes())
+        if not self._is_exhausted and self.space.count() <= len(self._seen):  # trials are never taken back, so it stays exhausted
+            self._is_exhausted = all(shape.key in self._seen for shape in self.space.shapes())
+        return self._is_exhausted
 
     def _next_shape(self) -> NewTrial | None:
         if not self._all_proposed():
             return self._next_searched_shape()
         # Controls come last, so that the sampler never learns from them.
-        if all(trial.state.is_terminal for trial in self.trials.values() if self._is_searched(trial.number)):
+        if not any(map(self._is_searched, self._open)):
             return self._next_control()
         return None
 
@@ -172,19 +231,13 @@ class SearchRun:
         """The next anchor, named shape or proposal of the sampler."""
         if (named := self._next_named()) is not None:
             return named
-        searched = [trial for trial in self.trials.values() if self._is_searched(trial.number)]
-        seen = self._seen()
         proposal = propose(
             self.space,
             sampler=choose_sampler(self.spec.sampler, space_size=self.space.count()),
             observations=self._observations(),
-            pending=[
-                choices
-                for trial in searched
-                if trial.state in (TrialState.RUNNING, TrialState.WAITING) and (choices := self._choices(Shape.from_dict(trial.shape))) is not None
-            ],
-            seen=seen,
-            number=len(searched),
+            pending=[choices for number in sorted(self._open) if self._is_searched(number) and (choices := self._choices_of_trial(number)) is not None],
+            seen=self._seen,
+            number=self._num_searched,
             seed=self.spec.seed,
             num_startup_trials=self.spec.sampler.num_startup_trials,
         )
@@ -192,39 +245,39 @@ class SearchRun:
 
     def _next_named(self) -> NewTrial | None:
         """The next anchor or shape of the user's; they are evaluated even where they are more than max_trials."""
-        seen = self._seen()
         for origin, shape in self._named:
-            if shape.key not in seen:
-                return NewTrial(origin=origin, shape=shape, choices=self._choices(shape))
+            if shape.key not in self._seen:
+                return NewTrial(origin=origin, shape=shape, choices=self._choices_of(shape))
         return None
 
     def _next_control(self) -> NewTrial | None:
         drawn = sum(trial.origin == CONTROL for trial in self.trials.values())
         if drawn >= self.spec.controls.num_random:
             return None
-        seen = self._seen()
         generator = np.random.default_rng([self.spec.seed, 1, drawn])
         for _ in range(1000):
             shape = self.space.draw(generator)
-            if shape.key not in seen:
+            if shape.key not in self._seen:
                 return NewTrial(origin=CONTROL, shape=shape, choices=None)
-        unseen = next((shape for shape in self.space.shapes() if shape.key not in seen), None)
+        unseen = next((shape for shape in self.space.shapes() if shape.key not in self._seen), None)
         return NewTrial(origin=CONTROL, shape=unseen, choices=None) if unseen else None
 
-    def _seen(self) -> set[str]:
-        return {Shape.from_dict(trial.shape).key for trial in self.trials.values()}
-
-    def _choices(self, shape: Shape) -> Choices | None:
+    def _choices_of(self, shape: Shape) -> Choices | None:
         """The choices that stand for a shape, if they do: an anchor outside the ranges teaches the sampler nothing."""
         choices = self.space.choices_of(shape)
         return choices if self.space.resolve(choices) == shape else None
+
+    def _choices_of_trial(self, number: int) -> Choices | None:
+        if number not in self._choices:
+            self._choices[number] = self._choices_of(self.shape_of(number))
+        return self._choices[number]
 
     def _observations(self) -> list[Observation]:
         """What the sampler learns from: the deepest trained rung with num_startup_trials results, else the first, never a mixture of rungs.
 
         The value is -log KL on the held-out blocks. A failed shape counts as the worst seen: told as a failure, TPE asks for it again and again.
         """
-        searched = {number: choices for number in self.trials if self._is_searched(number) and (choices := self._choices(self.shape_of(number))) is not None}
+        searched = {number: choices for number in self.trials if self._is_searched(number) and (choices := self._choices_of_trial(number)) is not None}
         for rung in reversed(range(1, self.last_rung + 1)):
             values = {
                 number: -math.log(max(self.results[number][rung].kl.value, 1e-12))

@@ -83,7 +83,7 @@ class Simulation:
         return SearchRun(self.record, trials=list(self.run.trials.values()), rungs=self.rungs, attempts=self.attempts)
 
     def set_state(self, number: int, **changes: Any) -> None:
-        self.run.trials[number] = replace(self.run.trials[number], **changes)
+        self.run.set_trial(replace(self.run.trials[number], **changes))
 
     def fill(self, *, parallel: int) -> None:
         """Start what should run, up to `parallel` steps."""
@@ -106,7 +106,7 @@ class Simulation:
     def propose(self, new: NewTrial) -> None:
         number = len(self.run.trials)
         self.proposals.append(new)
-        self.run.trials[number] = TrialRecord(
+        trial = TrialRecord(
             search_id="srch_1",
             number=number,
             origin=new.origin,
@@ -120,6 +120,7 @@ class Simulation:
             created_at=NOW,
             updated_at=NOW,
         )
+        self.run.set_trial(trial)
 
     def finish(self, index: int, *, fails: bool = False) -> None:
         step = self.running.pop(index % len(self.running))
