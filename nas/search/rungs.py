@@ -1,12 +1,20 @@
 """Who goes on to the next rung. Pure: it knows no store, no trial state and no clock.
 
-Successive halving with three departures. Rung 0 (no training) says little about the order (Kendall 0.00 in arXiv
-2407.14679, table 1), so it keeps a share of every depth class. A trained rung promotes asynchronously while trials are
-still on their way to it (ASHA, arXiv 1810.05934), and takes along whoever cannot be told apart from the last one in.
-Forced trials (anchors, the user's shapes, controls) always go on and never take a place.
+Successive halving with these departures:
 
-An asynchronous promotion is never revoked: a trial that went up stays up when better ones arrive later. The caller
-therefore subtracts those already up from `promotable`, and does not expect them to be in it.
+- Rung 0 (no training) says little about the order (Kendall 0.00 in arXiv 2407.14679, table 1), so it keeps a share of every depth class, and
+  each depth class keeps a share of the first trained rung as well: shallow and narrow students swap places as they train.
+- A trained rung promotes its best share *and those tied with the last of it*. The test is paired over the held-out blocks and includes the spread
+  between training seeds. Depth classes and ties together enlarge the share at most by `max_tie_growth`.
+- A rung promotes asynchronously while trials are still on their way to it (ASHA, arXiv 1810.05934).
+- With several objectives the order is by fronts of (KL, costs), the loneliest of a front first.
+
+Forced trials (anchors, the user's shapes, controls, repeats) always go on and never take a place.
+
+What holds (tests/search/test_rungs.py): the order of arrival changes nothing; a complete rung promotes at least its best share, whatever was promoted
+before; with one objective a trial whose KL falls by the same on every block is never passed over for it, and no trial goes on for a tie while a better
+one stays behind. An asynchronous promotion is never revoked: a trial that went up stays up when better ones arrive later. The caller therefore
+subtracts those already up from `promotable`, and does not expect them to be in it.
 """
 
 from __future__ import annotations
@@ -16,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nas.search.pareto import best_first, fronts
 from nas.search.results import Metric
 from nas.spec import RungSpec
 
@@ -36,6 +45,8 @@ class Standing:
     """Held-out KL to the teacher at this rung, per block, finite. Lower is better."""
     forced: bool
     """Goes on whatever its KL, outside the count: an anchor, a shape of the user's, a control."""
+    costs: tuple[float, ...] = ()
+    """The spec's further objectives, minimised, in one order for all standings; empty with one objective."""
 
 
 def last_rung(spec: RungSpec) -> int:
@@ -43,19 +54,24 @@ def last_rung(spec: RungSpec) -> int:
     return spec.num_trained
 
 
-def promotable(rung: int, standings: Sequence[Standing], *, spec: RungSpec, complete: bool) -> tuple[int, ...]:
-    """Numbers of the trials that may go on from `rung`, best first, those that already went on among them.
+def promotable(rung: int, standings: Sequence[Standing], *, spec: RungSpec, complete: bool, seed_spread: float | None = None) -> tuple[int, ...]:
+    """Numbers of the trials that may go on from `rung`, lowest KL first, those that already went on among them.
 
     Args:
         standings: every trial that finished this rung, in any order; failed ones are absent.
-        complete: no further trial will finish this rung. It rounds the share up, so that the best one always goes on.
+        complete: no further trial will finish this rung. It rounds the shares up, so that the best one always goes on.
+        seed_spread: standard deviation of KL between training seeds over KL, as this search measured it; None: the spec's.
     """
     if rung >= last_rung(spec):
         return ()
-    sampled = sorted((standing for standing in standings if not standing.forced), key=_order)
-    kept = _best_of_each_depth(sampled, spec=spec) if rung == 0 else _best_and_tied(sampled, spec=spec, complete=complete)
+    sampled = _in_order([standing for standing in standings if not standing.forced])
+    if rung == 0:
+        kept = _best_of_each_depth(sampled, share=spec.keep_untrained, complete=True)
+    else:
+        spread = spec.seed_spread if seed_spread is None else seed_spread
+        kept = _best_and_tied(sampled, rung=rung, spec=spec, complete=complete, seed_spread=spread)
     forced = [standing for standing in standings if standing.forced]
-    return tuple(standing.trial for standing in sorted([*forced, *kept], key=_order))
+    return tuple(standing.trial for standing in sorted([*forced, *kept], key=_by_kl))
 
 
 def paired_difference(metric: Metric, other: Metric) -> Metric:
@@ -66,30 +82,84 @@ def paired_difference(metric: Metric, other: Metric) -> Metric:
     return Metric.from_documents(documents, higher_is_better=metric.higher_is_better)
 
 
-def _order(standing: Standing) -> tuple[float, int]:
+def is_tied(worse: Metric, better: Metric, *, seed_spread: float) -> bool:
+    """Whether two KLs cannot be told apart: their difference is within TIE_Z of its standard error, over blocks and over training seeds.
+
+    Args:
+        worse: the larger KL.
+        seed_spread: standard deviation of KL between seeds, relative to KL, of either side and independent.
+    """
+    between_seeds = seed_spread * math.hypot(worse.value, better.value)
+    # The error of a difference is at most the sum of the errors: most pairs are told apart without their blocks.
+    if worse.value - better.value > TIE_Z * math.hypot(worse.standard_error + better.standard_error, between_seeds):
+        return False
+    difference = paired_difference(worse, better)
+    return difference.value <= TIE_Z * math.hypot(difference.standard_error, between_seeds)
+
+
+def _by_kl(standing: Standing) -> tuple[float, int]:
     return standing.kl.value, standing.trial
 
 
-def _best_of_each_depth(ordered: Sequence[Standing], *, spec: RungSpec) -> list[Standing]:
+def _in_order(sampled: Sequence[Standing]) -> list[Standing]:
+    """Best first: by KL, or by front and loneliness where there are costs."""
+    ordered = sorted(sampled, key=_by_kl)
+    if not any(standing.costs for standing in ordered):
+        return ordered
+    return [ordered[index] for index in best_first([_point(standing) for standing in ordered])]
+
+
+def _point(standing: Standing) -> tuple[float, ...]:
+    return standing.kl.value, *standing.costs
+
+
+def _best_of_each_depth(ordered: Sequence[Standing], *, share: float, complete: bool) -> list[Standing]:
     classes: defaultdict[int, list[Standing]] = defaultdict(list)
     for standing in ordered:
         classes[standing.depth].append(standing)
-    return [standing for members in classes.values() for standing in members[: _ceil(spec.keep_untrained * len(members))]]
+    round_ = _ceil if complete else _floor
+    return [standing for members in classes.values() for standing in members[: round_(share * len(members))]]
 
 
-def _best_and_tied(ordered: Sequence[Standing], *, spec: RungSpec, complete: bool) -> list[Standing]:
+def _best_and_tied(ordered: Sequence[Standing], *, rung: int, spec: RungSpec, complete: bool, seed_spread: float) -> list[Standing]:
+    """The best share; then, within the growth, the best of each depth at the first trained rung, and those tied with the last of the share."""
     share = spec.keep * len(ordered)
     num_best = max(1, _ceil(share)) if complete else _floor(share)
     best, rest = list(ordered[:num_best]), ordered[num_best:]
     if not best:
         return []
-    tied = [standing for standing in rest if _is_tied(standing.kl, best[-1].kl)]
-    return best + tied[: _floor(spec.max_tie_growth * num_best) - num_best]
+    num_more = _floor(spec.max_tie_growth * num_best) - num_best
+    of_depths = _best_of_each_depth(ordered, share=spec.keep * spec.keep_depth, complete=complete) if rung == 1 else []
+    # By number: a standing is compared by value, blocks and all.
+    seats = {standing.trial for standing in of_depths}
+    seated = [standing for standing in rest if standing.trial in seats][:num_more]
+    taken = {standing.trial for standing in seated}
+    others = [standing for standing in rest if standing.trial not in taken][: num_more - len(seated)]
+    return best + seated + others[: _num_tied(others, best=best, seed_spread=seed_spread)]
 
 
-def _is_tied(worse: Metric, better: Metric) -> bool:
-    difference = paired_difference(worse, better)
-    return difference.value <= TIE_Z * difference.standard_error
+def _num_tied(others: Sequence[Standing], *, best: Sequence[Standing], seed_spread: float) -> int:
+    """How many of the others, from the first, go up for a tie: all to the last one that is tied, so that no better one stays behind it."""
+    limit = _last_front(best)
+    for index in reversed(range(len(others))):
+        if not any(_is_beaten(others[index], by, seed_spread=seed_spread) for by in limit):
+            return index + 1
+    return 0
+
+
+def _last_front(best: Sequence[Standing]) -> list[Standing]:
+    """Those among whom the share ended: the last one, or with several objectives those that share its front."""
+    if not best[-1].costs:
+        return [best[-1]]
+    front = fronts([_point(standing) for standing in best])
+    return [standing for standing, number in zip(best, front, strict=True) if number == front[-1]]
+
+
+def _is_beaten(standing: Standing, by: Standing, *, seed_spread: float) -> bool:
+    """For certain: no cheaper in anything, and its KL higher beyond a tie."""
+    if any(mine < other for mine, other in zip(standing.costs, by.costs, strict=True)):
+        return False
+    return standing.kl.value > by.kl.value and not is_tied(standing.kl, by.kl, seed_spread=seed_spread)
 
 
 def _ceil(value: float) -> int:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nas.search.pareto import fronts
 from nas.search.results import Metric
-from nas.search.rungs import Standing, last_rung, paired_difference, promotable
+from nas.search.rungs import Standing, is_tied, last_rung, paired_difference, promotable
 from nas.spec import RungSpec
 
 SPEC = RungSpec(num_trained=3)
@@ -42,7 +43,9 @@ specs = st.builds(
     RungSpec,
     keep_untrained=st.floats(0.05, 1.0),
     keep=st.floats(0.05, 1.0),
+    keep_depth=st.floats(0.0, 1.0),
     max_tie_growth=st.floats(1.0, 4.0),
+    seed_spread=st.sampled_from([0.0, 0.01, 0.1]),
 )
 properties = settings(max_examples=60, deadline=None)
 
@@ -90,6 +93,110 @@ def test_ties_enlarge_a_trained_rung_at_most_by_the_growth(field, spec, rung, co
     promoted = promotable(rung, sampled, spec=spec, complete=complete)
 
     assert min(num_best, len(sampled)) <= len(promoted) <= max(num_best, num_best * spec.max_tie_growth + 1e-9)
+
+
+@properties
+@given(standings(), specs, st.integers(1, 2), st.booleans())
+def test_nobody_goes_on_for_a_tie_past_a_better_one(field, spec, rung, complete):
+    spec = replace(spec, keep_depth=0.0)
+    sampled = sorted((standing for standing in field if not standing.forced), key=lambda standing: (standing.kl.value, standing.trial))
+
+    promoted = promotable(rung, sampled, spec=spec, complete=complete)
+
+    assert list(promoted) == [standing.trial for standing in sampled[: len(promoted)]]
+
+
+@properties
+@given(standings(), specs)
+def test_each_depth_class_has_its_share_of_the_first_trained_rung_within_the_growth(field, spec):
+    sampled = [standing for standing in field if not standing.forced]
+    promoted = set(promotable(1, sampled, spec=spec, complete=True))
+    num_best = max(1, math.ceil(spec.keep * len(sampled) - 1e-9))
+    room = math.floor(spec.max_tie_growth * num_best + 1e-9)
+    owed = {}
+    for depth in {standing.depth for standing in sampled}:
+        members = sorted((standing for standing in sampled if standing.depth == depth), key=lambda standing: (standing.kl.value, standing.trial))
+        owed |= {standing.trial: standing for standing in members[: math.ceil(spec.keep * spec.keep_depth * len(members) - 1e-9)]}
+
+    assert owed.keys() <= promoted or len(promoted) == room
+
+
+def test_a_depth_class_that_is_worse_throughout_still_has_its_best_in_the_second_trained_rung():
+    shallow = [exact(number, 9.0 + number, depth=3) for number in range(6)]
+    deep = [exact(number, 1.0 + number / 100, depth=5) for number in range(6, 18)]
+    spec = RungSpec(keep=0.34, keep_depth=0.5, seed_spread=0.0)
+
+    assert set(promotable(1, shallow + deep, spec=spec, complete=True)) == {6, 7, 8, 9, 10, 11, 12, 0, 1}
+    assert not {0, 1} & set(promotable(1, shallow + deep, spec=replace(spec, keep_depth=0.0), complete=True))
+    assert not {0, 1} & set(promotable(2, shallow + deep, spec=spec, complete=True))
+
+
+@properties
+@given(st.lists(st.integers(1, 400), min_size=2, max_size=14), st.sampled_from([0.0, 0.01, 0.05]))
+def test_a_larger_spread_between_seeds_only_adds(values, spread):
+    field = [exact(number, value / 100) for number, value in enumerate(values)]
+    spec = RungSpec(keep=0.34, seed_spread=spread)
+
+    assert set(promotable(1, field, spec=spec, complete=True)) <= set(promotable(1, field, spec=spec, complete=True, seed_spread=2 * spread + 0.01))
+
+
+def test_results_that_another_seed_could_swap_are_tied():
+    # Blocks that agree exactly: only the seeds are uncertain, 1 % each, so the difference is within 1.96 x sqrt(2) %.
+    assert is_tied(kl(1.02, 1.02), kl(1.0, 1.0), seed_spread=0.01)
+    assert not is_tied(kl(1.03, 1.03), kl(1.0, 1.0), seed_spread=0.01)
+    assert not is_tied(kl(1.02, 1.02), kl(1.0, 1.0), seed_spread=0.0)
+
+
+@properties
+@given(st.lists(st.lists(st.floats(0.01, 5.0), min_size=4, max_size=4), min_size=2, max_size=2), st.floats(0.0, 0.2))
+def test_the_quick_test_never_separates_what_the_blocks_do_not(documents, spread):
+    better, worse = sorted((kl(*values) for values in documents), key=lambda metric: metric.value)
+    difference = paired_difference(worse, better)
+    width = 1.96 * math.hypot(difference.standard_error, spread * math.hypot(worse.value, better.value))
+
+    assert is_tied(worse, better, seed_spread=spread) == (difference.value <= width)
+
+
+@st.composite
+def costly(draw: st.DrawFn) -> list[Standing]:
+    number = st.integers(1, 6)
+    return [
+        Standing(trial=trial, depth=4, kl=kl(draw(number) / 2, draw(number) / 2), forced=False, costs=(float(draw(number)), float(draw(number))))
+        for trial in range(draw(st.integers(1, 12)))
+    ]
+
+
+@properties
+@given(costly(), specs, st.booleans(), st.randoms())
+def test_with_several_objectives_whole_fronts_go_first_whatever_the_order(field, spec, complete, random):
+    field = [replace(standing, trial=number) for number, standing in enumerate(field)]
+    front = dict(zip((standing.trial for standing in field), fronts([(standing.kl.value, *standing.costs) for standing in field]), strict=True))
+    share = spec.keep * len(field)
+    num_best = max(1, math.ceil(share - 1e-9)) if complete else math.floor(share + 1e-9)
+    shuffled = list(field)
+    random.shuffle(shuffled)
+
+    promoted = promotable(2, field, spec=spec, complete=complete)
+
+    assert promoted == promotable(2, shuffled, spec=spec, complete=complete)
+    assert num_best <= len(promoted) <= num_best * spec.max_tie_growth + 1e-9 or not promoted
+    for better in (index for index in front if index not in promoted):
+        # Whoever stays behind is on no better front than the best share ends with.
+        assert front[better] >= sorted(front.values())[max(num_best - 1, 0)]
+
+
+def test_a_cheaper_student_goes_on_beside_a_better_one():
+    field = [
+        Standing(trial=0, depth=4, kl=kl(1.0, 1.0), forced=False, costs=(9.0,)),
+        Standing(trial=1, depth=4, kl=kl(2.0, 2.0), forced=False, costs=(5.0,)),
+        Standing(trial=2, depth=4, kl=kl(2.5, 2.5), forced=False, costs=(6.0,)),
+    ]
+    spec = RungSpec(keep=0.6, max_tie_growth=1.0)
+
+    assert promotable(2, field, spec=spec, complete=True) == (0, 1)
+    assert promotable(
+        2, [replace(standing, costs=()) for standing in field], spec=RungSpec(keep=0.34, max_tie_growth=1.0, seed_spread=0.0), complete=False
+    ) == (0,)
 
 
 @properties
