@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from nas.errors import InvalidSpec, Problem
@@ -23,6 +23,14 @@ _value = dataclass(frozen=True, slots=True, kw_only=True, config=_CONFIG)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Count = Annotated[int, Field(ge=1, le=2**53)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Objective = Annotated[str, Field(pattern=r"^(parameters|memory_bytes|flops_per_token|(prefill_ms|decode_ms):[A-Za-z0-9][A-Za-z0-9._-]{0,95})$")]
+"""A cost that a rung's result carries; of a measured latency with the name of its workload."""
+
+
+def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("each name once")
+    return names
 
 
 @_value
@@ -123,8 +131,8 @@ class SpaceSpec:
 class SamplerSpec:
     """Who proposes shapes, and how many."""
 
-    name: Literal["auto", "gp", "tpe", "random", "enumerate"] = "auto"
-    """auto: enumerate when the space is no larger than max_trials, GP up to 150 trials, TPE above."""
+    name: Literal["auto", "gp", "tpe", "nsga2", "random", "enumerate"] = "auto"
+    """auto: enumerate when the space is no larger than max_trials, GP up to 150 trials, TPE above. nsga2: generations of num_startup_trials shapes."""
     max_trials: Annotated[int, Field(ge=1, le=100_000)] = 24
     """Shapes proposed, anchors and named shapes among them; controls are on top."""
     num_startup_trials: Annotated[int, Field(ge=1, le=10_000)] = 8
@@ -290,6 +298,12 @@ class SearchSpec:
     corpus: CorpusSpec
     tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1, max_length=64)]
     budget: BudgetSpec
+    objectives: Annotated[tuple[Objective, ...], Field(max_length=3), AfterValidator(_each_once)] = ()
+    """Costs to be small beside a good score, each once: parameters, memory_bytes, flops_per_token, prefill_ms:NAME, decode_ms:NAME. Empty: the score alone.
+    With any, sampler and rungs work on the front of (KL, costs), and the board shows a front; the winner that is picked by itself has the best score."""
+    warm_start_from: Annotated[tuple[str, ...], Field(max_length=100), AfterValidator(_each_once)] = ()
+    """Ids of ended searches on the same teacher, corpus and recipe. Their results at this search's tokens teach the sampler, and a shape that was
+    trained there under the same conditions, seed included, is not trained again."""
     label: Annotated[str, Field(max_length=200)] = ""
     """Free text for lists."""
     preset: Literal["minitron"] | None = None
@@ -404,6 +418,8 @@ def _problem(detail: dict[str, Any]) -> Problem:
         return Problem(field=where, expected=f"at least {detail['ctx']['min_length']} item", got=_shorten(detail.get("input")))
     if kind == "string_pattern_mismatch":
         message = "a name of 1 to 96 letters, digits, dots, dashes and underscores, the first a letter or digit"
+        if detail["loc"][:1] == ("objectives",):
+            message = "parameters, memory_bytes, flops_per_token, prefill_ms:NAME or decode_ms:NAME"
     if kind == "json_invalid":
         return Problem(field="(body)", expected="Unicode text in every string", got=message)
     return Problem(field=where, expected=message, got=_shorten(detail.get("input")))

@@ -46,7 +46,9 @@ specs = st.builds(
     label=st.text(max_size=50),
     shapes=st.lists(st.integers(1, 64).map(lambda layers: Shape(**{**SHAPE, "num_hidden_layers": layers})), max_size=3).map(tuple),
     seed=st.integers(0, 2**31 - 1),
-    sampler=st.builds(SamplerSpec, name=st.sampled_from(["auto", "gp", "enumerate"]), max_trials=st.integers(1, 100_000)),
+    objectives=st.sampled_from([(), ("parameters",), ("memory_bytes", "decode_ms:chat")]),
+    warm_start_from=st.sampled_from([(), ("srch_1", "srch_2")]),
+    sampler=st.builds(SamplerSpec, name=st.sampled_from(["auto", "gp", "nsga2", "enumerate"]), max_trials=st.integers(1, 100_000)),
     rungs=st.builds(RungSpec, keep=st.floats(0.01, 1.0), factor=st.integers(2, 64)),
     compression=st.builds(CompressionSpec, importance=st.sampled_from(["energy", "l2_mean"])),
     distillation=st.builds(DistillationSpec, learning_rate=st.none() | st.floats(1e-9, 1.0), micro_batch_size=st.none() | st.integers(1, 64)),
@@ -99,6 +101,8 @@ def test_four_fields_are_enough():
         ("distillation.dtype", "float16", "'float32' or 'bfloat16'", '"float16"'),
         ("seed", 2**31, "less than or equal to 2147483647", "2147483648"),
         ("space", [], "", "[]"),
+        ("objectives", ["parameters", "parameters"], "each name once", '["parameters", "parameters"]'),
+        ("warm_start_from", ["srch_1", "srch_1"], "each name once", '["srch_1", "srch_1"]'),
         ("unknown", 1, "no such field", "1"),
     ],
 )
@@ -122,6 +126,12 @@ def test_states_that_the_signals_do_not_hold_are_refused(signals, hidden_states,
         return
     with pytest.raises(InvalidSpec, match=f"hidden_states: expected .* with signals '{signals}', .* got '{hidden_states}'"):
         parse_spec(text)
+
+
+@pytest.mark.parametrize("name", ["energy", "decode_ms", "decode_ms:", "parameters:chat"])
+def test_an_objective_that_no_result_carries_is_refused_with_those_there_are(name):
+    with pytest.raises(InvalidSpec, match=rf"objectives\.0: expected parameters, memory_bytes, .* decode_ms:NAME, got \"{name}\""):
+        parse_spec(json.dumps({**MINIMAL, "objectives": [name]}))
 
 
 @pytest.mark.parametrize("name", ["teacher", "corpus", "tasks", "budget"])
