@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from nas.shape import Shape
 from nas.space import Choices, SearchSpace
 from nas.spec import SamplerSpec
 
-Sampler = Literal["gp", "tpe", "random", "enumerate"]
+Sampler = Literal["gp", "tpe", "nsga2", "random", "enumerate"]
 
 MAX_TRIALS_FOR_GP = 150
 """Above this "auto" takes TPE: an ask of the GP costs about the cube of the observations."""
@@ -42,6 +44,8 @@ class Observation:
     choices: Choices
     value: float
     """Finite, to be maximised."""
+    costs: tuple[float, ...] = ()
+    """Finite, to be minimised beside it; as many in every observation. Empty: one objective."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +83,7 @@ def propose(
         pending: choices of the trials without a value yet; the sampler keeps away from them.
         seen: keys of every shape proposed so far, whatever became of it.
         number: of the trial to come; with `seed` it decides every random draw.
-        num_startup_trials: with fewer observations the shape is drawn at random, one depth after the other.
+        num_startup_trials: with fewer observations the shape is drawn at random, one depth after the other; also the size of a generation of NSGA-II.
     """
     seen = frozenset(seen)
     shape: Shape | None = None
@@ -90,7 +94,8 @@ def propose(
     elif len(observations) < num_startup_trials:
         shape = _draw_unseen(space, seen=seen, number=number, seed=seed, depth=_startup_depth(space, number=number, seed=seed))
     else:
-        shape = _ask_unseen(space, sampler=_optuna_sampler(sampler, seed=_digest(seed, number)), observations=observations, pending=pending, seen=seen)
+        asked = _optuna_sampler(sampler, seed=_digest(seed, number), population_size=max(num_startup_trials, 2))
+        shape = _ask_unseen(space, sampler=asked, observations=observations, pending=pending, seen=seen)
         shape = shape or _draw_unseen(space, seen=seen, number=number, seed=seed, depth=None)
     return Proposal(choices=space.choices_of(shape), shape=shape) if shape else None
 
@@ -132,17 +137,18 @@ def _ask_unseen(
     A repeat whose value is known is told it, which flattens the model there; one without stays running, which the
     samplers keep away from. Rejecting by PRUNED or FAIL instead teaches the GP nothing: it asks for the same again.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     distributions = _distributions(space)
-    values: dict[str, float] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        study = optuna.create_study(direction="maximize", sampler=sampler)
-        for observation in observations:
+    values: dict[str, tuple[float, ...]] = {}
+    with _quiet():
+        study = _new_study(sampler, num_costs=len(observations[0].costs))
+        for index, observation in enumerate(observations):
             shape = space.resolve(observation.choices)
-            values[shape.key] = observation.value
+            values[shape.key] = (observation.value, *observation.costs)
             params = _params_of(space, space.choices_of(shape))
-            study.add_trial(create_trial(state=TrialState.COMPLETE, value=observation.value, params=params, distributions=distributions))
+            attributes = _generation_of(index, sampler=sampler)
+            study.add_trial(
+                create_trial(state=TrialState.COMPLETE, values=values[shape.key], params=params, distributions=distributions, system_attrs=attributes)
+            )
         for choices in pending:
             params = _params_of(space, space.choices_of(space.resolve(choices)))
             study.add_trial(create_trial(state=TrialState.RUNNING, params=params, distributions=distributions))
@@ -156,11 +162,34 @@ def _ask_unseen(
     return None
 
 
-def _optuna_sampler(name: Literal["gp", "tpe"], *, seed: int) -> optuna.samplers.BaseSampler:
+def _optuna_sampler(name: Literal["gp", "tpe", "nsga2"], *, seed: int, population_size: int) -> optuna.samplers.BaseSampler:
     # The start-up draws are ours (`_draw_unseen`), so the samplers get none.
     if name == "gp":
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=1)
+    if name == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=population_size)
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=1)
+
+
+def _generation_of(index: int, *, sampler: optuna.samplers.BaseSampler) -> dict[str, int]:
+    """Where NSGA-II keeps the generation of a trial (samplers/_ga/_base.py, Optuna 5): one that was added and not asked for has none, and is no parent."""
+    if not isinstance(sampler, optuna.samplers.NSGAIISampler) or sampler.population_size is None:
+        return {}
+    return {"NSGAIISampler:generation": index // sampler.population_size}
+
+
+def _new_study(sampler: optuna.samplers.BaseSampler | None, *, num_costs: int) -> optuna.Study:
+    directions = [StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * num_costs]
+    return optuna.create_study(directions=directions, sampler=sampler)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna says on every new study what we know: experimental arguments, that a study was created."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _distributions(space: SearchSpace) -> dict[str, BaseDistribution]:

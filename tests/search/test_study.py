@@ -25,7 +25,9 @@ SMALL = SearchSpace(
     ),
     budget=BudgetSpec(max_fraction=0.6),
 )
-SAMPLERS = ("gp", "tpe", "random", "enumerate")
+SAMPLERS = ("gp", "tpe", "nsga2", "random", "enumerate")
+MODELS = ("gp", "tpe", "nsga2")
+"""Those that learn from what was observed."""
 
 
 def value_of(shape: Shape) -> float:
@@ -74,7 +76,7 @@ def test_a_small_space_is_proposed_whole_without_repeats_and_then_ends(sampler):
     assert Counter(evaluated) == Counter(SMALL.shapes())
 
 
-@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+@pytest.mark.parametrize("sampler", MODELS)
 def test_a_shape_in_flight_is_not_proposed_again(sampler):
     evaluated = draws(6)
     first = ask(SPACE, sampler=sampler, evaluated=evaluated)
@@ -93,7 +95,7 @@ def test_a_shape_in_flight_is_not_proposed_again(sampler):
     assert second.shape != first.shape
 
 
-@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+@pytest.mark.parametrize("sampler", MODELS)
 def test_the_observations_steer_the_proposal(sampler):
     evaluated = draws(20)
     towards_depth = [Observation(choices=SPACE.choices_of(shape), value=float(shape.num_hidden_layers)) for shape in evaluated]
