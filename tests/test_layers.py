@@ -48,6 +48,7 @@ ROWS = (
     "nas.compress.distributed",
     "nas.compress.fitting",
     "nas.compress.distillation",
+    "nas.compress.speed",
     "nas.compress.correction",
     "nas.evaluate",
     "nas.full_run",

@@ -68,6 +68,23 @@ class AttemptState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedRecord:
+    """How fast a worker with these resources trains and scores."""
+
+    key: str
+    cpus: float
+    gpus: float
+    dtype: str
+    points: list[Json] | None
+    """`compress.speed.SpeedPoint` of several sizes of model; None: not measured."""
+    host: str | None
+    """Where it was measured."""
+    error: str | None
+    """Why it could not be measured."""
+    measured_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherRecord:
     """A registered teacher; its config is kept so that shapes can be checked without torch."""
 

@@ -1,7 +1,7 @@
 """Store: the one place where the service's state is, on SQLite or PostgreSQL. Rows go in and records come out.
 
 It keeps and it guards (states, fences, idempotency, gap-free events); it decides nothing about searching. The methods are
-in four parts, by what they keep; all of them are short transactions, and all may be called from any thread.
+in five parts, by what they keep; all of them are short transactions, and all may be called from any thread.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from nas.store.leadership import Leadership
 from nas.store.registry import Registry
 from nas.store.searches import Searches
+from nas.store.speeds import Speeds
 from nas.store.trials import Trials
 
 
-class Store(Registry, Searches, Trials, Leadership):
-    """Registry, searches and events, trials and results, leadership; over one engine."""
+class Store(Registry, Searches, Trials, Leadership, Speeds):
+    """Registry, searches and events, trials and results, leadership, speeds; over one engine."""
 
     @classmethod
     def open(cls, url: str, *, migrate: bool = False) -> Store:

@@ -220,6 +220,19 @@ events = Table(
     Column("created_at", UtcDateTime, nullable=False),
 )
 
+speeds = Table(
+    "speeds",
+    metadata,
+    Column("key", String(96), primary_key=True),
+    Column("cpus", Float(53), nullable=False),
+    Column("gpus", Float(53), nullable=False),
+    Column("dtype", String(16), nullable=False),
+    Column("points", _JSON),
+    Column("host", PlainText),
+    Column("error", PlainText),
+    Column("measured_at", UtcDateTime),
+)
+
 leadership = Table(
     "leadership",
     metadata,
