@@ -144,28 +144,36 @@ class SearchRun:
     def next_action(self) -> NewTrial | Advance | None:
         """The next thing to start, or None while there is nothing but to wait (or nothing left at all).
 
-        Higher rungs go first, then new shapes: with one worker that is a depth-first successive halving.
+        What was started and lost goes first. Then shapes go to the first trained rung one after the other, which is what the sampler learns from; the
+        rungs above it, the lowest first, only while no shape is left to begin with. So one worker promotes with all results at hand (LOG.md: 17 to
+        30 % fewer tokens than going up at once), and a worker that would wait for another's result promotes on what has arrived.
         """
-        if new := self._waiting[None]:
-            return Advance(trial=min(new), rung=0)
-        for step in reversed(self._ladder()):
-            if waiting := self._waiting[step.rung]:
-                for number in step.promoted:
-                    if number in waiting:
-                        return Advance(trial=number, rung=step.rung + 1)
-        return self._next_shape()
+        if (begun := next((trial for trial in self.trials.values() if trial.state == TrialState.WAITING and trial.rung is None), None)) is not None:
+            return Advance(trial=begun.number, rung=0)
+        advances = [
+            Advance(trial=number, rung=step.rung + 1)
+            for step in self._ladder()
+            for number in step.promoted
+            if self.trials[number].state == TrialState.WAITING and self.trials[number].rung == step.rung
+        ]
+        lost = [advance for advance in advances if self.reached.get(advance.trial, 0) >= advance.rung]
+        first = [advance for advance in advances if advance.rung == 1]
+        for advance in (*lost, *first):
+            return advance
+        return self._next_shape() or next(iter(advances), None)
 
     def left_behind(self) -> list[int]:
-        """Trials that wait at a rung from which no one will go up any more: who was promoted is up, so none of their places gets free."""
-        return [
-            number
-            for step in self._ladder()
-            if step.complete and self._waiting[step.rung] and self._have_arrived(step.promoted, rung=step.rung + 1)
-            for number in sorted(self._waiting[step.rung].difference(step.promoted))
-        ]
+        """Trials that wait at a rung from which no one will go up any more.
 
-    def _have_arrived(self, promoted: Sequence[int], *, rung: int) -> bool:
-        return all(rung in self.results[number] or self.trials[number].state.is_terminal for number in promoted)
+        Not before everything above has ended: a failure there frees a place for the best of those that wait.
+        """
+        found: list[int] = []
+        for step in reversed(self._ladder()):
+            if not step.complete or not all(self.trials[number].state.is_terminal or number in found for number in step.promoted):
+                break
+            waiting = [trial for trial in self.trials.values() if trial.state == TrialState.WAITING and trial.rung == step.rung]
+            found += [trial.number for trial in waiting if trial.number not in step.promoted]
+        return found
 
     def is_finished(self) -> bool:
         """No trial runs or waits, and no shape is left to propose."""
@@ -180,7 +188,6 @@ class SearchRun:
             complete = complete and all(self._has_arrived(number, rung=rung) for number in coming)
             promoted = self._goes_on(rung, complete=complete)
             ladder.append(_Step(rung=rung, complete=complete, promoted=promoted))
-            # A place that gets free after the others were stopped stays empty.
             coming = [number for number in promoted if self._may_arrive(number) and self.trials[number].state is not TrialState.STOPPED] if complete else ()
         return ladder
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from nas.search import study
 from nas.search.results import Metric, RungResult
+from nas.search.rungs import Standing, promotable
 from nas.spec import dump_spec, parse_spec
 from nas.store.records import AttemptRecord, AttemptState, RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, utc_now
 from workers import search_run
@@ -332,6 +333,56 @@ def test_a_trial_that_fails_leaves_its_place_to_the_next_best() -> None:
     assert failures == 3
     assert simulation.run.is_finished()
     assert any(trial.state is TrialState.COMPLETED for trial in simulation.run.trials.values())
+
+
+def up_to_date(simulation: Simulation, rung: int) -> set[int]:
+    """Whom a rung promotes with all results at hand, of those that did not fail."""
+    standings = [
+        Standing(trial=number, depth=simulation.run.shape_of(number).num_hidden_layers, kl=results[rung].kl, forced=simulation.run._is_forced(number))
+        for number, results in simulation.run.results.items()
+        if rung in results and simulation.run.trials[number].state is not TrialState.FAILED
+    ]
+    return set(promotable(rung, standings, spec=simulation.run.spec.rungs, complete=True))
+
+
+@given(parallel=st.integers(1, 6), seed=st.integers(0, 2**16), failure_rate=st.sampled_from([0.0, 0.1, 0.3]), keep=st.sampled_from([0.1, 0.34, 0.5]))
+@settings(max_examples=25, deadline=None)
+def test_in_the_end_every_place_is_taken_by_one_that_did_not_fail(parallel: int, seed: int, failure_rate: float, keep: float) -> None:
+    """Whatever the order of arrival and whenever trials fail."""
+    record = make_record(rungs={"num_trained": 3, "keep": keep}, sampler={"name": "random", "max_trials": 12}, controls={"anchors": False}, seed=seed)
+
+    simulation = Simulation(record).to_end(parallel=parallel, seed=seed, failure_rate=failure_rate)
+
+    for rung in range(3):
+        assert up_to_date(simulation, rung) <= reached(simulation, rung + 1)
+
+
+@given(seed=st.integers(0, 2**16), keep=st.sampled_from([0.1, 0.34, 0.5]))
+@settings(max_examples=20, deadline=None)
+def test_one_worker_promotes_from_trained_rungs_only_whom_the_whole_rung_would(seed: int, keep: float) -> None:
+    record = make_record(rungs={"num_trained": 3, "keep": keep}, sampler={"name": "random", "max_trials": 12}, seed=seed)
+
+    simulation = Simulation(record).to_end(parallel=1)
+
+    for rung in (1, 2):
+        assert up_to_date(simulation, rung) == reached(simulation, rung + 1)
+
+
+def test_a_worker_that_would_wait_for_a_straggler_promotes_instead() -> None:
+    record = make_record(rungs={"num_trained": 2, "keep": 0.34}, sampler={"name": "random", "max_trials": 8}, controls={"anchors": False})
+    simulation = Simulation(record)
+    straggler: Advance | None = None
+
+    for _ in range(200):  # the straggler never ends; the other worker goes on while there is something to do
+        simulation.fill(parallel=2)
+        straggler = straggler or next((step for step in simulation.running if step.rung == 1), None)
+        others = [index for index, step in enumerate(simulation.running) if step != straggler]
+        if not others:
+            break
+        simulation.finish(others[0])
+
+    assert straggler in simulation.running
+    assert reached(simulation, 2), "nothing was promoted beside the straggler"
 
 
 @given(seed=st.integers(0, 2**16))
