@@ -123,23 +123,28 @@ def load_sorting(folder: Path) -> Sorting:
 
     Raises:
         NotFound: no manifest: the folder was never finished.
-        CorruptFile: a file is not the one that was written.
+        CorruptFile: a file is not the one that was written, or an older version wrote it.
     """
     tensors, facts = load_tensors(folder, name=SORTING)
-    for name, expected in facts["sha256"].items():
+    energy = {name.removeprefix(_NORM_ENERGY): tensors.pop(name) for name in list(tensors) if name.startswith(_NORM_ENERGY)}
+    try:
+        order, digests, norm_eps = Order(**tensors), dict(facts["sha256"]), dict(facts["norm_eps"])
+        layers = {int(depth): tuple(kept) for depth, kept in facts["layers"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFile(f"{folder / SORTING}.json: expected the facts of a sorting as this version writes them, got {error!r}") from error
+    for name, expected in digests.items():
         found = file_digest(folder / name) if (folder / name).is_file() else "no file"
         if found != expected:
             raise CorruptFile(f"{folder / name}: expected sha256 {expected}, got {found}")
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    energy = {name.removeprefix(_NORM_ENERGY): tensors.pop(name) for name in list(tensors) if name.startswith(_NORM_ENERGY)}
     return Sorting(
         folder=folder,
         architecture=read_architecture(config),
         config=config,
-        order=Order(**tensors),
+        order=order,
         norm_energy=energy,
-        norm_eps=facts["norm_eps"],
-        layers={int(depth): tuple(kept) for depth, kept in facts["layers"].items()},
+        norm_eps=norm_eps,
+        layers=layers,
     )
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from nas.compress.importance import Importance
-from nas.compress.sorting import Sorting, load_sorting, make_order
+from nas.compress.manifest import load_tensors, save_tensors
+from nas.compress.sorting import SORTING, Sorting, load_sorting, make_order
 from nas.errors import CorruptFile, NotFound
 from nas.shape import Shape
 
@@ -74,6 +75,23 @@ def test_a_flipped_bit_is_noticed(random_llama: Callable[..., LlamaForCausalLM],
         load_sorting(folder)
     (folder / "sorting.json").unlink()
     with pytest.raises(NotFound):
+        load_sorting(folder)
+
+
+@pytest.mark.parametrize("missing", ["layers", "norm_eps", "sha256", "neurons_LF"])
+def test_a_folder_of_an_older_version_is_corrupt_so_that_it_is_made_again(
+    random_llama: Callable[..., LlamaForCausalLM], sort_on_disk: Callable[..., Sorting], tmp_path: Path, missing: str
+) -> None:
+    folder = sort_on_disk(random_llama(), folder=tmp_path).folder
+    tensors, facts = load_tensors(folder, name=SORTING)
+    assert missing in tensors or missing in facts
+    save_tensors(
+        folder,
+        name=SORTING,
+        tensors={key: tensor.clone() for key, tensor in tensors.items() if key != missing},
+        facts={key: fact for key, fact in facts.items() if key != missing},
+    )
+    with pytest.raises(CorruptFile, match="as this version writes them"):
         load_sorting(folder)
 
 
