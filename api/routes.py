@@ -37,10 +37,11 @@ from api.schemas import (
 from api.summary import describe_inputs, describe_rung, describe_search, describe_trial, leaderboard, leaderboard_csv, summarise_search
 from nas.errors import Conflict, InvalidSpec, NotFound, Problem
 from nas.settings import Settings
+from nas.shape import Shape
 from nas.spec import dump_spec, parse_spec
 from nas.store.records import EventRecord, SearchRecord, SearchState
 from nas.store.store import Store
-from nas.submission import check_submission
+from nas.submission import ask_about, check_submission, estimate_time
 
 logger = logging.getLogger(__name__)
 
@@ -161,11 +162,23 @@ def submit_search(
     openapi_extra=SUBMIT_BODY,
     responses=problems(413, 415, 422),
 )
-def preview_search(store: StoreDep, body: BodyDep) -> PreviewAnswer:
-    """The same checks as a submit, and the plan that it would store; nothing is stored."""
+def preview_search(
+    store: StoreDep,
+    body: BodyDep,
+    shape: Annotated[list[str], Query(max_length=100, description="Shapes to ask about, as the leaderboard writes them: `L4-D56-F144-H4-K4-E8`.")] = [],  # noqa: B006  (FastAPI copies it)
+) -> PreviewAnswer:
+    """The same checks as a submit, the plan that it would store, and how long it would take; no search is stored."""
     spec = parse_spec(body)
+    asked = [Shape.from_key(key) for key in shape]
     submission = check_submission(spec, store=store)
-    return PreviewAnswer(spec=dump_spec(spec), plan=submission.plan, inputs=describe_inputs(submission.inputs))
+    speed = store.wish_speed(cpus=spec.resources.cpus, gpus=spec.resources.gpus, dtype=spec.distillation.dtype)
+    return PreviewAnswer(
+        spec=dump_spec(spec),
+        plan=submission.plan,
+        inputs=describe_inputs(submission.inputs),
+        time=estimate_time(submission, spec=spec, speed=speed),
+        asked=[ask_about(submission, shape, spec=spec) for shape in asked],
+    )
 
 
 @router.get("/searches", tags=["searches"], operation_id="list_searches", summary="List searches", responses=problems(422))

@@ -157,7 +157,13 @@ class PreviewAnswer(Answer):
     object: Literal["preview"] = "preview"
     spec: dict[str, Any]
     plan: dict[str, Any]
+    """Legal shapes with examples, budget, anchors, trials and tokens by rung, memory and disk: what a submit stores."""
     inputs: list[Input]
+    time: dict[str, Any]
+    """Device seconds and wall seconds by stage on workers of the speed that was measured once for these resources; `known` is false, with the
+    reason, while it was not."""
+    asked: list[dict[str, Any]]
+    """For each `shape` of the query: its parameters, whether it is legal, and the rules that it breaks."""
 
 
 class MetricAnswer(Answer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -62,9 +62,10 @@ class Client:
     def tasks(self) -> list[dict[str, Any]]:
         return list(self._pages("/v1/tasks"))
 
-    def preview(self, spec: bytes) -> dict[str, Any]:
-        """What a spec would mean: legal shapes, budget, tokens. Nothing is stored."""
-        return self._ask("POST", "/v1/searches:preview", content=spec, headers={"Content-Type": "application/json"})
+    def preview(self, spec: bytes, *, shapes: Sequence[str] = ()) -> dict[str, Any]:
+        """What a spec would mean: legal shapes, budget, tokens, time; and whether these shapes are legal. No search is stored."""
+        headers = {"Content-Type": "application/json"}
+        return self._ask("POST", "/v1/searches:preview", content=spec, headers=headers, params={"shape": list(shapes)})
 
     def submit(self, spec: bytes, *, idempotency_key: str | None = None) -> dict[str, Any]:
         """Submit a spec (JSON); the same key and spec again give the same search."""

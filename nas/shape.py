@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -56,6 +57,19 @@ class Shape:
             f"L{self.num_hidden_layers}-D{self.hidden_size}-F{self.intermediate_size}"
             f"-H{self.num_attention_heads}-K{self.num_key_value_heads}-E{self.head_dim}{experts}"
         )
+
+    @classmethod
+    def from_key(cls, key: str) -> Shape:
+        """The shape with this key.
+
+        Raises:
+            InvalidSpec: it is no key, or one of an impossible shape.
+        """
+        found = re.fullmatch(r"L(\d{1,9})-D(\d{1,9})-F(\d{1,9})-H(\d{1,9})-K(\d{1,9})-E(\d{1,9})(?:-X(\d{1,9}))?", key, flags=re.ASCII)
+        if found is None:
+            expected = "L(layers)-D(hidden)-F(MLP)-H(query heads)-K(KV heads)-E(head dim), with experts -X(experts): L4-D56-F144-H4-K4-E8"
+            raise InvalidSpec(Problem(field="shape", expected=expected, got=repr(key[:200])))
+        return cls(**{field.name: int(number) for field, number in zip(fields(cls), found.groups(), strict=True) if number is not None})
 
     def as_dict(self) -> dict[str, int]:
         """The numbers by name; a dense model has no `num_experts`."""

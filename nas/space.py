@@ -185,6 +185,17 @@ class SearchSpace:
         """Number of legal shapes, exact."""
         return int((self._high - self._low).sum())
 
+    def extremes(self) -> tuple[Shape, Shape]:
+        """The legal shapes of the fewest and of the most counted parameters."""
+        widths = np.asarray(self.intermediate_sizes, dtype=np.int64)
+        fewest = int(np.argmin(self._base + self._slope * widths[self._low]))
+        most = int(np.argmax(self._base + self._slope * widths[self._high - 1]))
+        return self._shape(self._frames[fewest], widths[self._low[fewest]]), self._shape(self._frames[most], widths[self._high[most] - 1])
+
+    def parameters(self, shape: Shape) -> int:
+        """All parameters of a shape, whatever the budget counts."""
+        return count_parameters(self.architecture, shape).total
+
     def shapes(self) -> Iterator[Shape]:
         """Every legal shape once, in a fixed order."""
         for frame, low, high in zip(self._frames, self._low, self._high, strict=True):

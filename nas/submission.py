@@ -5,18 +5,19 @@ The API calls `check_submission` before it stores anything; the controller rebui
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from nas.compress.train_plan import trunk_rate
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem
+from nas.estimate import Speed, describe_space, estimate_seconds, explain_shape, rung_work, task_work
 from nas.families import Architecture, read_architecture
 from nas.memory import TeacherMemory, Training, inference_memory, least_training_memory, preparation_disk, rung_disk, training_memory
 from nas.shape import Shape
-from nas.space import SearchSpace
+from nas.space import SearchSpace, build_space
 from nas.spec import SearchSpec
-from nas.store.records import CorpusRecord, TaskRecord, TeacherRecord
+from nas.store.records import CorpusRecord, SpeedRecord, TaskRecord, TeacherRecord
 from nas.store.store import Store
 
 MAX_TOKENS = 2**53
@@ -63,6 +64,29 @@ def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
         "tasks": [{"name": task.name, "digest": task.digest, "folder": task.folder, "card": task.card} for task in tasks],
     }
     return Submission(inputs=inputs, plan=_plan(spec, space=space))
+
+
+def estimate_time(submission: Submission, *, spec: SearchSpec, speed: SpeedRecord) -> dict[str, Any]:
+    """How long the search will take on such workers; without their speed, why that cannot be told."""
+    worker = {
+        "cpus": speed.cpus,
+        "gpus": speed.gpus,
+        "dtype": speed.dtype,
+        "host": speed.host,
+        "measured_at": speed.measured_at and speed.measured_at.isoformat(),
+    }
+    if speed.points is None:
+        reason = f"not measured: {speed.error}" if speed.error else "being measured, once, as soon as a worker with these resources is free; ask again"
+        return {"worker": worker, "known": False, "pending": speed.error is None, "reason": reason}
+    space = build_space(spec, inputs=submission.inputs)
+    tasks = task_work(spec, cards=[task["card"] for task in submission.inputs["tasks"]], vocab_size=space.architecture.vocab_size)
+    work = rung_work(spec, searched=submission.plan["searched"], forced=submission.plan["forced"])
+    return {"worker": worker, "known": True, "pending": False, **estimate_seconds(spec, space=space, work=work, tasks=tasks, speed=Speed(points=speed.points))}
+
+
+def ask_about(submission: Submission, shape: Shape, *, spec: SearchSpec) -> dict[str, Any]:
+    """Whether the search may try a shape, and why not."""
+    return explain_shape(build_space(spec, inputs=submission.inputs), shape)
 
 
 def _look_up(spec: SearchSpec, *, store: Store) -> tuple[TeacherRecord, list[CorpusRecord], list[TaskRecord]]:
@@ -131,7 +155,9 @@ def _plan(spec: SearchSpec, *, space: SearchSpace) -> dict[str, Any]:
     anchors = space.anchors() if spec.controls.anchors else {}
     rungs = [spec.rungs.tokens(rung) for rung in range(spec.rungs.num_trained + 1)]
     searched = max(min(spec.sampler.max_trials, space.count() + len(anchors) + len(spec.shapes)), len(anchors) + len(spec.shapes))
+    forced = len({*anchors.values(), *spec.shapes})
     trials = searched + spec.controls.num_random
+    work = rung_work(spec, searched=searched, forced=forced)
     learning_rate, rate_follows_loss = trunk_rate(spec.distillation.learning_rate, teacher_hidden_size=architecture.shape.hidden_size)
     trained = sum(spec.trained_tokens(rung) for rung in range(len(rungs)))
     return {
@@ -146,6 +172,11 @@ def _plan(spec: SearchSpec, *, space: SearchSpace) -> dict[str, Any]:
         "rung_tokens": rungs,
         "learning_rate": learning_rate,
         "rate_follows_loss": rate_follows_loss,
+        "space": describe_space(space),
+        "searched": searched,
+        "forced": forced,
+        "rungs": [asdict(step) for step in work],
+        "expected_distillation_tokens": sum(step.expected * step.tokens for step in work),
         "max_trials": trials,
         "max_distillation_tokens": trained * trials,
         **_needs(spec, space=space, trials=trials),

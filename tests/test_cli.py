@@ -60,7 +60,9 @@ def registered(nas: Nas, tiny_sources: dict[str, Path]) -> Nas:
     return nas
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["submit"], ["watch"], ["prune"], ["distill"], ["evaluate"], ["teachers", "add"], ["tasks", "add"]])
+@pytest.mark.parametrize(
+    "command", [[], ["serve"], ["submit"], ["estimate"], ["watch"], ["prune"], ["distill"], ["evaluate"], ["teachers", "add"], ["tasks", "add"]]
+)
 def test_every_command_has_help(nas: Nas, command: list[str]) -> None:
     answer = nas(*command, "--help")
     assert answer.code == 0

@@ -22,6 +22,7 @@ ROWS = (
     "nas.memory",
     "nas.spec",
     "nas.space",
+    "nas.estimate",
     "nas.compress.device",
     "nas.compress.manifest",
     "nas.compress.experts",

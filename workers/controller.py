@@ -20,6 +20,7 @@ from nas.store.store import Store
 from workers.conductor import WORKING, Conductor, Leader, ask_to_stop
 from workers.executor import Executor
 from workers.folders import SearchFolder
+from workers.probes import Probes
 from workers.step import read_outcome
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Controller:
         self._renewed = 0.0
         self._conductors: dict[str, Conductor] = {}
         self._troubles: dict[str, _Trouble] = {}
+        self._probes = Probes(store=store, executor=executor, settings=settings, clock=time.monotonic)
         self._stopping = False
 
     def stop(self) -> None:
@@ -90,9 +92,13 @@ class Controller:
 
     def tick(self, *, timeout_seconds: float = TICK_SECONDS) -> None:
         """One round: collect what ended, then let each search go on."""
-        if any(conductor.running for conductor in self._conductors.values()):
+        if self._leader is not None:
+            self._probes.start_wished(fence=self._leader.fence)
+        if self._probes.running or any(conductor.running for conductor in self._conductors.values()):
             for key, outcome in self._executor.wait(timeout_seconds=timeout_seconds):
                 conductor = next((conductor for conductor in self._conductors.values() if key in conductor.running), None)
+                if conductor is None and self._probes.take(key, outcome, fence=self._leading().fence):
+                    continue
                 if conductor is None:
                     logger.info("outcome of a step that nobody waits for", extra={"action": "outcome_ignored", "attempt_id": key})
                 else:

@@ -32,7 +32,7 @@ class Step:
     key: str
     """The attempt's id."""
     stage: str
-    """prepare, rung, confirm or bundle."""
+    """prepare, rung, confirm or bundle; or probe, which belongs to no search."""
     folder: str
     """The attempt's own folder."""
     request: dict[str, Any]
@@ -94,6 +94,7 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
 
     from nas.bundle import write_bundle
     from nas.compress.distillation import Progress
+    from nas.compress.speed import probe_speed
     from nas.search.confirm import confirm
     from nas.search.prepare import prepare
     from nas.search.trial import run_rung
@@ -108,6 +109,9 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
     if 0 < step.gpus < 1:
         torch.cuda.set_per_process_memory_fraction(step.gpus)
     request = step.request
+    if step.stage == "probe":
+        points = [point.as_dict() for point in probe_speed(device=device, dtype=request["dtype"])]
+        return {"points": points, "host": socket.gethostname()}
     spec, inputs, prepared = parse_spec(json.dumps(request["spec"])), request["inputs"], Path(request["prepared"])
     should_stop = (folder / STOP).exists
     with (folder / PROGRESS).open("a", encoding="utf-8") as file:

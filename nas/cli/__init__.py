@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from nas.cli import models, registry, searches, service
+from nas.cli import estimate, models, registry, searches, service
 from nas.cli.errors import exit_code
 from nas.errors import NasError
 from nas.terminal import err
@@ -28,7 +28,7 @@ _EXIT_CODES = (
 app = typer.Typer(help=_HELP, epilog=_EXIT_CODES, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for name, group in (("teachers", registry.teachers), ("corpora", registry.corpora), ("tasks", registry.tasks)):
     app.add_typer(group, name=name)
-for module in (service, searches, models):
+for module in (service, estimate, searches, models):
     app.add_typer(module.commands)
 
 

@@ -6,9 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,12 +17,12 @@ from nas.cli.options import Json, SearchId, Url
 from nas.client import TERMINAL_STATES, Client
 from nas.errors import InvalidSpec, Problem
 from nas.settings import Settings
-from nas.terminal import event_line, leaderboard_table, out, print_facts, print_json, print_rows, say, shown, status_line
+from nas.terminal import event_line, leaderboard_table, out, print_facts, print_json, print_rows, say, status_line
 
 commands = typer.Typer()
 
 
-def _client(url: str | None) -> Client:
+def make_client(url: str | None) -> Client:
     settings = Settings.from_environment(os.environ)
     return Client(url or f"http://{settings.host}:{settings.port}")
 
@@ -31,7 +30,6 @@ def _client(url: str | None) -> Client:
 @commands.command()
 def submit(
     spec: Annotated[Path, typer.Argument(help="Spec file (JSON); - for standard input.")],
-    preview: Annotated[bool, typer.Option("--preview", help="Check and price it, store nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow it to its end.")] = False,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key and spec again give the same search.")] = None,
     url: Url = None,
@@ -45,15 +43,8 @@ def submit(
     {"teacher": "NAME", "corpus": {"parts": [{"name": "NAME"}]},
      "tasks": [{"name": "NAME"}], "budget": {"max_fraction": 0.6}}
     """
-    try:
-        body = sys.stdin.buffer.read() if str(spec) == "-" else spec.read_bytes()
-    except OSError as error:
-        raise InvalidSpec(Problem(field="spec", expected="a readable file", got=str(error))) from error
-    with _client(url) as client:
-        if preview:
-            plan = client.preview(body)["plan"]
-            print_facts(plan if as_json else _readable_plan(plan), as_json=as_json)
-            return
+    body = read_spec(spec)
+    with make_client(url) as client:
         search = client.submit(body, idempotency_key=idempotency_key)
         if not as_json:
             sys.stdout.write(search["id"] + "\n")
@@ -65,16 +56,17 @@ def submit(
     _exit_unless_well(state)
 
 
-def _readable_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan with one line per anchor."""
-    anchors = {f"anchor {name}": f"{anchor['parameters']:,} parameters: {shown(anchor['shape'], name='')}" for name, anchor in plan["anchors"].items()}
-    return {**{name: value for name, value in plan.items() if name != "anchors"}, **anchors}
+def read_spec(path: Path) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise InvalidSpec(Problem(field="spec", expected="a readable file", got=str(error))) from error
 
 
 @commands.command("list")
 def list_searches(state: Annotated[str | None, typer.Option(help="Only searches in this state.")] = None, url: Url = None, as_json: Json = False) -> None:
     """Searches, newest first."""
-    with _client(url) as client:
+    with make_client(url) as client:
         searches = client.searches(state=state)
     if as_json:
         print_json(searches)
@@ -96,7 +88,7 @@ def list_searches(state: Annotated[str | None, typer.Option(help="Only searches 
 @commands.command()
 def watch(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
     """Follow a search until it ends; exit code 1 if it did not succeed. With --json: its events, one per line."""
-    with _client(url) as client:
+    with make_client(url) as client:
         if as_json:
             for event in client.follow(search_id):
                 sys.stdout.write(json.dumps(event) + "\n")
@@ -115,7 +107,7 @@ def leaderboard(
     """The leaderboard of a search. Rows that share a rank cannot be told apart."""
     if csv and as_json:
         raise InvalidSpec(Problem(field="--csv", expected="one of --csv and --json", got="both"))
-    with _client(url) as client:
+    with make_client(url) as client:
         if csv:
             sys.stdout.write(client.leaderboard_csv(search_id))
             return
@@ -139,7 +131,7 @@ def winner(
     as_json: Json = False,
 ) -> None:
     """The winning shape, and its bundle."""
-    with _client(url) as client:
+    with make_client(url) as client:
         document = client.winner(search_id)
         if bundle is not None:
             saved = client.download_bundle(search_id, target=bundle / "bundle.tar" if bundle.is_dir() else bundle)
@@ -154,7 +146,7 @@ def winner(
 @commands.command()
 def cancel(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
     """Cancel a search; what it has measured stays."""
-    with _client(url) as client:
+    with make_client(url) as client:
         search = client.cancel(search_id)
     print_facts({"id": search["id"], "state": search["state"]}, as_json=as_json)
 

@@ -36,6 +36,8 @@ _CARD = "card.json"
 _PREFERRED_METRICS = ("acc_norm", "acc", "exact_match", "bits_per_byte")
 _FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 """Values of `dataset_path` that name a reader of `datasets`, never a folder."""
+_TRIED_DOCUMENTS = 16
+"""On which a new task is tried out."""
 _TASK_FAULTS = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, ImportError, OSError, RuntimeError, AssertionError, jinja2.TemplateError)
 """What foreign YAML, its functions and its dataset raise in practice."""
 
@@ -67,6 +69,8 @@ class TaskCard:
     num_documents: int
     max_fewshot: int = 0
     """Most examples in a prompt; 0 where the task has no split of its own for them."""
+    bytes_per_document: float = 0.0
+    """UTF-8 bytes that a model reads for one document, all choices together, without examples; a mean over the first documents. For estimates."""
 
     def metric(self, name: str) -> MetricCard:
         """One metric by name.
@@ -150,7 +154,9 @@ def _try_out(name: str, *, folder: Path, digest: str) -> TaskCard:
     try:
         task = _build_task(name, folder=folder, num_fewshot=None)
         num_documents = len(task.eval_docs)
-        result = harness.run(DummyLM(), task=task, documents=range(min(4, num_documents)))
+        tried = range(min(_TRIED_DOCUMENTS, num_documents))
+        result = harness.run(DummyLM(), task=task, documents=tried)
+        read = sum(len(text.encode()) for request in task.instances for text in request.args if isinstance(text, str))
     except _TASK_FAULTS as fault:
         raise TaskUnavailable(f"task {name} does not run: {type(fault).__name__}: {fault}") from fault
     directions = result["higher_is_better"][name]
@@ -173,6 +179,7 @@ def _try_out(name: str, *, folder: Path, digest: str) -> TaskCard:
         default_metric=next((metric for metric in _PREFERRED_METRICS if metric in names), names[0]),
         num_documents=num_documents,
         max_fewshot=_max_fewshot(name, folder=folder),
+        bytes_per_document=read / len(tried),
     )
 
 

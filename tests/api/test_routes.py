@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
@@ -76,6 +76,36 @@ def test_a_preview_says_what_a_submit_would_and_stores_nothing(service: Service)
     assert preview.status_code == 200
     assert preview.json()["plan"] == submitted.json()["plan"]
     assert len(service.store.list_searches()) == 1
+
+
+def test_a_preview_tells_the_time_once_such_a_worker_was_measured(service: Service) -> None:
+    def preview() -> dict[str, Any]:
+        answer = service.client.post("/v1/searches:preview", content=json.dumps(service.spec()), headers=JSON)
+        assert answer.status_code == 200, answer.text
+        took: dict[str, Any] = answer.json()["time"]
+        return took
+
+    assert (preview()["known"], preview()["pending"]) == (False, True)
+    (wish,) = service.store.wished_speeds()
+    points = [{"flops_per_token": 10_000, "trained_per_second": 1000.0, "scored_per_second": 3000.0}]
+    service.store.save_speed(wish.key, points=points, host="here", error=None, fence=None)
+
+    took = preview()
+    assert took["known"]
+    assert 0 < took["prepare_seconds"] < took["wall_seconds"]["expected"] <= took["wall_seconds"]["at_most"]
+    assert took["worker"]["host"] == "here"
+
+
+def test_a_preview_says_why_a_shape_is_not_legal(service: Service) -> None:
+    keys = ["L9-D24-F32-H4-K2-E8", "L1-D24-F32-H4-K2-E8"]
+    asked = service.client.post("/v1/searches:preview", params={"shape": keys}, content=json.dumps(service.spec()), headers=JSON).json()["asked"]
+
+    assert [(shape["key"], shape["legal"]) for shape in asked] == [(keys[0], False), (keys[1], True)]
+    assert "num_hidden_layers" in {problem["field"] for problem in asked[0]["problems"]}
+
+    wrong = service.client.post("/v1/searches:preview", params={"shape": "big"}, content=json.dumps(service.spec()), headers=JSON)
+    assert wrong.status_code == 422
+    assert wrong.json()["errors"][0]["field"] == "shape"
 
 
 def test_pages_of_searches_stay_in_step_while_new_ones_arrive(service: Service) -> None:

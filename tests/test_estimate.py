@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from nas.cost import count_parameters
+from nas.errors import InvalidSpec
+from nas.estimate import Speed, TaskWork, describe_space, estimate_seconds, explain_shape, rung_work, task_work
+from nas.families import Architecture
+from nas.shape import Shape
+from nas.space import SearchSpace
+from nas.spec import BudgetSpec, ControlSpec, CorpusPart, CorpusSpec, EvaluationSpec, ResourceSpec, RungSpec, SearchSpec, SpaceSpec, TaskSpec
+
+TEACHER = Shape(num_hidden_layers=5, hidden_size=64, intermediate_size=172, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+ARCHITECTURE = Architecture(model_type="llama", shape=TEACHER, vocab_size=512, tie_word_embeddings=True, attention_bias=False, mlp_bias=False)
+SPACE = SearchSpace(ARCHITECTURE, space=SpaceSpec(), budget=BudgetSpec(max_fraction=0.6))
+POINTS = [
+    {"flops_per_token": 1e6, "trained_per_second": 1e4, "scored_per_second": 4e4},
+    {"flops_per_token": 1e8, "trained_per_second": 400.0, "scored_per_second": 1600.0},
+]
+shapes = st.builds(
+    lambda layers, hidden, mlp, groups, queries, experts: Shape(
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=groups * queries, num_key_value_heads=groups,
+        head_dim=8, num_experts=experts,
+    ),
+    *[st.integers(1, 10**4)] * 5,
+    st.none() | st.integers(1, 64),
+)  # fmt: skip
+
+
+def spec(**changes: object) -> SearchSpec:
+    fields = {
+        "teacher": "tiny",
+        "corpus": CorpusSpec(parts=(CorpusPart(name="words"),), sequence_length=128),
+        "tasks": (TaskSpec(name="choice"),),
+        "budget": BudgetSpec(max_fraction=0.6),
+        **changes,
+    }
+    return SearchSpec(**fields)  # type: ignore[arg-type]
+
+
+@given(shape=shapes)
+def test_a_shape_is_read_back_from_its_key(shape: Shape) -> None:
+    assert Shape.from_key(shape.key) == shape
+
+
+@pytest.mark.parametrize("text", ["", "L4", "L4-D56-F144-H4-K4-E8 ", "L4-D56-F144-H5-K4-E8", "L0-D56-F144-H4-K4-E8", "L٤-D56-F144-H4-K4-E8", "x" * 10_000])
+def test_what_is_no_key_of_a_shape_is_refused(text: str) -> None:
+    with pytest.raises(InvalidSpec) as refused:
+        Shape.from_key(text)
+    assert len(str(refused.value)) < 500
+
+
+def test_the_extremes_are_the_smallest_and_the_largest_of_all_legal_shapes() -> None:
+    counts = [count_parameters(ARCHITECTURE, shape).total for shape in SPACE.shapes()]
+    smallest, largest = SPACE.extremes()
+    assert (SPACE.parameters(smallest), SPACE.parameters(largest)) == (min(counts), max(counts))
+
+
+def test_a_space_is_described_by_legal_shapes() -> None:
+    described = describe_space(SPACE)
+    legal = {shape.key for shape in SPACE.shapes()}
+    assert described["count"] == len(legal)
+    assert {example["key"] for example in [*described["examples"], described["smallest"], described["largest"]]} <= legal
+
+
+def test_a_shape_that_is_not_legal_is_told_every_rule_that_it_breaks() -> None:
+    asked = explain_shape(SPACE, Shape.from_key("L6-D60-F172-H8-K4-E16"))
+    assert not asked["legal"]
+    assert {problem["field"] for problem in asked["problems"]} >= {"num_hidden_layers", "head_dim", "hidden_size", "parameters"}
+    legal = next(SPACE.shapes())
+    assert explain_shape(SPACE, legal) == {"key": legal.key, "shape": legal.as_dict(), "parameters": SPACE.parameters(legal), "legal": True, "problems": []}
+
+
+@given(
+    searched=st.integers(1, 500),
+    forced=st.integers(0, 6),
+    controls=st.integers(0, 5),
+    keep=st.floats(0.05, 1),
+    growth=st.floats(1, 4),
+    trained=st.integers(1, 5),
+)
+def test_no_rung_sees_more_trials_than_the_one_below_and_ties_only_add(
+    searched: int, forced: int, controls: int, keep: float, growth: float, trained: int
+) -> None:
+    assume(forced <= searched)
+    wanted = spec(rungs=RungSpec(keep=keep, max_tie_growth=growth, num_trained=trained), controls=ControlSpec(num_random=controls))
+    work = rung_work(wanted, searched=searched, forced=forced)
+    assert work[0].expected == work[0].at_most == searched + controls
+    for below, above in pairwise(work):
+        assert forced + controls <= above.expected <= above.at_most <= below.at_most
+        assert above.expected <= below.expected
+
+
+@given(flops=st.floats(1e5, 1e9), tokens=st.floats(1, 1e12))
+def test_time_grows_with_tokens_and_size_and_meets_the_measured_points(flops: float, tokens: float) -> None:
+    speed = Speed(points=POINTS)
+    assert speed.train_seconds(2 * tokens, flops=flops) == pytest.approx(2 * speed.train_seconds(tokens, flops=flops))
+    assert speed.train_seconds(tokens, flops=1.01 * flops) > speed.train_seconds(tokens, flops=flops)
+    for point in POINTS:
+        assert speed.score_seconds(tokens, flops=point["flops_per_token"]) == pytest.approx(tokens / point["scored_per_second"])
+
+
+def test_more_workers_shorten_the_wall_time_and_no_device_time() -> None:
+    one, two = spec(), spec(resources=ResourceSpec(max_parallel_trials=2))
+    seconds = [
+        estimate_seconds(
+            wanted, space=SPACE, work=rung_work(wanted, searched=24, forced=3), tasks=TaskWork(rungs=1e5, held_out=1e6), speed=Speed(points=POINTS)
+        )
+        for wanted in (one, two)
+    ]
+    assert seconds[0]["device_seconds"] == seconds[1]["device_seconds"]
+    assert seconds[1]["wall_seconds"]["expected"] < seconds[0]["wall_seconds"]["expected"]
+    searching = [found["wall_seconds"]["expected"] - found["prepare_seconds"] for found in seconds]
+    assert searching[0] == pytest.approx(2 * searching[1], rel=1e-3)
+
+
+def test_held_out_documents_bound_the_confirmation_only() -> None:
+    cards = [{"num_documents": 1000, "bytes_per_document": 270.0}]
+    everything = task_work(spec(), cards=cards, vocab_size=2**10)
+    bounded = task_work(spec(evaluation=EvaluationSpec(held_out_documents=100)), cards=cards, vocab_size=2**10)
+    assert everything == TaskWork(rungs=pytest.approx(200 * 100), held_out=pytest.approx(800 * 100))
+    assert bounded == TaskWork(rungs=pytest.approx(200 * 100), held_out=pytest.approx(100 * 100))
+    assert math.isclose(task_work(spec(), cards=[{"num_documents": 10}], vocab_size=512).rungs, 0.0)
