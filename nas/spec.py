@@ -311,7 +311,7 @@ class SearchSpec:
     shapes: Annotated[tuple[Shape, ...], Field(max_length=1000)] = ()
     """Shapes of the user's own, evaluated first; they always reach the last rung."""
     num_finalists: Annotated[int, Field(ge=1, le=100)] = 3
-    """Best shapes that are confirmed on held-out documents; ties go with them, up to twice as many."""
+    """Most shapes of the first tie group that are confirmed on held-out documents, which decide among them."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Seed of everything: proposals, data order, document split."""
     space: SpaceSpec = field(default_factory=SpaceSpec)

@@ -1,26 +1,27 @@
-"""The leaderboard as it is stored: the ranking, with confirmations, baselines and the cost of the decision. Pure."""
+"""The leaderboard as it is stored: the ranking, with confirmations, baselines and the cost of each decision. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from nas.search.ranking import board_as_dict, weak_tasks
+from nas.search.confirmed import Confirmation
+from nas.search.ranking import Board, board_as_dict, weak_tasks
 from nas.search.results import RungResult
 from workers.search_run import SearchRun
 
 
-def make_board(run: SearchRun, *, prepared: dict[str, Any], confirmations: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    """All results so far as plain JSON."""
-    board = board_as_dict(run.board(prepared))
+def make_board(run: SearchRun, *, prepared: dict[str, Any], confirmations: Mapping[int, Confirmation]) -> dict[str, Any]:
+    """All results so far as plain JSON, without the documents' scores."""
+    ranking = run.board(prepared, confirmations=confirmations)
+    board = board_as_dict(ranking)
     for row in board["rows"]:
-        row["confirmation"] = confirmations.get(row["number"])
-    # Verified or not ranked first: until a row is confirmed it may lead, one that failed the confirmation never does.
-    leads = [row for row in board["rows"] if row["rank"] is not None and not row["is_control"] and (row["confirmation"] or {"verified": True})["verified"]]
-    board["winner"] = leads[0]["number"] if leads else None
+        found = run.trials[row["number"]].confirmation
+        row["confirmation"] = {**found, "held_out": without_documents(found["held_out"])} if found and "held_out" in found else found
     teacher, random = (RungResult.from_dict(prepared[name]) for name in ("teacher", "random"))
     board["weak_tasks"] = list(weak_tasks(run.spec.tasks, teacher=teacher, random=random))
-    return {**board, "teacher": _baseline(prepared, "teacher"), "random": _baseline(prepared, "random"), "cost": _cost(run, prepared=prepared)}
+    cost = count_cost(run, board=ranking, prepared=prepared)
+    return {**board, "teacher": _baseline(prepared, "teacher"), "random": _baseline(prepared, "random"), "cost": cost}
 
 
 def without_documents(result: dict[str, Any]) -> dict[str, Any]:
@@ -30,10 +31,11 @@ def without_documents(result: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in metric.items() if name != "documents"}
 
     return {
-        **{name: value for name, value in result.items() if name != "details"},
+        **{name: value for name, value in result.items() if name not in ("details", "likelihoods")},
         "kl": short(result["kl"]),
         "loss": short(result["loss"]),
         "tasks": {name: short(metric) for name, metric in result["tasks"].items()},
+        "likelihoods": {task: {form: short(metric) for form, metric in forms.items()} for task, forms in result.get("likelihoods", {}).items()},
     }
 
 
@@ -41,13 +43,46 @@ def _baseline(prepared: dict[str, Any], name: str) -> dict[str, Any]:
     return {"search": without_documents(prepared[name]), "held_out": without_documents(prepared[f"{name}_held_out"])}
 
 
-def _cost(run: SearchRun, *, prepared: dict[str, Any]) -> dict[str, Any]:
-    """Tokens trained on and seconds on the workers by step, of the prepare step and all finished rungs; confirmations are not in it."""
+def count_cost(run: SearchRun, *, board: Board, prepared: dict[str, Any]) -> dict[str, Any]:
+    """Tokens trained on and device seconds of all finished steps: in all, by step, and for each decision what it took to make it.
+
+    A decision is a rung (who goes on) or the confirm step (who wins). Device seconds are wall seconds times the devices of a step: its GPUs, or its CPU
+    cores where it has none.
+    """
+    devices = run.spec.resources.gpus or run.spec.resources.cpus
     seconds: dict[str, float] = {"prepare": sum(prepared.get("seconds", {}).values())}
-    tokens = 0
-    for results in run.results.values():
-        tokens += sum(run.spec.trained_tokens(rung) for rung in results)
+    decisions = []
+    for rung in range(run.last_rung + 1):
+        results = {number: found[rung] for number, found in run.results.items() if rung in found}
+        wall = 0.0
         for result in results.values():
+            wall += sum(result.seconds.values())
             for name, value in result.seconds.items():
                 seconds[name] = seconds.get(name, 0.0) + value
-    return {"tokens": tokens, "seconds": seconds, "cpus": run.spec.resources.cpus, "gpus": run.spec.resources.gpus}
+        chosen = len(board.finalists) if rung == run.last_rung else sum(rung + 1 in run.results[number] for number in results)
+        tokens = run.spec.trained_tokens(rung) * len(results)
+        decisions.append(_decision(f"rung {rung}", trials=len(results), chosen=chosen, tokens=tokens, device_seconds=wall * devices))
+    confirmed = [trial.confirmation for trial in run.trials.values() if trial.confirmation is not None]
+    seconds["confirm"] = sum(sum(found.get("seconds", {}).values()) for found in confirmed)
+    chosen = int(board.winner is not None)
+    decisions.append(_decision("confirm", trials=len(confirmed), chosen=chosen, tokens=0, device_seconds=seconds["confirm"] * devices))
+    return {
+        "tokens": sum(decision["tokens"] for decision in decisions),
+        "device_seconds": sum(seconds.values()) * devices,
+        "seconds": seconds,
+        "decisions": decisions,
+        "cpus": run.spec.resources.cpus,
+        "gpus": run.spec.resources.gpus,
+    }
+
+
+def _decision(name: str, *, trials: int, chosen: int, tokens: int, device_seconds: float) -> dict[str, Any]:
+    return {
+        "decision": name,
+        "trials": trials,
+        "chosen": chosen,
+        "tokens": tokens,
+        "device_seconds": device_seconds,
+        "tokens_per_chosen": tokens / chosen if chosen else None,
+        "device_seconds_per_chosen": device_seconds / chosen if chosen else None,
+    }

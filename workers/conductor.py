@@ -17,13 +17,14 @@ from typing import Any
 
 from nas.cost import count_parameters
 from nas.errors import Conflict
+from nas.search.confirmed import Confirmation
 from nas.search.layout import clear_below, prepared_key
-from nas.search.ranking import CONTROL
+from nas.search.ranking import CONTROL, Board
 from nas.search.results import RungResult
 from nas.settings import Settings
 from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchState, Stage, TrialState
 from nas.store.store import Store
-from workers.board import make_board, without_documents
+from workers.board import make_board
 from workers.executor import Executor
 from workers.folders import SearchFolder
 from workers.progress import ProgressReader, make_point
@@ -90,8 +91,9 @@ class Conductor:
         search_id = self.record.id
         trials, rungs, attempts = self._store.list_trials(search_id), self._store.list_rungs(search_id), self._store.list_attempts(search_id)
         self._run = SearchRun(self.record, trials=trials, rungs=rungs, attempts=attempts)
-        self._confirmations = {number: trial.confirmation for number, trial in self._run.trials.items() if trial.confirmation is not None}
-        self._finalists: list[int] | None = None
+        self._final_board: Board | None = None
+        """While confirming: the board with what was confirmed so far."""
+        self._confirmations = {number: Confirmation.from_dict(found) for number, found in self._store.list_confirmations(search_id).items()}
 
     @property
     def is_preparing(self) -> bool:
@@ -175,10 +177,7 @@ class Conductor:
                 self._record_rung(attempt, number, result)
             case "confirm":
                 assert number is not None
-                result = {**result, "held_out": without_documents(result["held_out"])}
-                self._store.save_confirmation(attempt.id, search_id=search_id, trial=number, confirmation=result, fence=self._fence)
-                self._confirmations[number] = result
-                self._save_board()
+                self._save_confirmation(attempt.id, number, confirmation=result)
             case "bundle":
                 winner = {**result, "bundle": str(Path(result["bundle"]).relative_to(self._leader.settings.data_folder))}
                 self._store.save_winner(search_id, winner, fence=self._fence)
@@ -229,9 +228,7 @@ class Conductor:
             self._save_board()
         elif stage == "confirm" and trial is not None:
             confirmation = {"verified": False, "reason": f"{reason}: {message}"[:2000]}
-            self._store.save_confirmation(None, search_id=self.record.id, trial=trial, confirmation=confirmation, fence=self._fence)
-            self._confirmations[trial] = confirmation
-            self._save_board()
+            self._save_confirmation(None, trial, confirmation=confirmation)
         else:
             self.fail(reason=reason, message=f"{stage}: {message}"[:4000])
 
@@ -326,12 +323,11 @@ class Conductor:
         self._run.set_trial(self._store.get_trial(self.record.id, trial.number))
 
     def _confirm(self) -> None:
-        """Confirm every finalist, then bundle the first verified one that is not a control."""
+        """Confirm every finalist and what the board compares with, then bundle the winner."""
         run = self._run
-        if self._finalists is None:
-            self._finalists = run.finalists(run.board(self.record.prepared or {}))
+        board = self._final_board = self._final_board or run.board(self.record.prepared or {}, confirmations=self._confirmations)
         busy = {running.attempt.trial for running in self.running.values()}
-        for number in self._finalists:
+        for number in run.to_confirm(board):
             if len(self.running) >= run.spec.resources.max_parallel_trials:
                 return
             if number not in self._confirmations and number not in busy:
@@ -340,13 +336,12 @@ class Conductor:
                 self._start("confirm", trial=number, request=request)
         if self.running:
             return
-        searched = [number for number in self._finalists if run.trials[number].origin != CONTROL]
-        winner = next((number for number in searched if self._confirmations[number]["verified"]), None)
-        if winner is None:
-            reasons = "; ".join(f"trial {number}: {self._confirmations[number].get('reason')}" for number in searched[:3])
+        if board.winner is None:
+            refused = [number for number, confirmation in self._confirmations.items() if not confirmation.verified]
+            reasons = "; ".join(f"trial {number}: {(run.trials[number].confirmation or {}).get('reason')}" for number in refused[:3])
             self.fail(reason="no_finalist_verified", message=reasons)
             return
-        self._start("bundle", trial=winner, request=self._bundle_request(winner))
+        self._start("bundle", trial=board.winner, request=self._bundle_request(board.winner))
 
     def _bundle_request(self, number: int) -> dict[str, Any]:
         run = self._run
@@ -357,7 +352,7 @@ class Conductor:
             "trial_folder": str(self.folder.trial(number)),
             "bundle_folder": str(self.folder.winner),
             "result": run.results[number][run.last_rung].as_dict(),
-            "confirmation": self._confirmations[number],
+            "confirmation": run.trials[number].confirmation,
             "board": self.record.board,
         }
 
@@ -400,6 +395,12 @@ class Conductor:
         for trial in list(self._run.trials.values()):
             if not trial.state.is_terminal:
                 self._change_trial(trial.number, to=TrialState.CANCELLED)
+
+    def _save_confirmation(self, attempt_id: str | None, number: int, *, confirmation: dict[str, Any]) -> None:
+        self._store.save_confirmation(attempt_id, search_id=self.record.id, trial=number, confirmation=confirmation, fence=self._fence)
+        self._run.trials[number] = self._store.get_trial(self.record.id, number)
+        self._confirmations[number], self._final_board = Confirmation.from_dict(confirmation), None
+        self._save_board()
 
     def _save_board(self) -> None:
         if self.record.prepared is not None:

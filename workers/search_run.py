@@ -16,6 +16,7 @@ from types import MappingProxyType
 import numpy as np
 
 from nas.cost import count_parameters
+from nas.search.confirmed import Confirmation
 from nas.search.ranking import CONTROL, Board, CompletedTrial, TaskScale, make_scales, rank
 from nas.search.results import RungResult
 from nas.search.rungs import Standing, promotable
@@ -309,7 +310,7 @@ class SearchRun:
         teacher, random = (RungResult.from_dict(prepared[name]) for name in ("teacher", "random"))  # type: ignore[arg-type]
         return tuple(make_scales(self.spec.tasks, teacher=teacher, random=random))
 
-    def board(self, prepared: dict[str, object]) -> Board:
+    def board(self, prepared: dict[str, object], *, confirmations: Mapping[int, Confirmation]) -> Board:
         """The leaderboard of all results so far."""
         trials = [
             CompletedTrial(
@@ -319,14 +320,15 @@ class SearchRun:
             if number in self.results
         ]
         teacher = count_parameters(self.space.architecture, self.space.architecture.shape).total
-        return rank(trials, scales=self.scales(prepared), teacher_parameters=teacher, spec=self.spec.rungs)
+        return rank(
+            trials,
+            scales=self.scales(prepared),
+            teacher_parameters=teacher,
+            spec=self.spec.rungs,
+            num_finalists=self.spec.num_finalists,
+            confirmations=confirmations,
+        )
 
-    def finalists(self, board: Board) -> list[int]:
-        """Who is confirmed: the best of the last rung with those tied with the last of them (at most twice as many), and every forced trial."""
-        at_top = [row for row in board.rows if row.rung == self.last_rung]
-        searched = [row for row in at_top if row.origin != CONTROL]
-        chosen = searched[: self.spec.num_finalists]
-        if chosen:
-            tied = [row for row in searched[self.spec.num_finalists : 2 * self.spec.num_finalists] if row.tie_group == chosen[-1].tie_group]
-            chosen = chosen + tied
-        return [row.number for row in at_top if row in chosen or self._is_forced(row.number)]
+    def to_confirm(self, board: Board) -> list[int]:
+        """The finalists, and every forced trial of the last rung: the board compares with them on held-out documents."""
+        return [row.number for row in board.rows if row.rung == self.last_rung and (row.number in board.finalists or self._is_forced(row.number))]

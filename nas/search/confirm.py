@@ -19,12 +19,13 @@ from safetensors import safe_open
 from nas.compress.manifest import load_tensors
 from nas.compress.teacher import CONFIG_FILE, WEIGHTS_FILE, load_model, resolve_dtype
 from nas.cost import count_parameters
+from nas.deployability import deployability
 from nas.errors import CorruptFile, TeacherUnavailable
 from nas.evaluate.latency import measure_latency
 from nas.families import read_architecture
 from nas.search.layout import PROBE, STUDENT
 from nas.search.shared import teacher_dtype
-from nas.search.trial import measure
+from nas.search.trial import Clock, measure
 from nas.shape import Shape
 from nas.spec import SearchSpec
 
@@ -58,12 +59,16 @@ def confirm(
     Args:
         with_reload: False for a control, which never wins: its file is counted, but not loaded in a fresh process.
     Returns:
-        verified (bool) and why not (reason), whether a fresh process reloaded it, parameters counted from the file, held-out result, latency.
+        verified (bool) and why not (reason), whether a fresh process reloaded it, parameters counted from the file, held-out result, latency, where
+        the shape can be served by rule, and wall seconds by step.
     Raises:
         CorruptFile: the student is not what it claims to be, so much so that it cannot be measured.
     """
     student = folder / STUDENT
+    seconds: dict[str, float] = {}
+    clock = Clock(seconds)
     reason, parameters = verify(student, probe=folder, shape=shape, config=inputs["teacher"]["config"], with_reload=with_reload)
+    clock.lap("verify")
     try:
         model = load_model(student, dtype="float32", device=device)  # as the rungs measured it
     except TeacherUnavailable as unloadable:
@@ -80,6 +85,7 @@ def confirm(
         held_out=True,
         with_tasks=True,
     )
+    clock.lap("evaluate")
     latency = measure_latency(
         model.to(resolve_dtype(teacher_dtype(spec, device=device))),  # as it would be served
         prompt_tokens=min(spec.evaluation.latency_prompt_tokens, model.config.max_position_embeddings - spec.evaluation.latency_new_tokens),
@@ -87,6 +93,7 @@ def confirm(
         batch_size=1,
         repeats=5,
     )
+    clock.lap("latency")
     return {
         "verified": reason is None,
         "reason": reason,
@@ -94,6 +101,8 @@ def confirm(
         "parameters": parameters,
         "held_out": result.as_dict(),
         "latency": latency.as_dict(),
+        "deployability": deployability(shape).as_dict(),
+        "seconds": seconds,
     }
 
 

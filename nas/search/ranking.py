@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 from scipy.stats import kendalltau
 
 from nas.errors import InvalidSpec, Problem
+from nas.search.confirmed import Confirmation, decide_finals
 from nas.search.results import Metric, RungResult
 from nas.search.rungs import TIE_Z, last_rung, paired_difference
 from nas.shape import Shape
@@ -89,6 +91,17 @@ class TaskCell:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A row's score minus the best score, paired over the same documents. In the first tie group the interval holds zero."""
+
+    value: float
+    standard_error: float
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One trial at its deepest rung."""
 
@@ -107,11 +120,19 @@ class Row:
     score: float | None
     """None at a rung that is scored on no task. Scores of different rungs are not comparable."""
     standard_error: float | None
+    difference: Difference | None
+    """To the row with the best score; None below the last rung."""
     kl: float
     kl_standard_error: float
     loss: float
     tasks: dict[str, TaskCell]
+    costs: dict[str, float]
+    """Parameters, bytes, FLOPs per token and what else was measured of it (`RungResult.costs`)."""
     state: str
+    verified: bool | None
+    """Whether a fresh process proved the file to be the model that was scored; None for a trial that was not reloaded."""
+    probability_best: float | None
+    """Of a verified finalist, once all are confirmed: that it has the best score of them, from the held-out documents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +160,12 @@ class Board:
     """The leaderboard. `board_as_dict` is its JSON form."""
 
     rows: tuple[Row, ...]
+    leader: int | None
+    """Number of the first finalist until there is a winner, then the winner's."""
+    finalists: tuple[int, ...]
+    """Numbers of the trials among which the confirm step decides: of the first tie group with a trial that it has not refused, the first few."""
     winner: int | None
-    """Number of the first ranked trial that is no control."""
+    """Number of the verified finalist with the best score on held-out documents; None until every finalist is confirmed."""
     pareto: tuple[int, ...]
     """Ranked trials that no other beats on score without more parameters; fewest parameters first."""
     agreement: tuple[Agreement, ...]
@@ -190,23 +215,46 @@ def difference(result: RungResult, other: RungResult, *, scales: Sequence[TaskSc
     )
 
 
-def rank(trials: Sequence[CompletedTrial], *, scales: Sequence[TaskScale], teacher_parameters: int, spec: RungSpec) -> Board:
+def rank(
+    trials: Sequence[CompletedTrial],
+    *,
+    scales: Sequence[TaskScale],
+    teacher_parameters: int,
+    spec: RungSpec,
+    num_finalists: int = 1,
+    confirmations: Mapping[int, Confirmation] | None = None,
+) -> Board:
     """The leaderboard; the order of the trials does not matter.
 
     Rows of the last rung come first, best first; then the others, deeper rungs first, lower KL first.
+
+    Args:
+        num_finalists: most trials of the first tie group that are confirmed.
+        confirmations: by trial, what the confirm step found so far.
     """
+    confirmations = confirmations or {}
     last = last_rung(spec)
     groups = _tie_groups([trial for trial in trials if trial.rung == last], scales=scales)
+    finals = decide_finals(
+        [[trial.number for trial in members if trial.origin != CONTROL] for members in groups],
+        num_finalists=num_finalists,
+        confirmations=confirmations,
+        slopes={scale.name: scale.slope for scale in scales},
+    )
+    best = max(groups[0], key=lambda trial: (objective(trial.deepest, scales=scales).value, -trial.number)) if groups else None
+    make_row = partial(_row, scales=scales, teacher_parameters=teacher_parameters, confirmations=confirmations, probabilities=finals.probabilities)
     rows: list[Row] = []
     for tie_group, members in enumerate(groups, start=1):
         place = len(rows) + 1
-        rows += [_row(trial, rank=place, tie_group=tie_group, scales=scales, teacher_parameters=teacher_parameters) for trial in members]
+        rows += [make_row(trial, rank=place, tie_group=tie_group, best=best) for trial in members]
     ranked = tuple(rows)
     stopped = sorted((trial for trial in trials if trial.rung != last), key=lambda trial: (-trial.rung, trial.deepest.kl.value, trial.number))
-    rows += [_row(trial, rank=None, tie_group=None, scales=scales, teacher_parameters=teacher_parameters) for trial in stopped]
+    rows += [make_row(trial, rank=None, tie_group=None, best=None) for trial in stopped]
     return Board(
         rows=tuple(rows),
-        winner=next((row.number for row in ranked if not row.is_control), None),
+        leader=finals.winner if finals.winner is not None else next(iter(finals.finalists), None),
+        finalists=finals.finalists,
+        winner=finals.winner,
         pareto=_pareto(ranked),
         agreement=_agreement(trials, scales=scales, last=last),
         controls=_summarise_controls(ranked),
@@ -243,8 +291,18 @@ def _is_tied(better: CompletedTrial, worse: CompletedTrial, *, scales: Sequence[
     return paired.value <= TIE_Z * paired.standard_error
 
 
-def _row(trial: CompletedTrial, *, rank: int | None, tie_group: int | None, scales: Sequence[TaskScale], teacher_parameters: int) -> Row:
-    result = trial.deepest
+def _row(
+    trial: CompletedTrial,
+    *,
+    rank: int | None,
+    tie_group: int | None,
+    best: CompletedTrial | None,
+    scales: Sequence[TaskScale],
+    teacher_parameters: int,
+    confirmations: Mapping[int, Confirmation],
+    probabilities: Mapping[int, float],
+) -> Row:
+    result, confirmation = trial.deepest, confirmations.get(trial.number)
     score = objective(result, scales=scales) if result.tasks else None
     return Row(
         rank=rank,
@@ -259,12 +317,23 @@ def _row(trial: CompletedTrial, *, rank: int | None, tie_group: int | None, scal
         tokens=result.tokens,
         score=score.value if score else None,
         standard_error=score.standard_error if score else None,
+        difference=None if best is None else _difference(result, best.deepest, scales=scales),
         kl=result.kl.value,
         kl_standard_error=result.kl.standard_error,
         loss=result.loss.value,
         tasks={scale.name: _cell(result.tasks[scale.name], scale=scale) for scale in scales} if result.tasks else {},
+        costs=dict(result.costs),
         state=trial.state,
+        # A control's file is counted but not reloaded: too little to call it verified.
+        verified=confirmation.verified if confirmation and (confirmation.reloaded or not confirmation.verified) else None,
+        probability_best=probabilities.get(trial.number),
     )
+
+
+def _difference(result: RungResult, best: RungResult, *, scales: Sequence[TaskScale]) -> Difference:
+    paired = difference(result, best, scales=scales)
+    reach = TIE_Z * paired.standard_error
+    return Difference(value=paired.value, standard_error=paired.standard_error, low=paired.value - reach, high=paired.value + reach)
 
 
 def _cell(metric: Metric, *, scale: TaskScale) -> TaskCell:

@@ -82,7 +82,7 @@ def run_rung(
         DoesNotFit: the memory or the disk is too small; nothing was trained.
     """
     seconds: dict[str, float] = {}
-    clock = _Clock(seconds)
+    clock = Clock(seconds)
     shared = load_shared(spec, inputs=inputs, prepared=prepared, device=device)
     plan = None if rung == 0 else fitted_plan(spec, shared=shared, shape=shape, rung=rung, folder=folder, device=device)
     clock.lap("load")
@@ -242,7 +242,7 @@ def _fields(result: RungResult) -> dict[str, Any]:
     return {name: getattr(result, name) for name in RungResult.__slots__}
 
 
-class _Clock:
+class Clock:
     """Wall seconds between laps."""
 
     def __init__(self, seconds: dict[str, float]) -> None:

@@ -162,6 +162,7 @@ trials = Table(
     Column("confirmation", _JSON),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
+    Column("confirmation_documents", _JSON),
     UniqueConstraint("search_id", "shape_key"),
 )
 

@@ -30,7 +30,7 @@ from nas.store.records import (
 from nas.store.searches import lock_search, write_event
 from nas.store.tables import attempts, points, rungs, trials
 
-_TRIAL_COLUMNS = [column for column in trials.c if column.name != "shape_key"]
+_TRIAL_COLUMNS = [column for column in trials.c if column.name not in ("shape_key", "confirmation_documents")]
 _MAX_NUMBER = 2**31 - 1
 
 
@@ -198,6 +198,8 @@ class Trials(Database):
     def save_confirmation(self, attempt_id: str | None, *, search_id: str, trial: int, confirmation: Json, fence: int | None) -> None:
         """Keep what the confirm step found of a finalist, and end its attempt with success. Event `trial.confirmed`.
 
+        Its `documents` are kept apart: `list_confirmations` has them, a TrialRecord has not.
+
         Args:
             attempt_id: None when the last attempt has failed already, and the confirmation says so.
         Raises:
@@ -208,8 +210,16 @@ class Trials(Database):
             _get_trial(connection, search_id, trial)
             if attempt_id is not None:
                 _end_attempt(connection, _lock_running(connection, attempt_id), state=AttemptState.SUCCEEDED, reason=None)
-            _update_trial(connection, search_id, trial, {"confirmation": confirmation})
+            summary, documents = _split(confirmation)
+            _update_trial(connection, search_id, trial, {"confirmation": summary, "confirmation_documents": documents})
             write_event(connection, search_id, "trial.confirmed", {"trial": trial, "verified": confirmation["verified"], "reason": confirmation.get("reason")})
+
+    def list_confirmations(self, search_id: str) -> dict[int, Json]:
+        """What the confirm step found so far, by trial, with the documents."""
+        columns = (trials.c.number, trials.c.confirmation, trials.c.confirmation_documents)
+        query = select(*columns).where(trials.c.search_id == search_id, trials.c.confirmation.is_not(None)).order_by(trials.c.number)
+        with self.read() as connection:
+            return {number: _join(summary, documents or {}) for number, summary, documents in connection.execute(query)}
 
     def list_rungs(self, search_id: str, *, trial: int | None = None, with_documents: bool = True) -> list[RungRecord]:
         """Results in the order in which they came. Without documents they lack every `documents` key, and most of their bytes."""

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nas.errors import InvalidSpec
+from nas.search.confirmed import Confirmation
 from nas.search.ranking import (
     Board,
     CompletedTrial,
@@ -75,8 +77,8 @@ def at_score(share: float, *, kl: float = 1.0, noise: float = 0.0) -> RungResult
     )
 
 
-def board(*trials: CompletedTrial) -> Board:
-    return rank(trials, scales=SCALES, teacher_parameters=2000, spec=SPEC)
+def board(*trials: CompletedTrial, **options: Any) -> Board:
+    return rank(trials, scales=SCALES, teacher_parameters=2000, spec=SPEC, **options)
 
 
 def numbers(found: Board) -> list[int]:
@@ -140,11 +142,48 @@ def test_no_row_outside_a_tie_group_scores_above_one_inside_a_better_group(field
 
 @properties
 @given(fields())
-def test_a_control_never_wins_and_the_winner_is_the_best_other(field):
+def test_a_control_never_leads_and_the_leader_is_the_best_other(field):
     found = board(*field)
     candidates = [row for row in found.rows if row.rank is not None and not row.is_control]
 
-    assert found.winner == (candidates[0].number if candidates else None)
+    assert found.leader == (candidates[0].number if candidates else None)
+    assert found.winner is None
+    assert {row.tie_group for row in candidates if row.number in found.finalists} == {row.tie_group for row in candidates[:1]}
+
+
+@properties
+@given(fields())
+def test_in_the_first_tie_group_the_interval_of_the_difference_to_the_best_score_holds_zero(field):
+    for row in board(*field).rows:
+        if row.rank is None:
+            assert row.difference is None
+        else:
+            assert row.difference.high >= 0.0 or row.tie_group > 1
+            assert row.difference.low <= row.difference.value <= row.difference.high
+
+
+def test_the_winner_is_named_by_the_held_out_documents_once_every_finalist_is_confirmed():
+    field = [trial(1, last=at_score(0.6, kl=0.5)), trial(2, last=at_score(0.6, kl=0.6)), trial(3, last=at_score(0.6, kl=0.7)), trial(4, last=at_score(0.1))]
+    held_out = {1: at_score(0.5, noise=0.01), 2: at_score(0.9, noise=0.01)}
+    confirmations = {number: Confirmation(verified=True, reloaded=True, held_out=found) for number, found in held_out.items()}
+
+    early = board(*field, num_finalists=2, confirmations={2: confirmations[2]})
+    late = board(*field, num_finalists=2, confirmations=confirmations)
+
+    assert (early.finalists, early.leader, early.winner) == ((1, 2), 1, None)
+    assert (late.finalists, late.leader, late.winner) == ((1, 2), 2, 2)
+    by_number = {row.number: row for row in late.rows}
+    assert [by_number[number].verified for number in (1, 2, 3, 4)] == [True, True, None, None]
+    assert by_number[2].probability_best > 0.99
+    assert by_number[3].probability_best is None
+    assert numbers(early) == numbers(late)
+
+
+def test_a_control_that_was_only_counted_is_not_called_verified():
+    counted = {1: Confirmation(verified=True, reloaded=False, held_out=None), 2: Confirmation(verified=False, reloaded=False, held_out=None)}
+    found = board(trial(1, last=at_score(0.6), origin="control"), trial(2, last=at_score(0.5), origin="control"), confirmations=counted)
+
+    assert [row.verified for row in found.rows] == [None, False]
 
 
 @properties
@@ -240,7 +279,7 @@ def test_a_control_at_the_top_is_ranked_but_does_not_win():
     found = board(trial(0, last=at_score(0.9), origin="control"), trial(1, last=at_score(0.5), origin="anchor:uniform"))
 
     assert [(row.number, row.rank, row.is_control) for row in found.rows] == [(0, 1, True), (1, 2, False)]
-    assert found.winner == 1
+    assert found.leader == 1
 
 
 def test_the_medians_of_the_controls_stand_on_the_board():

@@ -268,6 +268,13 @@ class TestConfirmations:
         event = store.list_events(search.id)[-1]
         assert (event.type, event.data) == ("trial.confirmed", {"trial": 0, "verified": True, "reason": None})
 
+    def test_the_documents_are_kept_apart_from_the_trial(self, store: Store, search: SearchRecord, trial: TrialRecord) -> None:
+        confirmation = {"verified": True, "held_out": {"kl": {"value": 0.5, "documents": [0.25, 0.75]}}}
+        store.save_confirmation(None, search_id=search.id, trial=0, confirmation=confirmation, fence=None)
+
+        assert store.get_trial(search.id, 0).confirmation == {"verified": True, "held_out": {"kl": {"value": 0.5}}}
+        assert store.list_confirmations(search.id) == {0: confirmation}
+
     def test_one_of_an_attempt_that_was_lost_is_refused(self, store: Store, search: SearchRecord, trial: TrialRecord) -> None:
         attempt = store.start_attempt(search.id, stage="confirm", trial=0, rung=None, fence=None)
         store.lose_running_attempts(fence=None)

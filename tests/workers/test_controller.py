@@ -141,11 +141,37 @@ def test_a_search_runs_to_its_bundle(service: Service) -> None:
     assert all(trial.state in (TrialState.COMPLETED, TrialState.STOPPED) for trial in trials)
     assert sorted(row["number"] for row in search.board["rows"]) == [trial.number for trial in trials]
     assert {row["number"]: row["state"] for row in search.board["rows"]} == {trial.number: trial.state for trial in trials}
-    confirmed = [row for row in search.board["rows"] if row["confirmation"] and row["confirmation"]["verified"]]
-    assert search.winner["trial"] == next(row["number"] for row in confirmed if row["origin"] != "control")
+    finalists = [row for row in search.board["rows"] if row["number"] in search.board["finalists"]]
+    assert all(row["verified"] and row["confirmation"]["deployability"]["tensor_parallel_sizes"][0] == 1 for row in finalists)
+    assert sum(row["probability_best"] for row in finalists) == pytest.approx(1.0)
+    assert search.winner["trial"] == search.board["winner"] == search.board["leader"] in search.board["finalists"]
+    assert "documents" not in {key for row in search.board["rows"] for key in _keys(row)}
     assert (service.settings.data_folder / search.winner["bundle"]).is_file()
     assert all(attempt.state is AttemptState.SUCCEEDED for attempt in service.store.list_attempts(search_id))
     assert service.store.list_points(search_id, trial=search.winner["trial"])
+
+
+def _keys(value: Any) -> Iterator[str]:
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield key
+        yield from _keys(item)
+
+
+def test_what_each_decision_cost_adds_up(service: Service) -> None:
+    search = service.run(service.submit(sampler={"name": "random", "max_trials": 3}, controls={"anchors": False, "num_random": 0}))
+
+    assert search.board is not None
+    cost = search.board["cost"]
+    decisions = cost["decisions"]
+    spec = parse_spec(json.dumps(search.spec))
+    assert [decision["decision"] for decision in decisions] == [*(f"rung {rung}" for rung in range(spec.rungs.num_trained + 1)), "confirm"]
+    assert [decision["trials"] for decision in decisions[:1]] == [3]
+    assert [decision["chosen"] for decision in decisions[:-2]] == [decision["trials"] for decision in decisions[1:-1]]
+    assert decisions[-1]["chosen"] == 1
+    assert cost["tokens"] == sum(decision["tokens"] for decision in decisions) > 0
+    prepare = cost["seconds"]["prepare"] * spec.resources.cpus
+    assert cost["device_seconds"] == pytest.approx(prepare + sum(decision["device_seconds"] for decision in decisions))
+    assert decisions[-1]["device_seconds"] > 0
 
 
 def test_an_ended_search_leaves_its_bundle_and_nothing_else(service: Service) -> None:
