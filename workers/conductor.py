@@ -398,7 +398,7 @@ class Conductor:
 
     def _save_confirmation(self, attempt_id: str | None, number: int, *, confirmation: dict[str, Any]) -> None:
         self._store.save_confirmation(attempt_id, search_id=self.record.id, trial=number, confirmation=confirmation, fence=self._fence)
-        self._run.trials[number] = self._store.get_trial(self.record.id, number)
+        self._run.set_trial(self._store.get_trial(self.record.id, number))
         self._confirmations[number], self._final_board = Confirmation.from_dict(confirmation), None
         self._save_board()
 
