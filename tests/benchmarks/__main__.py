@@ -3,6 +3,8 @@
     headline    how many times more tokens training from scratch needs
     curves      how many tokens our students need for plain slicing's loss
     reproduce   a few random cells of those two tables' data, computed again (with NAS_REFERENCE)
+    proxies     what parameters, loss, KL and task scores after few tokens say of the final result, on the ground truth
+    replay      whole searches replayed on the ground truth: regret and tokens of ours, random, the largest, zero-shot and Minitron's
     training    tokens per second of our training loop against the loop that one writes with the transformers Trainer
     losses      peak memory of the loss and its way back at a large vocabulary
     signals     distillation from stored teacher signals against the teacher in the loop, beside the ceiling
@@ -26,6 +28,8 @@ SECTIONS = {
     "headline": "headline",
     "curves": "curves",
     "reproduce": "reproduce",
+    "proxies": "proxies",
+    "replay": "replay",
     "training": "training_speed",
     "losses": "losses",
     "signals": "signals",

@@ -1,0 +1,181 @@
+"""What the benchmarks read from the ground truth, on tables made up here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nas.families import read_architecture
+from tests.benchmarks import ground_truth, truth
+from tests.benchmarks.ground_truth import GRIDS, Cell, Row
+from tests.benchmarks.proxies import Proxy, bootstrap, proxies_of, regret, seed_ceiling, tau_b, tau_of_separated
+from tests.benchmarks.replay import Chance, GridSpace, replay_baselines, replay_ours, search_spec, summarise
+from tests.benchmarks.truth import Truth, make_truth
+
+TEACHER = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+GRID = GRIDS[1]
+TOKENS = [0, 6_250, 25_000, 100_000, 1_000_000]
+NUM_BLOCKS = 128
+
+
+@pytest.fixture(autouse=True)
+def known_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ground_truth, "teacher_architecture", lambda _: read_architecture(TEACHER))
+
+
+def make_rows(*, noise: float = 0.0, seeds: dict[int, int] | None = None, seed_noise: float = 0.0) -> tuple[list[Row], dict[str, NDArray[np.float16]]]:
+    """Shape number i has KL (1 + i / 10) of the level of each point; blocks are noisy alike for all shapes, and each apart by `noise`."""
+    generator = np.random.default_rng(0)
+    common = generator.uniform(0.8, 1.2, size=NUM_BLOCKS)
+    rows, blocks = [], {}
+    for index, shape in enumerate(GRID.shapes()):
+        for seed in range((seeds or {}).get(index, 1)):
+            cell = Cell(teacher=GRID.teacher, max_fraction=GRID.max_fraction, shape=shape.key, seed=seed)
+            levels = np.array([4.0, 2.0, 1.0, 0.7, 0.4]) * (1 + index / 10) * (1.5 if seed else 1.0) * np.exp(seed_noise * generator.standard_normal())
+            kl = (levels[:, None] * common * np.exp(noise * generator.standard_normal((len(levels), NUM_BLOCKS)))).astype(np.float16)
+            means = [float(point.mean()) for point in kl]
+            rows.append(Row(cell=cell, parameters=1000 - index, tokens=TOKENS, kl=means, final_kl=means, final_loss=means))
+            blocks[cell.key] = kl
+    return rows, blocks
+
+
+def make_table(**arguments: object) -> Truth:
+    rows, blocks = make_rows(**arguments)  # type: ignore[arg-type]
+    made = make_truth(GRID, rows=rows, blocks=blocks)
+    assert made is not None
+    return made
+
+
+def test_a_shape_that_has_not_come_as_far_as_the_others_is_left_out() -> None:
+    rows, blocks = make_rows()
+    short = rows[3]
+    rows[3] = Row(**{name: getattr(short, name)[:-1] for name in ("tokens", "kl", "final_kl", "final_loss")}, cell=short.cell, parameters=short.parameters)
+    made = make_truth(GRID, rows=rows, blocks=blocks)
+    assert made is not None
+    assert made.tokens == tuple(TOKENS)
+    assert {shape.key for shape in GRID.shapes()} - {shape.key for shape in made.shapes} == {short.cell.shape}
+
+
+def test_what_a_seed_does_to_all_shapes_alike_is_no_seed_noise() -> None:
+    one, several = make_table(), make_table(seeds={0: 3, 1: 3, 2: 3})
+    assert several.seed_sd(1_000_000) == pytest.approx(0.0, abs=1e-3)
+    np.testing.assert_allclose(several.final, one.final, rtol=1e-3)
+
+
+def test_seed_noise_of_a_shape_is_found() -> None:
+    table = make_table(seeds=dict.fromkeys(range(12), 3), seed_noise=0.05)
+    assert table.seed_sd(1_000_000) == pytest.approx(0.05, rel=0.5)
+    assert table.final_error()[0] > 0.5 * 0.05 * table.final[0]
+
+
+def test_the_error_of_a_difference_leaves_out_what_both_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(truth, "seed_sd_of_curves", lambda _: 0.0)
+    table = make_table()
+    proportional = table.difference_error()
+    apart = np.abs(table.final[:, None] - table.final[None, :])
+    blocks = table.held_out()[0] / table.final[0]
+    np.testing.assert_allclose(proportional, apart * blocks.std(ddof=1) / np.sqrt(len(blocks)), atol=2e-4)
+
+
+def test_only_pairs_that_the_final_result_separates_count() -> None:
+    final, error = np.array([1.0, 1.1, 2.0]), np.full((3, 3), 0.2)
+    assert tau_of_separated(np.array([2.0, 1.0, 3.0]), final, error=error) == (1.0, 2)
+    assert tau_of_separated(np.array([1.0, 3.0, 2.0]), final, error=error) == (0.0, 2)
+
+
+def test_the_regret_of_a_proxy_is_that_of_its_best_shape() -> None:
+    assert regret(np.array([3.0, 1.0, np.nan]), np.array([0.1, 0.3, 0.2])) == pytest.approx(0.2)
+
+
+def test_a_proxy_that_knows_every_order_has_tau_one_and_no_regret() -> None:
+    table = make_table(noise=0.01)
+    for proxy in proxies_of(table, tasks=Path("nowhere")):
+        found = bootstrap(table, proxy)
+        assert found["tau"].value == pytest.approx(1.0), proxy.name
+        assert found["regret"].value == 0.0
+        assert found["tau"].low <= found["tau"].value <= found["tau"].high + 1e-9
+
+
+def test_a_higher_score_of_a_task_is_a_better_one(tmp_path: Path) -> None:
+    table, file = make_table(), tmp_path / "tasks.jsonl"
+    rows = [
+        {
+            "teacher": GRID.teacher,
+            "max_fraction": GRID.max_fraction,
+            "shape": shape.key,
+            "seed": 0,
+            "tokens": 6_250,
+            "task": "t",
+            "metric": "acc",
+            "value": 1 - index / 100,
+        }
+        for index, shape in enumerate(table.shapes)
+    ]
+    file.write_text("".join(json.dumps({**row, "form": "acc", "higher_is_better": True}) + "\n" for row in rows), encoding="utf-8")
+    proxy = proxies_of(table, tasks=file)[-1]
+    assert proxy.name == "t, acc, 6,250 tokens"
+    assert tau_b(proxy.means(), table.final) == pytest.approx(1.0)
+
+
+def test_a_proxy_unknown_of_some_shapes_is_judged_on_the_others() -> None:
+    values = np.array([1.0, np.nan, 2.0, 3.0])
+    assert tau_b(Proxy(name="p", values=values).means(), np.array([1.0, 0.0, 2.0, 3.0])) == pytest.approx(1.0)
+
+
+def test_the_ceiling_compares_seeds_over_the_shapes_that_have_several() -> None:
+    assert seed_ceiling(make_table()) is None
+    assert seed_ceiling(make_table(seeds=dict.fromkeys(range(8), 3))) == (pytest.approx(1.0), 8)
+
+
+def test_a_search_over_the_table_proposes_its_shapes_and_no_others() -> None:
+    table = make_table()
+    space = GridSpace(GRID.space(), table.shapes[2:9])
+    assert set(space.shapes()) == set(table.shapes[2:9])
+    assert space.count() == 7
+    generator = np.random.default_rng(0)
+    assert {space.draw(generator).key for _ in range(200)} == {shape.key for shape in table.shapes[2:9]}
+    assert all(space.resolve(space.choices_of(shape)) == shape for shape in table.shapes[2:9])
+
+
+def test_on_a_table_without_noise_every_procedure_that_trains_every_shape_finds_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(truth, "seed_sd_of_curves", lambda _: 0.0)
+    table = make_table()
+    ours = replay_ours(table, spec=search_spec(table, changes={"rungs": {"first_tokens": 6_250, "factor": 4, "num_trained": 3}}), num_replays=4)
+    others = replay_baselines(table, tokens=ours[0].tokens, num_replays=4)
+    minitron = summarise(others["every shape to the last rung (Minitron)"], truth=table)
+    assert (minitron.best, minitron.token_share, minitron.median_regret) == (1.0, 1.0, 0.0)
+    found = summarise(ours, truth=table)
+    assert (found.best, found.top_three, found.worst_regret) == (1.0, 1.0, 0.0)
+    assert found.token_share < 0.5
+    assert summarise(others["one shape at random"], truth=table).mean_regret > 0
+
+
+def test_the_same_seed_replays_the_same_search() -> None:
+    table = make_table(noise=0.5, seed_noise=0.1)
+    spec = search_spec(table, changes={"sampler": {"name": "random", "max_trials": 12}, "rungs": {"first_tokens": 25_000, "factor": 4, "num_trained": 2}})
+    assert replay_ours(table, spec=spec, num_replays=2) == replay_ours(table, spec=spec, num_replays=2)
+
+
+def test_chance_draws_every_shape_the_same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(truth, "seed_sd_of_curves", lambda _: 0.0)
+    table = make_table()
+    documents = Chance.draw(table, seed=3).documents
+    ratio = documents[5] / documents[0]
+    np.testing.assert_allclose(ratio, np.broadcast_to(ratio.mean(axis=1, keepdims=True), ratio.shape), rtol=2e-3)
+    assert not np.allclose(documents, Chance.draw(table, seed=4).documents)
