@@ -152,7 +152,7 @@ class Replay:
 
     def _propose(self, new: NewTrial) -> None:
         number, now = len(self.run.trials), utc_now()
-        self.run.trials[number] = TrialRecord(
+        record = TrialRecord(
             search_id="srch_1",
             number=number,
             origin=new.origin,
@@ -166,6 +166,7 @@ class Replay:
             created_at=now,
             updated_at=now,
         )
+        self.run.set_trial(record)
 
     def _finish(self, step: Advance) -> None:
         state = TrialState.COMPLETED if step.rung == self.run.last_rung else TrialState.WAITING
@@ -188,7 +189,7 @@ class Replay:
         )
 
     def _change(self, number: int, **changes: Any) -> None:
-        self.run.trials[number] = replace(self.run.trials[number], **changes)
+        self.run.set_trial(replace(self.run.trials[number], **changes))
 
     def _ending(self) -> Ending:
         """With the lowest KL of the last rung."""
