@@ -149,6 +149,8 @@ class SearchAnswer(SearchSummary):
     cost: Cost
     error: dict[str, Any] | None
     """Why the search failed; null unless it did."""
+    end_reason: str | None = None
+    """Why it proposes no more shapes: `max_trials`, or `space_exhausted` where there are fewer legal ones; null while it does."""
 
 
 class PreviewAnswer(Answer):

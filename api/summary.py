@@ -64,6 +64,7 @@ def describe_search(search: SearchRecord, *, trials: Sequence[TrialRecord], rung
         rungs=rung_progress(search, trials=trials, rungs=rungs),
         cost=count_cost(search, rungs=rungs),
         error=search.error,
+        end_reason=(search.board or {}).get("end_reason"),
     )
 
 

@@ -19,6 +19,7 @@ def make_board(run: SearchRun, *, prepared: dict[str, Any], confirmations: Mappi
         found = run.trials[row["number"]].confirmation
         row["confirmation"] = {**found, "held_out": without_documents(found["held_out"])} if found and "held_out" in found else found
     teacher, random = (RungResult.from_dict(prepared[name]) for name in ("teacher", "random"))
+    board["end_reason"] = run.end_reason()
     board["weak_tasks"] = list(weak_tasks(run.spec.tasks, teacher=teacher, random=random))
     cost = count_cost(run, board=ranking, prepared=prepared)
     return {**board, "teacher": _baseline(prepared, "teacher"), "random": _baseline(prepared, "random"), "cost": cost}

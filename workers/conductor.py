@@ -301,7 +301,7 @@ class Conductor:
             self.fail(reason="no_trial_completed", message="no trial reached the last rung; see the trials' failures")
             return
         self._save_board()
-        self._move(SearchState.CONFIRMING)
+        self._move(SearchState.CONFIRMING, data={"reason": run.end_reason(), "legal_shapes": run.space.count(), "trials": len(run.trials)})
 
     def _propose(self, new: NewTrial) -> None:
         run = self._run
@@ -407,11 +407,11 @@ class Conductor:
             board = make_board(self._run, prepared=self.record.prepared, confirmations=self._confirmations)
             self._store.save_board(self.record.id, board, fence=self._fence)
 
-    def _move(self, to: SearchState, *, error: dict[str, Any] | None = None) -> None:
+    def _move(self, to: SearchState, *, error: dict[str, Any] | None = None, data: dict[str, Any] | None = None) -> None:
         """Change the search's state. It may have been cancelled since the tick began: the next tick sees that."""
         expected = [SearchState.CANCELLING] if self.record.state is SearchState.CANCELLING else WORKING
         try:
-            self.record = self._store.change_search(self.record.id, fence=self._fence, to=to, expected=expected, error=error)
+            self.record = self._store.change_search(self.record.id, fence=self._fence, to=to, expected=expected, error=error, data=data)
         except Conflict as conflict:
             logger.info("state not changed: %s", conflict, extra={"action": "state_conflict", "search_id": self.record.id, "to": to})
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from nas.shape import Shape
 from nas.space import Choices, build_space
 from nas.spec import parse_spec
 from nas.store.records import AttemptRecord, RungRecord, SearchRecord, TrialRecord, TrialState
+
+EndReason = Literal["max_trials", "space_exhausted"]
 
 FORCED_ORIGINS = ("anchor", "user", CONTROL)
 """They reach the last rung whatever their results: the board compares with them at equal tokens."""
@@ -180,6 +183,13 @@ class SearchRun:
         """No trial runs or waits, and no shape is left to propose."""
         return not self._open and self.next_action() is None
 
+    def end_reason(self) -> EndReason | None:
+        """Why no more shapes are proposed; None while there may be more. An exhausted space also leaves the controls short."""
+        if not self._all_proposed():
+            return None
+        is_short = self._num_searched < self.spec.sampler.max_trials or self._num_controls() < self.spec.controls.num_random
+        return "space_exhausted" if is_short and self._has_no_more() else "max_trials"
+
     def _ladder(self) -> list[_Step]:
         """Every rung below the last: who goes on from it (those that already did among them), and whether more may still reach it."""
         ladder: list[_Step] = []
@@ -210,7 +220,15 @@ class SearchRun:
         return self._promoted[rung][1]
 
     def _standing(self, number: int, result: RungResult) -> Standing:
-        return Standing(trial=number, depth=self.shape_of(number).num_hidden_layers, kl=result.kl, forced=self._is_forced(number))
+        costs = self._costs(number)
+        return Standing(trial=number, depth=self.shape_of(number).num_hidden_layers, kl=result.kl, forced=self._is_forced(number), costs=costs)
+
+    def _costs(self, number: int) -> tuple[float, ...]:
+        """The spec's further objectives; infinite where none of its rungs measured one. A latency is measured once, at rung 0."""
+        known: dict[str, float] = {"parameters": float(self.trials[number].parameters)}
+        for result in self.results[number].values():
+            known |= result.costs
+        return tuple(known.get(name, math.inf) for name in self.spec.objectives)
 
     def _is_forced(self, number: int) -> bool:
         return self.trials[number].origin.split(":")[0] in FORCED_ORIGINS
@@ -223,7 +241,11 @@ class SearchRun:
             return False
         if self._num_searched >= self.spec.sampler.max_trials:
             return True
-        if not self._is_exhausted and self.space.count() <= len(self._seen):  # trials are never taken back, so it stays exhausted
+        return self._has_no_more()
+
+    def _has_no_more(self) -> bool:
+        """Whether every legal shape is proposed; trials are never taken back, so it stays so."""
+        if not self._is_exhausted and self.space.count() <= len(self._seen):
             self._is_exhausted = all(shape.key in self._seen for shape in self.space.shapes())
         return self._is_exhausted
 
@@ -259,8 +281,8 @@ class SearchRun:
         return None
 
     def _next_control(self) -> NewTrial | None:
-        drawn = sum(trial.origin == CONTROL for trial in self.trials.values())
-        if drawn >= self.spec.controls.num_random:
+        drawn = self._num_controls()
+        if drawn >= self.spec.controls.num_random or self._has_no_more():
             return None
         generator = np.random.default_rng([self.spec.seed, 1, drawn])
         for _ in range(1000):
@@ -269,6 +291,9 @@ class SearchRun:
                 return NewTrial(origin=CONTROL, shape=shape, choices=None)
         unseen = next((shape for shape in self.space.shapes() if shape.key not in self._seen), None)
         return NewTrial(origin=CONTROL, shape=unseen, choices=None) if unseen else None
+
+    def _num_controls(self) -> int:
+        return sum(trial.origin == CONTROL for trial in self.trials.values())
 
     def _choices_of(self, shape: Shape) -> Choices | None:
         """The choices that stand for a shape, if they do: an anchor outside the ranges teaches the sampler nothing."""
@@ -287,18 +312,19 @@ class SearchRun:
         """
         searched = {number: choices for number in self.trials if self._is_searched(number) and (choices := self._choices_of_trial(number)) is not None}
         for rung in reversed(range(1, self.last_rung + 1)):
-            values = {
-                number: -math.log(max(self.results[number][rung].kl.value, 1e-12))
-                for number in self.results
-                if number in searched and rung in self.results[number]
+            told = {
+                number: Observation(choices=searched[number], value=-math.log(max(results[rung].kl.value, 1e-12)), costs=self._costs(number))
+                for number, results in self.results.items()
+                if number in searched and rung in results and all(map(math.isfinite, self._costs(number)))
             }
-            if len(values) >= self.spec.sampler.num_startup_trials:
+            if len(told) >= self.spec.sampler.num_startup_trials:
                 break
-        if not values:
+        if not told:
             return []
-        worst = min(values.values())
-        values |= {number: worst for number in searched if self.trials[number].state == TrialState.FAILED}
-        return [Observation(choices=searched[number], value=value) for number, value in values.items()]
+        worst = min(observation.value for observation in told.values())
+        dearest = tuple(max(costs) for costs in zip(*(observation.costs for observation in told.values()), strict=True))
+        failed = [number for number in searched if self.trials[number].state == TrialState.FAILED]
+        return list((told | {number: Observation(choices=searched[number], value=worst, costs=dearest) for number in failed}).values())
 
     def _is_searched(self, number: int) -> bool:
         return self.trials[number].origin != CONTROL

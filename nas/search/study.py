@@ -30,8 +30,11 @@ Sampler = Literal["gp", "tpe", "nsga2", "random", "enumerate"]
 MAX_TRIALS_FOR_GP = 150
 """Above this "auto" takes TPE: an ask of the GP costs about the cube of the observations."""
 
-MAX_REPEATS = 20
-"""Asks that may end in a seen shape before an unseen one is drawn at random."""
+MAX_REPEATS = 5
+"""Asks that may end in a seen shape before an unseen one is taken from around the first of them."""
+
+MAX_STEPS = 128
+"""Random steps away from there, longer and longer, before any unseen shape is drawn."""
 
 MAX_DRAWS = 1000
 """Random draws before the unseen shapes are listed; when they all fail, few of the space are left to list."""
@@ -95,7 +98,7 @@ def propose(
         shape = _draw_unseen(space, seen=seen, number=number, seed=seed, depth=_startup_depth(space, number=number, seed=seed))
     else:
         asked = _optuna_sampler(sampler, seed=_digest(seed, number), population_size=max(num_startup_trials, 2))
-        shape = _ask_unseen(space, sampler=asked, observations=observations, pending=pending, seen=seen)
+        shape = _ask_unseen(space, sampler=asked, observations=observations, pending=pending, seen=seen, generator=np.random.default_rng([seed, number, 1]))
         shape = shape or _draw_unseen(space, seen=seen, number=number, seed=seed, depth=None)
     return Proposal(choices=space.choices_of(shape), shape=shape) if shape else None
 
@@ -130,12 +133,19 @@ def _draw_unseen(space: SearchSpace, *, seen: frozenset[str], number: int, seed:
 
 
 def _ask_unseen(
-    space: SearchSpace, *, sampler: optuna.samplers.BaseSampler, observations: Sequence[Observation], pending: Sequence[Choices], seen: frozenset[str]
+    space: SearchSpace,
+    *,
+    sampler: optuna.samplers.BaseSampler,
+    observations: Sequence[Observation],
+    pending: Sequence[Choices],
+    seen: frozenset[str],
+    generator: np.random.Generator,
 ) -> Shape | None:
-    """The first unseen shape that the sampler asks for; None after MAX_REPEATS seen ones.
+    """The first unseen shape that the sampler asks for; after MAX_REPEATS seen ones an unseen one near the first, if steps find any.
 
     A repeat whose value is known is told it, which flattens the model there; one without stays running, which the
     samplers keep away from. Rejecting by PRUNED or FAIL instead teaches the GP nothing: it asks for the same again.
+    Where little is left unseen, a model that is sure of the best asks for that again and again: what it wants is the neighbourhood.
     """
     distributions = _distributions(space)
     values: dict[str, tuple[float, ...]] = {}
@@ -152,13 +162,29 @@ def _ask_unseen(
         for choices in pending:
             params = _params_of(space, space.choices_of(space.resolve(choices)))
             study.add_trial(create_trial(state=TrialState.RUNNING, params=params, distributions=distributions))
+        asked: list[dict[str, Any]] = []
         for _ in range(MAX_REPEATS):
             trial = study.ask(fixed_distributions=distributions)
+            asked.append(trial.params)
             shape = space.resolve(_choices_of(space, trial.params))
             if shape.key not in seen:
                 return shape
             if shape.key in values:
                 study.tell(trial, values[shape.key])
+    return _near_unseen(space, asked[0], seen=seen, generator=generator)
+
+
+def _near_unseen(space: SearchSpace, params: Mapping[str, Any], *, seen: frozenset[str], generator: np.random.Generator) -> Shape | None:
+    """An unseen shape a few steps from the params: along every axis at once, in steps that grow from one to the longest axis."""
+    longest = max(len(values) for values in space.axes.values())
+    for number in range(MAX_STEPS):
+        reach = 1 + number * longest // MAX_STEPS
+        moved = {name: params[name] + int(generator.integers(-reach, reach + 1)) for name in space.axes}
+        near: dict[str, Any] = {name: min(max(index, 0), len(space.axes[name]) - 1) for name, index in moved.items()}
+        fill = params["mlp_fill"] + generator.uniform(-1, 1) * min(reach / longest, 1.0) * (1.0 - space.min_mlp_fill)
+        shape = space.resolve(_choices_of(space, {**near, "mlp_fill": min(max(fill, space.min_mlp_fill), 1.0)}))
+        if shape.key not in seen:
+            return shape
     return None
 
 

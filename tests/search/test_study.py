@@ -5,11 +5,13 @@ import sys
 from collections import Counter
 
 import numpy as np
+import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nas.families import Architecture
+from nas.search import study
 from nas.search.study import Observation, Proposal, choose_sampler, propose
 from nas.shape import Shape
 from nas.space import Choices, SearchSpace
@@ -111,6 +113,54 @@ def test_the_observations_steer_the_proposal(sampler):
     )
 
     assert np.mean(deep) > np.mean(shallow) + 1
+
+
+@pytest.mark.parametrize("sampler", MODELS)
+def test_a_second_objective_draws_the_proposals_towards_the_cheap(sampler):
+    evaluated = draws(20)
+    dear_is_good = [
+        Observation(choices=SPACE.choices_of(shape), value=float(shape.hidden_size), costs=(float(shape.num_hidden_layers),)) for shape in evaluated
+    ]
+
+    def layers_of(told: list[Observation]) -> float:
+        proposals = [
+            propose(SPACE, sampler=sampler, observations=told, pending=[], seen={s.key for s in evaluated}, number=n, seed=2, num_startup_trials=4)
+            for n in range(6)
+        ]
+        return float(np.mean([proposal.shape.num_hidden_layers for proposal in proposals]))
+
+    inverted = [Observation(choices=item.choices, value=item.value, costs=(-item.costs[0],)) for item in dear_is_good]
+    assert layers_of(dear_is_good) < layers_of(inverted)
+
+
+def test_a_shape_that_is_known_is_answered_from_memory_and_told_to_the_model_again(monkeypatch):
+    told, known = [], draws(12)
+
+    class Stubborn(optuna.samplers.TPESampler):
+        """Asks for the best there is, for as long as it is not told anything new of it."""
+
+        def sample_independent(self, study, trial, param_name, param_distribution):
+            return study.best_trial.params[param_name]
+
+        def sample_relative(self, study, trial, search_space):
+            return {}
+
+        def infer_relative_search_space(self, study, trial):
+            return {}
+
+        def after_trial(self, study, trial, state, values):
+            told.append((study.best_trial.params == trial.params, values))
+
+    monkeypatch.setattr(study, "_optuna_sampler", lambda name, *, seed, population_size: Stubborn(seed=seed))
+
+    proposal = ask(SPACE, sampler="tpe", evaluated=known)
+
+    best = max(map(value_of, known))
+    assert told == [(True, [best])] * study.MAX_REPEATS
+    assert proposal.shape not in known
+    # What the model wanted is near: no farther than a few steps of any axis from the best one known.
+    favourite = max(known, key=value_of)
+    assert abs(proposal.shape.num_hidden_layers - favourite.num_hidden_layers) <= 2
 
 
 def test_choices_that_resolve_to_one_shape_are_told_alike():

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nas.cost import count_parameters
 from nas.search import study
 from nas.search.results import Metric, RungResult
 from nas.search.rungs import Standing, promotable
@@ -113,7 +114,7 @@ class Simulation:
             origin=new.origin,
             shape=new.shape.as_dict(),
             choices=new.choices.as_dict() if new.choices else None,
-            parameters=1,
+            parameters=count_parameters(self.run.space.architecture, new.shape).total,
             state=TrialState.WAITING,
             rung=None,
             failure=None,
@@ -469,3 +470,71 @@ def test_the_minitron_preset_trains_every_legal_shape_to_the_same_tokens() -> No
     assert reached(simulation, 1) == set(simulation.run.trials)
     assert all(trial.state is TrialState.COMPLETED for trial in simulation.run.trials.values())
     assert {row.result["tokens"] for row in simulation.rungs if row.rung == 1} == {1000}
+
+
+TINY = {
+    "num_hidden_layers": {"min": 3, "max": 4},
+    "hidden_size": {"min": 48, "max": 48},
+    "num_key_value_heads": {"min": 2},
+    "query_heads_per_kv": {"min": 2},
+    "intermediate_size": {"multiple": 48},
+}
+"""A space of few shapes."""
+
+
+@pytest.mark.parametrize("sampler", ["auto", "gp", "tpe", "nsga2", "random", "enumerate"])
+def test_an_exhausted_space_ends_the_search_and_says_so(sampler: str) -> None:
+    record = make_record(space=TINY, sampler={"name": sampler, "max_trials": 50, "num_startup_trials": 2}, controls={"anchors": False, "num_random": 2})
+    simulation = Simulation(record)
+    assert simulation.run.end_reason() is None
+
+    simulation.to_end()
+
+    shapes = {shape.key for shape in simulation.run.space.shapes()}
+    assert {simulation.run.shape_of(number).key for number in simulation.run.trials} == shapes
+    assert of_origin(simulation, "control") == set()
+    assert simulation.run.end_reason() == simulation.rebuilt().end_reason() == "space_exhausted"
+
+
+def test_controls_are_drawn_from_what_a_nearly_exhausted_space_has_left() -> None:
+    count = Simulation(make_record(space=TINY, controls={"anchors": False})).run.space.count()
+    record = make_record(space=TINY, sampler={"max_trials": count - 1}, controls={"anchors": False, "num_random": 2})
+
+    simulation = Simulation(record).to_end()
+
+    assert len(of_origin(simulation, "control")) == 1
+    assert simulation.run.end_reason() == "space_exhausted"
+
+
+def test_a_search_that_spent_its_trials_says_so() -> None:
+    assert Simulation(make_record(controls={"num_random": 1})).to_end().run.end_reason() == "max_trials"
+
+
+@given(st.integers(0, 200))
+@settings(max_examples=10, deadline=None)
+def test_with_several_objectives_the_cheapest_and_the_best_both_go_up(seed: int) -> None:
+    record = make_record(
+        objectives=["parameters"], seed=seed, controls={"anchors": False}, sampler={"name": "random", "max_trials": 12}, rungs={"num_trained": 2, "keep": 0.34}
+    )
+
+    simulation = Simulation(record).to_end()
+
+    at_first = {number: results[1].kl.value for number, results in simulation.run.results.items() if 1 in results}
+    parameters = {number: simulation.run.trials[number].parameters for number in at_first}
+    up = [number for number in at_first if 2 in simulation.run.results[number]]
+    assert min(at_first, key=lambda number: (at_first[number], number)) in up
+    assert min(parameters.values()) in [parameters[number] for number in up]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_with_several_objectives_every_sampler_is_told_the_costs(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    propose = search_run.propose
+    monkeypatch.setattr(search_run, "propose", lambda *args, **kwargs: told.append(kwargs["observations"]) or propose(*args, **kwargs))
+    record = make_record(objectives=["parameters"], sampler={"name": sampler, "max_trials": 12, "num_startup_trials": 4})
+
+    simulation = Simulation(record).to_end()
+
+    last = {observation.costs for observation in told[-1]}
+    assert last <= {(float(trial.parameters),) for trial in simulation.run.trials.values()}
+    assert len(last) > 1
