@@ -87,6 +87,8 @@ class Progress(Answer):
     """Trials that will not go on: completed, stopped early, failed or cancelled."""
     trials: dict[TrialState, int]
     """Number of trials by state."""
+    seconds_left: float | None
+    """Wall seconds until the last rung is through, at the search's own speed when a trial last finished a rung; null before one was trained, and afterwards."""
 
 
 class Best(Answer):

@@ -24,7 +24,7 @@ from api.schemas import (
 )
 from nas.shape import Shape
 from nas.spec import parse_spec
-from nas.store.records import RungRecord, SearchRecord, TrialRecord, TrialState
+from nas.store.records import RungRecord, SearchRecord, SearchState, TrialRecord, TrialState
 
 SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts")
 
@@ -44,6 +44,7 @@ def summarise_search(search: SearchRecord, *, counts: Mapping[TrialState, int]) 
             proposed=proposed,
             settled=sum(number for state, number in counts.items() if state.is_terminal),
             trials=dict(counts),
+            seconds_left=_seconds_left(search),
         ),
         best=best_row(search),
         created_at=search.created_at,
@@ -74,6 +75,11 @@ def describe_inputs(inputs: Mapping[str, Any]) -> list[Input]:
     found += [("corpus", corpus) for corpus in inputs.get("corpora", ())]
     found += [("task", task) for task in inputs.get("tasks", ())]
     return [Input(kind=kind, name=value["name"], digest=value["digest"]) for kind, value in found]  # type: ignore[arg-type]
+
+
+def _seconds_left(search: SearchRecord) -> float | None:
+    left = (search.board or {}).get("time_left")
+    return left["seconds"] if left and search.state is SearchState.SEARCHING else None
 
 
 def planned_trials(search: SearchRecord) -> int:

@@ -84,7 +84,15 @@ def status_line(search: Mapping[str, Any]) -> str:
     progress, best = search["progress"], search["best"]
     rungs = "  ".join(f"rung {rung['rung']}: {rung['finished']}" + (f"+{rung['running']}" if rung["running"] else "") for rung in search["rungs"])
     lead = f"  best: trial {best['trial']}, score {_plus_minus(best['score'], best['standard_error'])}" if best else ""
-    return f"{search['state']}  trials {progress['settled']}/{progress['planned']}  {rungs}{lead}"
+    left = f"  about {_duration(progress['seconds_left'])} left" if progress.get("seconds_left") else ""
+    return f"{search['state']}  trials {progress['settled']}/{progress['planned']}  {rungs}{lead}{left}"
+
+
+def _duration(seconds: float) -> str:
+    """90 s, 12 min, 3.5 h: no more digits than an estimate has."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def event_line(event: Mapping[str, Any]) -> str | None:

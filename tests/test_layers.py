@@ -60,6 +60,7 @@ ROWS = (
     "nas.search.rungs",
     "nas.search.confirmed",
     "nas.search.ranking",
+    "nas.search.forecast",
     "nas.search.layout",
     "nas.search.shared",
     "nas.search.task_damage",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nas.estimate import rung_work
 from nas.search.confirmed import Confirmation
+from nas.search.forecast import time_left
 from nas.search.ranking import Board, board_as_dict, weak_tasks
 from nas.search.results import RungResult
 from workers.search_run import SearchRun
@@ -22,7 +24,8 @@ def make_board(run: SearchRun, *, prepared: dict[str, Any], confirmations: Mappi
     board["end_reason"] = run.end_reason()
     board["weak_tasks"] = list(weak_tasks(run.spec.tasks, teacher=teacher, random=random))
     cost = count_cost(run, board=ranking, prepared=prepared)
-    return {**board, "teacher": _baseline(prepared, "teacher"), "random": _baseline(prepared, "random"), "cost": cost}
+    baselines = {name: _baseline(prepared, name) for name in ("teacher", "random")}
+    return {**board, **baselines, "cost": cost, "time_left": _time_left(run)}
 
 
 def without_documents(result: dict[str, Any]) -> dict[str, Any]:
@@ -87,3 +90,15 @@ def _decision(name: str, *, trials: int, chosen: int, tokens: int, device_second
         "tokens_per_chosen": tokens / chosen if chosen else None,
         "device_seconds_per_chosen": device_seconds / chosen if chosen else None,
     }
+
+
+def _time_left(run: SearchRun) -> dict[str, Any] | None:
+    """Of the search stage, at its own speed so far; None while nothing is known, or nothing left."""
+    plan = run.plan
+    work = rung_work(run.spec, searched=plan["searched"], forced=plan["forced"]) if "searched" in plan else []
+    seconds: dict[int, list[Mapping[str, float]]] = {}
+    for results in run.results.values():
+        for rung, result in results.items():
+            seconds.setdefault(rung, []).append(result.seconds)
+    left = time_left(run.spec, work=work, seconds=seconds)
+    return None if left is None or run.is_finished() else left.as_dict()

@@ -69,7 +69,7 @@ class SearchRun:
 
     def __init__(self, record: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Sequence[RungRecord], attempts: Sequence[AttemptRecord]) -> None:
         self.id = record.id
-        self.inputs = record.inputs
+        self.inputs, self.plan = record.inputs, record.plan
         self.spec = parse_spec(json.dumps(record.spec))
         self.space = build_space(self.spec, inputs=record.inputs)
         anchors = self.space.anchors() if self.spec.controls.anchors else {}

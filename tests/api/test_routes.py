@@ -342,3 +342,19 @@ def test_the_application_loads_nothing_heavy() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert found.stdout.strip() == "[]"
+
+
+def test_a_running_search_tells_the_time_it_still_takes_and_one_that_ended_does_not(service: Service) -> None:
+    search = service.submit()
+
+    def seconds_left() -> float | None:
+        left: float | None = service.client.get(f"/v1/searches/{search.id}").json()["progress"]["seconds_left"]
+        return left
+
+    assert seconds_left() is None
+    service.store.save_board(search.id, {"rows": [], "winner": None, "time_left": {"seconds": 90.5, "rungs": []}}, fence=None)
+    service.store.change_search(search.id, to=SearchState.PREPARING, expected=[SearchState.QUEUED], fence=None)
+    service.store.change_search(search.id, to=SearchState.SEARCHING, expected=[SearchState.PREPARING], fence=None)
+    assert seconds_left() == 90.5
+    service.store.change_search(search.id, to=SearchState.FAILED, expected=[SearchState.SEARCHING], fence=None, error={"reason": "x", "message": "y"})
+    assert seconds_left() is None
