@@ -75,7 +75,7 @@ def read_health() -> Health:
 def read_readiness(request: Request) -> object:
     """Ready when the store answers a query."""
     try:
-        request.app.state.store.active_searches()
+        request.app.state.store.active_states()
     except Exception as error:  # whatever the database throws means the same here: not ready
         routes.logger.warning("the store does not answer", exc_info=error)
         return problem_response(request, "not-ready", detail="the store does not answer")

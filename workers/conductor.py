@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ CANCEL_GRACE_SECONDS = 10.0
 """A step that was asked to stop and has not is killed after this long."""
 WAITING_SECONDS = 60.0
 """A step that shows no sign of life for so long is said to wait for resources: on a cluster that grows, this may take any time."""
+PROGRESS_SECONDS = 0.5
+"""Between two looks at the running steps' progress files: a thousand of them on a shared folder are not looked at with every outcome."""
+BOARD_SECONDS_PER_TRIAL = 0.005
+"""Between two leaderboards stored. One costs the controller about a twentieth of that for every trial on it (LOG), so at most 5 % of its time."""
 WORKING = (SearchState.QUEUED, SearchState.PREPARING, SearchState.SEARCHING, SearchState.CONFIRMING)
 
 
@@ -49,6 +54,8 @@ class Leader:
     settings: Settings
     fence: int
     """The token under which it writes."""
+    clock: Callable[[], float] = time.monotonic
+    """Seconds from some fixed moment."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,10 +64,10 @@ class Running:
 
     attempt: AttemptRecord
     progress: ProgressReader
-    started: float = field(default_factory=time.monotonic)
-    """time.monotonic() of its hand-over to the executor."""
+    started: float
+    """The leader's clock when it was handed to the executor."""
     began: float | None = None
-    """time.monotonic() of its first sign of life; None while it waits for resources."""
+    """The leader's clock at its first sign of life; None while it waits for resources."""
     said_waiting: bool = False
     stop_asked: float | None = None
     killed: str | None = None
@@ -71,17 +78,20 @@ class Conductor:
     """One search of this controller."""
 
     def __init__(self, record: SearchRecord, *, leader: Leader) -> None:
-        self._leader, self._store, self._fence = leader, leader.store, leader.fence
+        self._leader, self._store, self._fence, self._clock = leader, leader.store, leader.fence, leader.clock
         self.record = record
         self.folder = SearchFolder(path=leader.settings.searches_folder / record.id)
         self.running: dict[str, Running] = {}
         self.ended: dict[str, Outcome] = {}
         """Outcomes of steps that wait to be recorded."""
+        self._looked, self._stored_board = -math.inf, -math.inf
+        """The clock when progress was read last, and when the board was stored last."""
         self._load()
         self.prepared_key = prepared_key(self._run.spec, inputs=self._run.inputs)
 
     def reload(self) -> None:
         """Read the search from the store again, whatever memory says; attempts that run there and not here are lost."""
+        self.record = self._store.get_search(self.record.id)
         for attempt in self._store.list_attempts(self.record.id):
             if attempt.state is AttemptState.RUNNING and attempt.id not in self.running:
                 self._store.finish_attempt(attempt.id, state=AttemptState.LOST, reason="the controller does not know its step", fence=self._fence)
@@ -94,6 +104,7 @@ class Conductor:
         self._final_board: Board | None = None
         """While confirming: the board with what was confirmed so far."""
         self._confirmations = {number: Confirmation.from_dict(found) for number, found in self._store.list_confirmations(search_id).items()}
+        self._board_is_old = bool(self._run.results)
 
     @property
     def is_preparing(self) -> bool:
@@ -101,8 +112,13 @@ class Conductor:
 
     def resume(self, attempt: AttemptRecord, outcome: Outcome) -> None:
         """Take over a step that ended under another controller."""
-        self.running[attempt.id] = Running(attempt=attempt, progress=ProgressReader(folder=self.folder.attempt(attempt.id)))
+        self.running[attempt.id] = Running(attempt=attempt, progress=ProgressReader(folder=self.folder.attempt(attempt.id)), started=self._clock())
         self.ended[attempt.id] = outcome
+
+    def note_state(self, state: SearchState) -> None:
+        """The search's state as the store has it now: it may have been cancelled."""
+        if state is not self.record.state:
+            self.record = replace(self.record, state=state)
 
     def advance(self, *, preparing: Collection[str]) -> None:
         """Pass on progress, enforce limits, and start what should run next.
@@ -110,8 +126,12 @@ class Conductor:
         Args:
             preparing: prepared folders that other searches are filling now; two never fill one together.
         """
-        self._pass_on_progress()
+        if self._clock() - self._looked >= PROGRESS_SECONDS:
+            self._looked = self._clock()
+            self._pass_on_progress(self.running.values())
         self._enforce_limits()
+        if self._board_is_old and self._clock() - self._stored_board >= BOARD_SECONDS_PER_TRIAL * len(self._run.trials):
+            self._save_board()
         match self.record.state:
             case SearchState.QUEUED:
                 self._move(SearchState.PREPARING)
@@ -123,6 +143,7 @@ class Conductor:
             case SearchState.SEARCHING:
                 self._search()
             case SearchState.CONFIRMING if self.record.winner is not None:
+                self._save_board()
                 self._end(SearchState.SUCCEEDED)
             case SearchState.CONFIRMING:
                 self._confirm()
@@ -149,7 +170,7 @@ class Conductor:
                 del self.running[key], self.ended[key]
 
     def _settle(self, running: Running, outcome: Outcome) -> None:
-        self._pass_on_progress()
+        self._pass_on_progress([running])
         attempt = running.attempt
         if outcome.succeeded and outcome.result is not None:
             self._record(attempt, outcome.result)
@@ -182,7 +203,8 @@ class Conductor:
                 winner = {**result, "bundle": str(Path(result["bundle"]).relative_to(self._leader.settings.data_folder))}
                 self._store.save_winner(search_id, winner, fence=self._fence)
                 self._store.finish_attempt(attempt.id, state=AttemptState.SUCCEEDED, reason=None, fence=self._fence)
-        self.record = self._store.get_search(search_id)
+        if attempt.stage in ("prepare", "bundle"):
+            self.record = self._store.get_search(search_id)
 
     def _record_rung(self, attempt: AttemptRecord, number: int, result: dict[str, Any]) -> None:
         rung_result = RungResult.from_dict(result)
@@ -201,7 +223,7 @@ class Conductor:
         # The next rung resumes this one's trunk; after the last, only the student is needed.
         clear_below(self.folder.trial(number), rung=rung_result.rung + 1 if is_last else rung_result.rung)
         self._stop_left_behind()
-        self._save_board()
+        self._board_is_old = True
 
     # -- what failed -------------------------------------------------------------------------------------------------------
 
@@ -225,7 +247,7 @@ class Conductor:
             self._change_trial(trial, to=TrialState.FAILED, failure=failure)
             self.folder.drop_trial(trial)
             self._stop_left_behind()
-            self._save_board()
+            self._board_is_old = True
         elif stage == "confirm" and trial is not None:
             confirmation = {"verified": False, "reason": f"{reason}: {message}"[:2000]}
             self._save_confirmation(None, trial, confirmation=confirmation)
@@ -239,12 +261,12 @@ class Conductor:
 
     # -- what runs ---------------------------------------------------------------------------------------------------------
 
-    def _pass_on_progress(self) -> None:
+    def _pass_on_progress(self, steps: Iterable[Running]) -> None:
         """Learning curves and prepare steps, from the steps' progress files into the store."""
         points = []
-        for running in self.running.values():
+        for running in steps:
             for line in running.progress.read():
-                running.began = running.began or time.monotonic()
+                running.began = self._clock() if running.began is None else running.began
                 if (point := make_point(line, attempt=running.attempt)) is not None:
                     points.append(point)
                 elif running.attempt.stage == "prepare" and "step" in line:
@@ -256,7 +278,7 @@ class Conductor:
 
     def _enforce_limits(self) -> None:
         """Stop what was cancelled, and kill what does not stop or takes too long."""
-        now = time.monotonic()
+        now = self._clock()
         for key, running in self.running.items():
             if self.record.state is SearchState.CANCELLING and running.stop_asked is None:
                 ask_to_stop(running.progress.folder)
@@ -282,6 +304,7 @@ class Conductor:
         failed = [trial for trial in run.trials.values() if trial.state is TrialState.FAILED]
         if len(failed) >= run.spec.limits.max_failed_trials:
             reasons = "; ".join(f"trial {trial.number}: {(trial.failure or {}).get('reason')}" for trial in failed[:3])
+            self._save_board()
             self.fail(reason="too_many_failed_trials", message=f"{len(failed)} trials failed ({reasons})")
             return
         while len(self.running) < run.spec.resources.max_parallel_trials:
@@ -297,10 +320,10 @@ class Conductor:
         self._stop_left_behind()
         if not run.is_finished():
             return
+        self._save_board()
         if not any(trial.state is TrialState.COMPLETED for trial in run.trials.values()):
             self.fail(reason="no_trial_completed", message="no trial reached the last rung; see the trials' failures")
             return
-        self._save_board()
         self._move(SearchState.CONFIRMING, data={"reason": run.end_reason(), "legal_shapes": run.space.count(), "trials": len(run.trials)})
 
     def _propose(self, new: NewTrial) -> None:
@@ -336,6 +359,7 @@ class Conductor:
                 self._start("confirm", trial=number, request=request)
         if self.running:
             return
+        self._save_board()
         if board.winner is None:
             refused = [number for number, confirmation in self._confirmations.items() if not confirmation.verified]
             reasons = "; ".join(f"trial {number}: {(run.trials[number].confirmation or {}).get('reason')}" for number in refused[:3])
@@ -353,7 +377,7 @@ class Conductor:
             "bundle_folder": str(self.folder.winner),
             "result": run.results[number][run.last_rung].as_dict(),
             "confirmation": run.trials[number].confirmation,
-            "board": self.record.board,
+            "board": self._board(),
         }
 
     def _start(self, stage: Stage, *, request: dict[str, Any], trial: int | None = None, rung: int | None = None) -> None:
@@ -373,7 +397,7 @@ class Conductor:
         )
         if trial is not None and rung is not None:
             run.add_start(trial, rung=rung)
-        self.running[attempt.id] = Running(attempt=attempt, progress=ProgressReader(folder=Path(step.folder)))
+        self.running[attempt.id] = Running(attempt=attempt, progress=ProgressReader(folder=Path(step.folder)), started=self._clock())
         try:
             self._leader.executor.start(step)
         # Broad: whatever an executor says of a step that it cannot begin. It counts as a try, and the user reads why.
@@ -390,6 +414,7 @@ class Conductor:
 
     def _change_trial(self, number: int, *, to: TrialState, failure: dict[str, Any] | None = None) -> None:
         self._run.set_trial(self._store.change_trial(self.record.id, number, to=to, failure=failure, fence=self._fence))
+        self._board_is_old = True
 
     def _cancel_trials(self) -> None:
         for trial in list(self._run.trials.values()):
@@ -400,12 +425,18 @@ class Conductor:
         self._store.save_confirmation(attempt_id, search_id=self.record.id, trial=number, confirmation=confirmation, fence=self._fence)
         self._run.set_trial(self._store.get_trial(self.record.id, number))
         self._confirmations[number], self._final_board = Confirmation.from_dict(confirmation), None
-        self._save_board()
+        self._board_is_old = True
 
     def _save_board(self) -> None:
-        if self.record.prepared is not None:
-            board = make_board(self._run, prepared=self.record.prepared, confirmations=self._confirmations)
+        if self._board_is_old and (board := self._board()) is not None:
             self._store.save_board(self.record.id, board, fence=self._fence)
+            self._board_is_old, self._stored_board = False, self._clock()
+
+    def _board(self) -> dict[str, Any] | None:
+        """The leaderboard now; None before there is anything to compare with."""
+        if self.record.prepared is None:
+            return None
+        return make_board(self._run, prepared=self.record.prepared, confirmations=self._confirmations)
 
     def _move(self, to: SearchState, *, error: dict[str, Any] | None = None, data: dict[str, Any] | None = None) -> None:
         """Change the search's state. It may have been cancelled since the tick began: the next tick sees that."""

@@ -11,11 +11,12 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nas.errors import Conflict, Fenced, InvalidSpec
 from nas.settings import Settings
-from nas.store.records import AttemptState, SearchRecord, SearchState, TrialState
+from nas.store.records import AttemptState, SearchState, TrialState
 from nas.store.store import Store
 from workers.conductor import WORKING, Conductor, Leader, ask_to_stop
 from workers.executor import Executor
@@ -40,22 +41,23 @@ class _Trouble:
 
     count: int = 0
     retry_at: float = 0.0
-    """time.monotonic()"""
+    """The controller's clock."""
 
 
 class Controller:
     """Owns the searches while it leads."""
 
-    def __init__(self, *, store: Store, executor: Executor, settings: Settings) -> None:
+    def __init__(self, *, store: Store, executor: Executor, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._executor = executor
         self._settings = settings
+        self._clock = clock
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._leader: Leader | None = None
         self._renewed = 0.0
         self._conductors: dict[str, Conductor] = {}
         self._troubles: dict[str, _Trouble] = {}
-        self._probes = Probes(store=store, executor=executor, settings=settings, clock=time.monotonic)
+        self._probes = Probes(store=store, executor=executor, settings=settings, clock=clock)
         self._stopping = False
 
     def stop(self) -> None:
@@ -80,8 +82,8 @@ class Controller:
                     raise
                 # Broad: whatever a database raises while it is away. Bugs of one search are caught closer.
                 except Exception:
-                    failing_since = failing_since or time.monotonic()
-                    if time.monotonic() - failing_since > STORE_PATIENCE_SECONDS:
+                    failing_since = self._clock() if failing_since is None else failing_since
+                    if self._clock() - failing_since > STORE_PATIENCE_SECONDS:
                         raise
                     logger.exception("the store does not answer, trying again", extra={"action": "store_failed"})
                     time.sleep(1.0)
@@ -94,31 +96,28 @@ class Controller:
         """One round: collect what ended, then let each search go on."""
         if self._leader is not None:
             self._probes.start_wished(fence=self._leader.fence)
-        if self._probes.running or any(conductor.running for conductor in self._conductors.values()):
-            for key, outcome in self._executor.wait(timeout_seconds=timeout_seconds):
-                conductor = next((conductor for conductor in self._conductors.values() if key in conductor.running), None)
-                if conductor is None and self._probes.take(key, outcome, fence=self._leading().fence):
-                    continue
-                if conductor is None:
-                    logger.info("outcome of a step that nobody waits for", extra={"action": "outcome_ignored", "attempt_id": key})
-                else:
-                    conductor.ended[key] = outcome
-        else:
-            time.sleep(timeout_seconds)
-        active = {record.id: record for record in self._store.active_searches()}
+        for key, outcome in self._executor.wait(timeout_seconds=timeout_seconds):
+            conductor = next((conductor for conductor in self._conductors.values() if key in conductor.running), None)
+            if conductor is None and self._probes.take(key, outcome, fence=self._leading().fence):
+                continue
+            if conductor is None:
+                logger.info("outcome of a step that nobody waits for", extra={"action": "outcome_ignored", "attempt_id": key})
+            else:
+                conductor.ended[key] = outcome
+        active = self._store.active_states()
         self._conductors = {search_id: conductor for search_id, conductor in self._conductors.items() if search_id in active}
-        for record in active.values():
-            self._go_on(record)
+        for search_id, state in active.items():
+            self._go_on(search_id, state)
 
     # -- one search --------------------------------------------------------------------------------------------------------
 
-    def _go_on(self, record: SearchRecord) -> None:
+    def _go_on(self, search_id: str, state: SearchState) -> None:
         """Let a search settle and advance. Its bugs end it, not the controller."""
-        trouble = self._troubles.setdefault(record.id, _Trouble())
-        if time.monotonic() < trouble.retry_at:
+        trouble = self._troubles.setdefault(search_id, _Trouble())
+        if self._clock() < trouble.retry_at:
             return
         try:
-            conductor = self._conduct(record)
+            conductor = self._conduct(search_id, state)
             conductor.settle()
             others = [other for other in self._conductors.values() if other is not conductor]
             conductor.advance(preparing={other.prepared_key for other in others if other.is_preparing})
@@ -126,47 +125,47 @@ class Controller:
             raise
         except InvalidSpec as invalid:
             # It was valid when it was submitted: only the teacher's scores, or a newer version of this code, can refuse it now.
-            self._fail(record, reason="spec_refused", message=str(invalid))
+            self._fail(search_id, reason="spec_refused", message=str(invalid))
         except Exception as error:
-            self._troubled(record, trouble, error)
+            self._troubled(search_id, trouble, error)
         else:
-            del self._troubles[record.id]
+            del self._troubles[search_id]
 
-    def _conduct(self, record: SearchRecord) -> Conductor:
-        conductor = self._conductors.get(record.id)
+    def _conduct(self, search_id: str, state: SearchState) -> Conductor:
+        conductor = self._conductors.get(search_id)
         if conductor is None:
-            conductor = self._conductors[record.id] = Conductor(record, leader=self._leading())
-        elif record.id in self._troubles and self._troubles[record.id].count:
+            conductor = self._conductors[search_id] = Conductor(self._store.get_search(search_id), leader=self._leading())
+        elif search_id in self._troubles and self._troubles[search_id].count:
             conductor.reload()
-        conductor.record = record
+        conductor.note_state(state)
         return conductor
 
-    def _troubled(self, record: SearchRecord, trouble: _Trouble, error: Exception) -> None:
+    def _troubled(self, search_id: str, trouble: _Trouble, error: Exception) -> None:
         """The search is read from the store again and tried again: the store may have been away for a moment."""
         trouble.count += 1
-        trouble.retry_at = time.monotonic() + TROUBLE_SECONDS
-        logger.exception("advancing a search failed", extra={"action": "search_troubled", "search_id": record.id, "count": trouble.count})
+        trouble.retry_at = self._clock() + TROUBLE_SECONDS
+        logger.exception("advancing a search failed", extra={"action": "search_troubled", "search_id": search_id, "count": trouble.count})
         if trouble.count >= MAX_TROUBLES:
-            self._fail(record, reason="internal_error", message=f"{type(error).__name__}: {error}"[:2000])
+            self._fail(search_id, reason="internal_error", message=f"{type(error).__name__}: {error}"[:2000])
 
-    def _fail(self, record: SearchRecord, *, reason: str, message: str) -> None:
-        self._troubles.pop(record.id, None)
-        conductor = self._conductors.get(record.id)
+    def _fail(self, search_id: str, *, reason: str, message: str) -> None:
+        self._troubles.pop(search_id, None)
+        conductor = self._conductors.get(search_id)
         if conductor is not None:
             conductor.fail(reason=reason, message=message)
             return
         # Not even its state could be read.
-        logger.error("search failed: %s", reason, extra={"action": "search_failed", "search_id": record.id, "reason": reason})
+        logger.error("search failed: %s", reason, extra={"action": "search_failed", "search_id": search_id, "reason": reason})
         fence = self._leading().fence
-        for trial in self._store.list_trials(record.id):
+        for trial in self._store.list_trials(search_id):
             if not trial.state.is_terminal:
-                self._store.change_trial(record.id, trial.number, to=TrialState.CANCELLED, fence=fence)
+                self._store.change_trial(search_id, trial.number, to=TrialState.CANCELLED, fence=fence)
         try:
             self._store.change_search(
-                record.id, fence=fence, to=SearchState.FAILED, expected=[*WORKING, SearchState.CANCELLING], error={"reason": reason, "message": message}
+                search_id, fence=fence, to=SearchState.FAILED, expected=[*WORKING, SearchState.CANCELLING], error={"reason": reason, "message": message}
             )
         except Conflict as conflict:
-            logger.info("state not changed: %s", conflict, extra={"action": "state_conflict", "search_id": record.id})
+            logger.info("state not changed: %s", conflict, extra={"action": "state_conflict", "search_id": search_id})
 
     # -- leadership and recovery -------------------------------------------------------------------------------------------
 
@@ -180,14 +179,14 @@ class Controller:
         Raises:
             Fenced: it led, and another one does now.
         """
-        lease, now = self._settings.lease_seconds, time.monotonic()
+        lease, now = self._settings.lease_seconds, self._clock()
         if self._leader is None:
             fence = self._store.claim_leadership(self._owner, seconds=lease)
             if fence is None:
                 time.sleep(min(1.0, lease / 4))
                 return False
             logger.info("leading", extra={"action": "lead", "owner": self._owner, "token": fence})
-            leader = Leader(store=self._store, executor=self._executor, settings=self._settings, fence=fence)
+            leader = Leader(store=self._store, executor=self._executor, settings=self._settings, fence=fence, clock=self._clock)
             self._recover(leader)
             self._leader, self._renewed = leader, now
         elif now - self._renewed > lease / 4:
@@ -198,11 +197,11 @@ class Controller:
 
     def _recover(self, leader: Leader) -> None:
         """Take over from a controller that died: keep what its steps finished, count nothing else against them."""
-        for record in self._store.active_searches():
-            attempts = self._store.list_attempts(record.id)
+        for search_id in self._store.active_states():
+            attempts = self._store.list_attempts(search_id)
             running = [attempt for attempt in attempts if attempt.state is AttemptState.RUNNING]
             try:
-                conductor = Conductor(record, leader=leader)
+                conductor = Conductor(self._store.get_search(search_id), leader=leader)
                 for attempt in running:
                     if (outcome := read_outcome(conductor.folder.attempt(attempt.id))) is not None:
                         conductor.resume(attempt, outcome)
@@ -211,7 +210,7 @@ class Controller:
                 raise
             except Exception:
                 # Its first tick meets the same trouble, and deals with it; what was not settled here is run again.
-                logger.exception("a finished step could not be taken over", extra={"action": "recover_failed", "search_id": record.id})
+                logger.exception("a finished step could not be taken over", extra={"action": "recover_failed", "search_id": search_id})
         lost = self._store.lose_running_attempts(fence=leader.fence)
         for attempt in lost:
             # Its worker may have outlived the controller, and must not write beside the next attempt for long.

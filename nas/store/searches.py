@@ -67,12 +67,12 @@ class Searches(Database):
         with self.read() as connection:
             return [_search(row) for row in connection.execute(query).mappings()]
 
-    def active_searches(self) -> list[SearchRecord]:
-        """Those that are not in a terminal state, oldest first."""
+    def active_states(self) -> dict[str, SearchState]:
+        """Ids and states of those that are not in a terminal state, oldest first."""
         active = [state for state in SearchState if not state.is_terminal]
         with self.read() as connection:
-            query = select(*_COLUMNS).where(searches.c.state.in_(active)).order_by(searches.c.id)
-            return [_search(row) for row in connection.execute(query).mappings()]
+            query = select(searches.c.id, searches.c.state).where(searches.c.state.in_(active)).order_by(searches.c.id)
+            return {search_id: SearchState(state) for search_id, state in connection.execute(query)}
 
     def search_counts(self, search_id: str) -> dict[TrialState, int]:
         """Trials by state; every state is a key."""
@@ -97,7 +97,7 @@ class Searches(Database):
             Conflict: its state is not among the expected ones, or terminal.
         """
         with self.write(fence=fence) as connection:
-            search = lock_search(connection, search_id)
+            search = _get(connection, search_id, lock=True)
             if search.state not in expected or search.state.is_terminal:
                 raise Conflict(f"search {search_id}: expected state {' or '.join(sorted(expected))}, got {search.state}")
             return _move(connection, search, to=to, error=error, data=data)
@@ -109,7 +109,7 @@ class Searches(Database):
             Conflict: it has finished.
         """
         with self.write(fence=None) as connection:
-            search = lock_search(connection, search_id)
+            search = _get(connection, search_id, lock=True)
             if search.state.is_terminal:
                 raise Conflict(f"search {search_id}: expected one that has not finished, got state {search.state}")
             if search.state is SearchState.CANCELLING:
@@ -146,9 +146,11 @@ class Searches(Database):
             connection.execute(update(searches).where(searches.c.id == search_id).values(values))
 
 
-def lock_search(connection: Connection, search_id: str) -> SearchRecord:
-    """The search, its row locked until the transaction ends. Foreign keys may still point at it meanwhile."""
-    return _get(connection, search_id, lock=True)
+def lock_search(connection: Connection, search_id: str) -> None:
+    """Lock the search's row until the transaction ends; reads none of its long columns. Foreign keys may still point at it meanwhile."""
+    query = select(searches.c.id).where(searches.c.id == search_id).with_for_update(key_share=True)
+    if connection.execute(query).first() is None:
+        raise _not_found(search_id)
 
 
 def write_event(connection: Connection, search_id: str, type: str, data: Json) -> EventRecord:

@@ -193,7 +193,7 @@ def test_a_store_that_does_not_answer_is_not_ready(service: Service, monkeypatch
     def fail() -> None:
         raise OSError("no database")
 
-    monkeypatch.setattr(service.store, "active_searches", fail)
+    monkeypatch.setattr(service.store, "active_states", fail)
 
     answer = service.client.get("/readyz")
 

@@ -1,0 +1,221 @@
+"""A whole search under the real controller, store, study and rungs, on workers that only pretend, and what must be true of it.
+
+Everything that decides is the product's own; what is made up is the time, the workers and what they measure (`cluster.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from nas.settings import Settings
+from nas.spec import dump_spec, parse_spec
+from nas.store.records import AttemptState, EventRecord, SearchRecord, SearchState, TrialRecord, TrialState
+from nas.store.store import Store
+from tests.simulation.cluster import Clock, FakeCluster, Run
+from workers.controller import Controller
+from workers.search_run import SearchRun
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+INPUTS = {
+    "teacher": {"name": "t", "digest": "d", "path": "", "config": CONFIG},
+    "corpora": [{"name": "c", "digest": "d"}],
+    "tasks": [{"name": name, "digest": "d", "card": {"default_metric": "acc"}} for name in ("one", "two")],
+}
+LEASE_SECONDS = 1e6
+"""Leadership never expires here; a restart releases it, as a lease that ran out would."""
+
+
+def make_spec(*, num_trials: int, num_workers: int, **changes: Any) -> dict[str, Any]:
+    """A search of so many trials on so many workers; changes replace whole sections."""
+    return {
+        "teacher": "t",
+        "corpus": {"parts": [{"name": "c"}]},
+        "tasks": [{"name": "one"}, {"name": "two"}],
+        "budget": {"max_fraction": 0.5},
+        "space": {"hidden_size": {"multiple": 64}, "intermediate_size": {"multiple": 64}},
+        "sampler": {"name": "tpe", "max_trials": num_trials},
+        "controls": {"num_random": 2},
+        "limits": {"max_failed_trials": 100_000, "max_rung_seconds": 3600.0},
+        "resources": {"max_parallel_trials": num_workers},
+        **changes,
+    }
+
+
+@dataclass(kw_only=True)
+class Simulation:
+    """One search on a store of its own, and the controllers that came and went."""
+
+    folder: Path
+    spec: dict[str, Any]
+    cluster: FakeCluster
+    store: Store = field(init=False)
+    settings: Settings = field(init=False)
+    search_id: str = field(init=False)
+    controller: Controller = field(init=False)
+    started_at: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        environment = {"NAS_DATA": str(self.folder)}
+        self.settings = dataclasses.replace(Settings.from_environment(environment), lease_seconds=LEASE_SECONDS)
+        self.store = Store.open(self.settings.database_url, migrate=True)
+        spec = parse_spec(json.dumps(self.spec))
+        self.search_id = self.store.create_search(spec=dump_spec(spec), inputs=INPUTS, plan={}, label="")[0].id
+        self._take_over()
+
+    def _take_over(self) -> None:
+        self.controller = Controller(store=self.store, executor=self.cluster, settings=self.settings, clock=self.cluster.clock)
+        assert self.controller._lead(), "no leadership"
+
+    @property
+    def run(self) -> SearchRun:
+        """What the present controller has in memory."""
+        return self.controller._conductors[self.search_id]._run
+
+    def rebuilt(self) -> SearchRun:
+        """What a controller that takes over now would have."""
+        record, store = self.store.get_search(self.search_id), self.store
+        return SearchRun(record, trials=store.list_trials(record.id), rungs=store.list_rungs(record.id), attempts=store.list_attempts(record.id))
+
+    def tick(self, *, timeout_seconds: float = 1.0) -> SearchState:
+        """One round of the controller; the search's state after it."""
+        self.controller.tick(timeout_seconds=timeout_seconds)
+        return self.store.active_states().get(self.search_id) or self.store.get_search(self.search_id).state
+
+    def to_end(self) -> SearchRecord:
+        while not self.tick().is_terminal:
+            pass
+        return self.store.get_search(self.search_id)
+
+    def restart(self) -> None:
+        """The controller dies; another one takes over."""
+        leader = self.controller._leader
+        assert leader is not None
+        self.cluster.lose_driver()
+        self.store.release_leadership(leader.fence)
+        self._take_over()
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def make_simulation(folder: Path, *, num_trials: int, num_workers: int, seed: int, clock: Clock | None = None, **changes: Any) -> Simulation:
+    """A simulation that is ready to tick."""
+    spec = make_spec(num_trials=num_trials, num_workers=num_workers, seed=seed, **changes)
+    return Simulation(folder=folder, spec=spec, cluster=FakeCluster(num_workers=num_workers, seed=seed, clock=clock or Clock()))
+
+
+# -- what must be true of a search that has ended ------------------------------------------------------------------------------
+
+
+def check(simulation: Simulation) -> None:
+    """Every promise at once. Reads the store and what the cluster saw, never the controller's memory."""
+    search, trials = simulation.store.get_search(simulation.search_id), simulation.store.list_trials(simulation.search_id)
+    events = all_events(simulation)
+    assert search.state is SearchState.SUCCEEDED, search.error
+    check_trials(simulation, trials=trials, events=events)
+    check_attempts(simulation)
+    check_results(simulation)
+    check_promotions(trials, events=events)
+    check_winner(search, trials=trials)
+
+
+def all_events(simulation: Simulation) -> list[EventRecord]:
+    events: list[EventRecord] = []
+    while page := simulation.store.list_events(simulation.search_id, after=len(events), limit=10_000):
+        events += page
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1)), "events have gaps"
+    return events
+
+
+def check_trials(simulation: Simulation, *, trials: list[TrialRecord], events: list[EventRecord]) -> None:
+    """As many as were asked for, each a shape of its own within the budget, and each ended exactly once."""
+    run = simulation.rebuilt()
+    assert [trial.number for trial in trials] == list(range(len(trials)))
+    assert sum(trial.origin != "control" for trial in trials) == run.spec.sampler.max_trials
+    assert len({run.shape_of(trial.number).key for trial in trials}) == len(trials), "a shape came twice"
+    assert all(trial.parameters <= run.space.budget.max_parameters for trial in trials), "over the budget"
+    assert all(trial.state.is_terminal for trial in trials), "a trial never ended"
+    ends = Counter(
+        event.data["trial"]
+        for event in events
+        if event.type in ("trial.stopped", "trial.failed", "trial.cancelled") or (event.type == "trial.rung_finished" and event.data["state"] == "completed")
+    )
+    assert ends == Counter(trial.number for trial in trials), "a trial ended more than once"
+
+
+def check_attempts(simulation: Simulation) -> None:
+    """Never more at once than allowed, no step side by side with itself, none tried more often than allowed, and all accounted for."""
+    attempts, run = simulation.store.list_attempts(simulation.search_id), simulation.rebuilt()
+    assert simulation.cluster.most_at_once <= run.spec.resources.max_parallel_trials
+    assert all(attempt.state is not AttemptState.RUNNING for attempt in attempts), "an attempt never ended"
+    failed = Counter((attempt.stage, attempt.trial, attempt.rung) for attempt in attempts if attempt.state is AttemptState.FAILED)
+    assert max(failed.values(), default=0) <= run.spec.limits.max_attempts
+    assert {run.step.key for run in simulation.cluster.history} <= {attempt.id for attempt in attempts}
+    spans: defaultdict[Any, list[Run]] = defaultdict(list)
+    for one in simulation.cluster.history:
+        spans[one.key].append(one)
+    for of_step in spans.values():
+        ordered = sorted(of_step, key=lambda run: run.began)
+        assert all(before.began + before.seconds <= after.began + 1e-6 or not before.is_over for before, after in pairwise(ordered)), "a step ran beside itself"
+
+
+def check_results(simulation: Simulation) -> None:
+    """Every rung that a worker finished is in the store once, unless its controller died before it could hear of it."""
+    rungs, attempts = simulation.store.list_rungs(simulation.search_id), simulation.store.list_attempts(simulation.search_id)
+    stored = Counter((rung.trial, rung.rung) for rung in rungs)
+    assert max(stored.values()) == 1, "a result was stored twice"
+    finished = [run for run in simulation.cluster.history if run.is_over and run.outcome.succeeded and run.step.stage == "rung"]
+    assert {(run.key[1], run.key[2]) for run in finished} == set(stored), "a result was lost, or came from nowhere"
+    assert len(finished) == len(rungs), "a finished rung ran again"
+    succeeded = [attempt for attempt in attempts if attempt.stage == "rung" and attempt.state is AttemptState.SUCCEEDED]
+    assert Counter((attempt.trial, attempt.rung) for attempt in succeeded) == stored
+    results = {(run.key[1], run.key[2]): run.outcome.result for run in finished}
+    assert all(results[rung.trial, rung.rung] == rung.result for rung in rungs), "a result changed on its way"
+
+
+def check_promotions(trials: list[TrialRecord], *, events: list[EventRecord]) -> None:
+    """Rung follows rung, and who was let go on has gone on: it ended there, or failed, never by being stopped below."""
+    started: dict[int, int] = {}
+    for event in events:
+        if event.type == "trial.started":
+            number, rung = event.data["trial"], event.data["rung"]
+            assert rung in (started.get(number, 0), started.get(number, -1) + 1), "a rung was skipped, or gone back to"
+            started[number] = rung
+    for trial in trials:
+        if trial.state in (TrialState.STOPPED, TrialState.COMPLETED):
+            assert started[trial.number] == trial.rung, "a promotion was revoked"
+
+
+def check_winner(search: SearchRecord, *, trials: list[TrialRecord]) -> None:
+    """The winner is verified, and nobody verified stands before it on the board; the board holds every trial with a result."""
+    assert search.winner is not None
+    assert search.board is not None
+    rows = search.board["rows"]
+    assert {row["number"]: row["state"] for row in rows} == {trial.number: trial.state for trial in trials if trial.rung is not None}
+    ranked = [row for row in rows if row["rank"] is not None]
+    assert {row["number"] for row in ranked} == {trial.number for trial in trials if trial.state is TrialState.COMPLETED}
+    verified = [row for row in ranked if not row["is_control"] and row["confirmation"] and row["confirmation"]["verified"]]
+    winner = next(row for row in verified if row["number"] == search.winner["trial"])
+    assert winner["rank"] == min(row["rank"] for row in verified)
+    best = max(row["score"] for row in verified)
+    assert winner["tie_group"] == next(row["tie_group"] for row in verified if row["score"] == best), "a better one was confirmed"
