@@ -28,10 +28,6 @@ class Probes:
         self._running: dict[str, tuple[str, Path]] = {}
         self._looked: float | None = None
 
-    @property
-    def running(self) -> bool:
-        return bool(self._running)
-
     def start_wished(self, *, fence: int) -> None:
         """Start what is wished for and not running, now and then."""
         now = self._clock()

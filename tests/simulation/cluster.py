@@ -101,6 +101,10 @@ class FakeCluster:
     """Killed before they had a worker."""
     _tries: dict[tuple[str, int | None, int | None], int] = field(default_factory=dict)
 
+    @property
+    def num_running(self) -> int:
+        return len(self._running) + len(self._waiting)
+
     # -- the executor's protocol -------------------------------------------------------------------------------------------
 
     def start(self, step: Step) -> None:
@@ -108,7 +112,7 @@ class FakeCluster:
         self.history.append(run)
         self._waiting.append(run)
         self._fill(self.clock())
-        self.most_at_once = max(self.most_at_once, len(self._running) + len(self._waiting))
+        self.most_at_once = max(self.most_at_once, self.num_running)
 
     def wait(self, *, timeout_seconds: float) -> list[tuple[str, Outcome]]:
         self.clock.charge()

@@ -19,6 +19,7 @@ from nas.spec import dump_spec, parse_spec
 from nas.store.records import AttemptState, EventRecord, SearchRecord, SearchState, TrialRecord, TrialState
 from nas.store.store import Store
 from tests.simulation.cluster import Clock, FakeCluster, Run
+from workers.conductor import Conductor
 from workers.controller import Controller
 from workers.search_run import SearchRun
 
@@ -87,22 +88,26 @@ class Simulation:
         assert self.controller._lead(), "no leadership"
 
     @property
+    def conductor(self) -> Conductor:
+        return self.controller._conductors[self.search_id]
+
+    @property
     def run(self) -> SearchRun:
         """What the present controller has in memory."""
-        return self.controller._conductors[self.search_id]._run
+        return self.conductor._run
 
     def rebuilt(self) -> SearchRun:
         """What a controller that takes over now would have."""
         record, store = self.store.get_search(self.search_id), self.store
         return SearchRun(record, trials=store.list_trials(record.id), rungs=store.list_rungs(record.id), attempts=store.list_attempts(record.id))
 
-    def tick(self, *, timeout_seconds: float = 1.0) -> SearchState:
-        """One round of the controller; the search's state after it."""
+    def tick(self, *, timeout_seconds: float = 10.0) -> bool:
+        """One round of the controller; whether the search goes on. A real controller's rounds are shorter, and most of them empty."""
         self.controller.tick(timeout_seconds=timeout_seconds)
-        return self.store.active_states().get(self.search_id) or self.store.get_search(self.search_id).state
+        return self.search_id in self.controller._conductors and not self.conductor.record.state.is_terminal
 
     def to_end(self) -> SearchRecord:
-        while not self.tick().is_terminal:
+        while self.tick():
             pass
         return self.store.get_search(self.search_id)
 
@@ -207,15 +212,20 @@ def check_promotions(trials: list[TrialRecord], *, events: list[EventRecord]) ->
 
 
 def check_winner(search: SearchRecord, *, trials: list[TrialRecord]) -> None:
-    """The winner is verified, and nobody verified stands before it on the board; the board holds every trial with a result."""
+    """The board holds every trial with a result. The winner is of the best tie group, and the best of its finalists on the held-out documents."""
     assert search.winner is not None
     assert search.board is not None
+    assert search.prepared is not None
     rows = search.board["rows"]
     assert {row["number"]: row["state"] for row in rows} == {trial.number: trial.state for trial in trials if trial.rung is not None}
     ranked = [row for row in rows if row["rank"] is not None]
     assert {row["number"] for row in ranked} == {trial.number for trial in trials if trial.state is TrialState.COMPLETED}
-    verified = [row for row in ranked if not row["is_control"] and row["confirmation"] and row["confirmation"]["verified"]]
-    winner = next(row for row in verified if row["number"] == search.winner["trial"])
-    assert winner["rank"] == min(row["rank"] for row in verified)
-    best = max(row["score"] for row in verified)
-    assert winner["tie_group"] == next(row["tie_group"] for row in verified if row["score"] == best), "a better one was confirmed"
+    standing = [row for row in ranked if not row["is_control"] and (row["confirmation"] or {"verified": True})["verified"]]
+    finalists = [row for row in standing if row["tie_group"] == standing[0]["tie_group"]][: search.spec["num_finalists"]]
+    assert all(row["confirmation"] is not None for row in finalists), "a finalist was not confirmed"
+    teacher, random = search.prepared["teacher"]["tasks"], search.prepared["random"]["tasks"]
+    shares = {}
+    for row in finalists:
+        held_out = row["confirmation"]["held_out"]["tasks"]
+        shares[row["number"]] = sum((held_out[name]["value"] - random[name]["value"]) / (teacher[name]["value"] - random[name]["value"]) for name in held_out)
+    assert search.winner["trial"] == search.board["winner"] == max(shares, key=lambda number: shares[number]), "a better one was confirmed"
