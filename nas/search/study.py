@@ -1,4 +1,4 @@
-"""Proposals: which shape to evaluate next. The only importer of optuna.
+"""Proposals: which shape to evaluate next; what the choices were worth, and the study as Optuna's own tools read it. The only importer of optuna.
 
 Optuna is a projection: no study is kept. Each proposal rebuilds one in memory from our own records and seeds its sampler
 by (seed, number), so that the same records give the same proposal, after a restart too. Every proposal is legal and unseen.
@@ -12,15 +12,19 @@ import hashlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
+from nas.errors import Conflict
 from nas.shape import Shape
 from nas.space import Choices, SearchSpace
 from nas.spec import SamplerSpec
@@ -35,6 +39,9 @@ MAX_REPEATS = 5
 
 MAX_STEPS = 128
 """Random steps away from there, longer and longer, before any unseen shape is drawn."""
+
+MIN_FOR_IMPORTANCE = 8
+"""Observations below which no importance is told: a forest on fewer says what the noise was."""
 
 MAX_DRAWS = 1000
 """Random draws before the unseen shapes are listed; when they all fail, few of the space are left to list."""
@@ -57,6 +64,32 @@ class Proposal:
 
     choices: Choices
     shape: Shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportedTrial:
+    """A trial as another tool is told of it."""
+
+    number: int
+    origin: str
+    shape: Shape
+    state: Literal["completed", "stopped", "failed", "cancelled", "running", "waiting"]
+    values: Sequence[float]
+    """Of a completed one: score and costs, in the order of the study's objectives."""
+    kl_by_tokens: Mapping[int, float]
+    """Held-out KL by the tokens of each finished rung."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """What else to show of it, plain JSON."""
+
+
+_STATES = {
+    "completed": TrialState.COMPLETE,
+    "stopped": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+    "cancelled": TrialState.FAIL,
+    "running": TrialState.RUNNING,
+    "waiting": TrialState.RUNNING,
+}
 
 
 def choose_sampler(spec: SamplerSpec, *, space_size: int) -> Sampler:
@@ -101,6 +134,67 @@ def propose(
         shape = _ask_unseen(space, sampler=asked, observations=observations, pending=pending, seen=seen, generator=np.random.default_rng([seed, number, 1]))
         shape = shape or _draw_unseen(space, seen=seen, number=number, seed=seed, depth=None)
     return Proposal(choices=space.choices_of(shape), shape=shape) if shape else None
+
+
+def dimension_importances(observations: Sequence[Observation]) -> dict[str, float]:
+    """Share of the spread of `value` that each choice explains by itself, most important first; they sum to 1.
+
+    fANOVA over a random forest (Hutter et al., ICML 2014), with a fixed seed. At 24 observations it named the dimension that mattered most in every
+    one of 20 synthetic spaces, Optuna's default (PED-ANOVA) in 16 (LOG.md). What is measured is importance *among the shapes observed*: a sampler
+    that soon left the small widths says little of them. Empty with fewer than MIN_FOR_IMPORTANCE observations, or where all values are one.
+    """
+    if len(observations) < MIN_FOR_IMPORTANCE or len({observation.value for observation in observations}) == 1:
+        return {}
+    rows = [observation.choices.as_dict() for observation in observations]
+    spans = {name: (min(row[name] for row in rows), max(row[name] for row in rows)) for name in rows[0]}
+    distributions: dict[str, BaseDistribution] = {name: FloatDistribution(*span) for name, span in spans.items()}
+    with _quiet():
+        study = _new_study(None, num_costs=0)
+        for row, observation in zip(rows, observations, strict=True):
+            study.add_trial(create_trial(state=TrialState.COMPLETE, value=observation.value, params=row, distributions=distributions))
+        found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
+    return {name: float(share) for name, share in found.items()}
+
+
+def export_study(trials: Sequence[ExportedTrial], *, path: Path, name: str, objectives: Sequence[str]) -> None:
+    """Write trials as an Optuna study that `optuna-dashboard` opens: an SQLite file, or a journal where the name ends in `.log` or `.journal`.
+
+    The first objective is the score, which is maximised; the others are costs. A trial that did not reach the last rung is `PRUNED`.
+
+    Args:
+        path: a new file. name: of the study. objectives: names of the values, in their order.
+    Raises:
+        Conflict: there is a file.
+    """
+    if path.exists():
+        raise Conflict(f"{path}: expected no such file, got one; choose another name or remove it")
+    rows = [_dimensions(trial.shape) for trial in trials]
+    distributions: dict[str, BaseDistribution] = {
+        axis: IntDistribution(min(row[axis] for row in rows), max(row[axis] for row in rows)) for axis in (rows[0] if rows else ())
+    }
+    with _quiet():
+        is_journal = path.suffix in (".log", ".journal")
+        storage = JournalStorage(JournalFileBackend(str(path))) if is_journal else f"sqlite:///{path.absolute()}"
+        study = _new_study(None, num_costs=len(objectives) - 1, storage=storage, name=name)
+        study.set_metric_names(list(objectives))
+        for row, trial in zip(rows, trials, strict=True):
+            study.add_trial(
+                create_trial(
+                    state=_STATES[trial.state],
+                    values=trial.values if trial.state == "completed" else None,
+                    params=row,
+                    distributions=distributions,
+                    intermediate_values=dict(trial.kl_by_tokens),
+                    user_attrs={"trial": trial.number, "origin": trial.origin, **trial.attributes},
+                )
+            )
+
+
+def _dimensions(shape: Shape) -> dict[str, int]:
+    """What a shape is free to choose, by name."""
+    experts = {} if shape.num_experts is None else {"num_experts": shape.num_experts}
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_key_value_heads", "query_heads_per_kv")
+    return {name: getattr(shape, name) for name in names} | experts
 
 
 def _next_in_order(space: SearchSpace, *, seen: frozenset[str], seed: int) -> Shape | None:
@@ -204,9 +298,11 @@ def _generation_of(index: int, *, sampler: optuna.samplers.BaseSampler) -> dict[
     return {"NSGAIISampler:generation": index // sampler.population_size}
 
 
-def _new_study(sampler: optuna.samplers.BaseSampler | None, *, num_costs: int) -> optuna.Study:
+def _new_study(
+    sampler: optuna.samplers.BaseSampler | None, *, num_costs: int, storage: str | BaseStorage | None = None, name: str | None = None
+) -> optuna.Study:
     directions = [StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * num_costs]
-    return optuna.create_study(directions=directions, sampler=sampler)
+    return optuna.create_study(directions=directions, sampler=sampler, storage=storage, study_name=name)
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nas.errors import Conflict
 from nas.families import Architecture
 from nas.search import study
-from nas.search.study import Observation, Proposal, choose_sampler, propose
+from nas.search.study import ExportedTrial, Observation, Proposal, choose_sampler, dimension_importances, export_study, propose
 from nas.shape import Shape
 from nas.space import Choices, SearchSpace
 from nas.spec import AxisSpec, BudgetSpec, SamplerSpec, SpaceSpec
@@ -213,6 +214,93 @@ def test_two_seeds_enumerate_in_two_orders():
 )
 def test_auto_decides_by_space_and_trials_and_a_named_sampler_stands(spec, space_size, expected):
     assert choose_sampler(spec, space_size=space_size) == expected
+
+
+def test_the_dimension_that_decides_is_the_most_important():
+    generator = np.random.default_rng(0)
+    evaluated = [SPACE.draw(generator) for _ in range(24)]
+
+    for dimension in ("num_hidden_layers", "hidden_size", "num_key_value_heads"):
+        told = [
+            Observation(choices=SPACE.choices_of(shape), value=getattr(shape, dimension) / 10 + 0.01 * float(generator.standard_normal()))
+            for shape in evaluated
+        ]
+        shares = dimension_importances(told)
+
+        assert next(iter(shares)) == dimension
+        assert sum(shares.values()) == pytest.approx(1)
+        assert list(shares.values()) == sorted(shares.values(), reverse=True)
+        assert dimension_importances(told) == shares
+
+
+def test_too_few_observations_or_equal_values_have_no_importances():
+    told = [Observation(choices=SPACE.choices_of(shape), value=1.0) for shape in draws(12)]
+
+    assert dimension_importances(told) == {}
+    assert dimension_importances([Observation(choices=item.choices, value=float(index)) for index, item in enumerate(told[:7])]) == {}
+
+
+def exported() -> list[ExportedTrial]:
+    states = ("completed", "stopped", "failed", "completed", "waiting")
+    return [
+        ExportedTrial(
+            number=number,
+            origin="sampler",
+            shape=shape,
+            state=state,
+            values=(0.5 + number / 10, float(number)) if state == "completed" else (),
+            kl_by_tokens={0: 3.0, 1000: 1.0} if state != "failed" else {},
+            attributes={"parameters": 1000},
+        )
+        for number, (state, shape) in enumerate(zip(states, draws(5), strict=True))
+    ]
+
+
+@pytest.mark.parametrize("name", ["study.db", "study.log"])
+def test_an_exported_study_holds_every_trial_as_optuna_reads_it(tmp_path, name):
+    path = tmp_path / name
+    trials = exported()
+
+    export_study(trials, path=path, name="srch_1", objectives=["score", "memory_bytes"])
+
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path))) if name.endswith("log") else f"sqlite:///{path}"
+    loaded = optuna.load_study(study_name="srch_1", storage=storage)
+    assert [direction.name for direction in loaded.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert loaded.metric_names == ["score", "memory_bytes"]
+    assert [trial.state.name for trial in loaded.trials] == ["COMPLETE", "PRUNED", "FAIL", "COMPLETE", "RUNNING"]
+    assert [trial.params["hidden_size"] for trial in loaded.trials] == [trial.shape.hidden_size for trial in trials]
+    assert loaded.trials[1].intermediate_values == {0: 3.0, 1000: 1.0}
+    assert {trial.user_attrs["trial"] for trial in loaded.best_trials} == {0, 3}
+    assert loaded.trials[3].values == [0.8, 3.0]
+
+
+def test_an_export_overwrites_nothing(tmp_path):
+    path = tmp_path / "study.db"
+    path.write_text("mine")
+
+    with pytest.raises(Conflict, match="expected no such file"):
+        export_study(exported(), path=path, name="srch_1", objectives=["score", "memory_bytes"])
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("sampler", [pytest.param("gp", marks=pytest.mark.slow), "tpe", "nsga2"])
+def test_a_sampler_that_learns_finds_better_shapes_than_chance(sampler):
+    """The mean of the best five after 24 trials, over seeds, on a smooth landscape."""
+    best = max(map(value_of, SPACE.shapes()))
+
+    def shortfall(name: str, *, seed: int) -> float:
+        evaluated: list[Shape] = []
+        for number in range(24):
+            proposal = ask(SPACE, sampler=name, evaluated=evaluated, number=number, seed=seed, startup=8)
+            assert proposal is not None
+            evaluated.append(proposal.shape)
+        return best - float(np.mean(sorted(map(value_of, evaluated), reverse=True)[:5]))
+
+    seeds = range(1) if sampler == "gp" else range(6)
+    learned = np.mean([shortfall(sampler, seed=seed) for seed in seeds])
+    chance = np.mean([shortfall("random", seed=seed) for seed in range(6)])
+
+    assert learned < 0.75 * chance
 
 
 def test_importing_the_study_does_not_load_torch():
