@@ -17,6 +17,13 @@ SignalKind = Literal["exact", "top_k"]
 """Teacher signals: final hidden states, or the largest log-probabilities (compress/signals.py)."""
 
 
+COSTS = ("parameters", "memory_bytes", "flops_per_token")
+"""The costs of every shape that are known before anything is run, by the names of `RungResult.costs`."""
+
+ELEMENT_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float8": 1}
+"""Bytes of one element by dtype."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterCount:
     """Parameters of one model, as the safetensors file holds them."""
@@ -34,22 +41,23 @@ class ParameterCount:
 
 def count_parameters(architecture: Architecture, shape: Shape) -> ParameterCount:
     """Parameters of `architecture` cut to `shape`; tied embeddings are counted once."""
-    sizes = architecture.sizes(shape)
-    total, embedding = sum_parameters(architecture, sizes=sizes, num_hidden_layers=shape.num_hidden_layers)
-    idle = (shape.num_experts or 0) - (architecture.num_experts_per_tok or 0)
-    expert = sum(weight.numel(sizes) for weight in architecture.weights if weight.per_expert)
-    return ParameterCount(total=total, embedding=embedding, active=total - idle * expert * shape.num_hidden_layers)
+    total, embedding, active = _sum_parameters(architecture, sizes=architecture.sizes(shape), num_hidden_layers=shape.num_hidden_layers)
+    return ParameterCount(total=total, embedding=embedding, active=active)
 
 
-def sum_parameters(architecture: Architecture, *, sizes: Mapping[Axis, Any], num_hidden_layers: Any) -> tuple[Any, Any]:
-    """Total and embedding parameters for axis lengths that are integers or integer arrays of one shape (a whole space at once)."""
+def _sum_parameters(architecture: Architecture, *, sizes: Mapping[Axis, Any], num_hidden_layers: Any) -> tuple[Any, Any, Any]:
+    """Total, embedding and active parameters for axis lengths that are integers or integer arrays of one shape (a whole space at once)."""
     total: Any = 0
     embedding: Any = 0
+    idle: Any = 0
     for weight in architecture.weights:
-        numel = weight.numel(sizes) * (sizes[Axis.EXPERT] if weight.per_expert else 1)
-        total = total + numel * (num_hidden_layers if weight.per_layer else 1)
+        layers = num_hidden_layers if weight.per_layer else 1
+        numel = weight.numel(sizes) * layers
+        total = total + numel * (sizes[Axis.EXPERT] if weight.per_expert else 1)
         embedding = embedding + (numel if weight.in_embedding else 0)
-    return total, embedding
+        if weight.per_expert and architecture.num_experts_per_tok is not None:
+            idle = idle + numel * (sizes[Axis.EXPERT] - architecture.num_experts_per_tok)
+    return total, embedding, total - idle
 
 
 def weight_bytes(architecture: Architecture, shape: Shape, *, bytes_per_element: int) -> int:
@@ -57,22 +65,50 @@ def weight_bytes(architecture: Architecture, shape: Shape, *, bytes_per_element:
     return count_parameters(architecture, shape).total * bytes_per_element
 
 
-def kv_bytes_per_token(shape: Shape, *, bytes_per_element: int) -> int:
-    """Bytes that one token adds to the KV cache: keys and values of every layer."""
-    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * bytes_per_element
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """The load under which memory and FLOPs are counted."""
+
+    batch_size: int
+    """Sequences at once."""
+    context_length: int
+    """Tokens of each sequence in the KV cache."""
+    weight_bytes: int
+    """Of one element of the weights."""
+    cache_bytes: int
+    """Of one element of the KV cache."""
+
+
+def count_costs(architecture: Architecture, shape: Shape, *, workload: Workload) -> dict[str, int]:
+    """What a model of `shape` costs, by the names of `COSTS`."""
+    return sum_costs(architecture, sizes=architecture.sizes(shape), num_hidden_layers=shape.num_hidden_layers, workload=workload)
 
 
 def flops_per_token(architecture: Architecture, shape: Shape, *, context_length: int) -> int:
-    """Forward FLOPs for one token at the end of a context: 2 per multiplied weight (of its own experts only), plus attention over the context.
+    """Forward FLOPs for one token at the end of a context (`sum_costs`)."""
+    return count_costs(architecture, shape, workload=Workload(batch_size=1, context_length=context_length, weight_bytes=1, cache_bytes=1))["flops_per_token"]
 
-    The input table is a look-up and costs nothing; a tied head multiplies it once.
-    Attention: scores and the weighted sum, 2 x 2 x context x query width per layer.
-    Source: the usual 2N estimate (Kaplan et al., arXiv 2001.08361, 2.1) with the head counted and the look-up not.
+
+def sum_costs(architecture: Architecture, *, sizes: Mapping[Axis, Any], num_hidden_layers: Any, workload: Workload) -> dict[str, Any]:
+    """The costs for axis lengths that are integers or integer arrays of one shape; each is linear in the MLP's width.
+
+    memory_bytes: weights, and keys and values of every layer for batch x context tokens. Activations and what an engine reserves are not in it;
+        layers that attend to a sliding window are counted in full, so for them it is an upper bound.
+    flops_per_token: forward, for one token at the end of the context: 2 per multiplied weight (of its own experts only), plus attention over the
+        context, scores and the weighted sum, 2 x 2 x context x query width per layer. The input table is a look-up and costs nothing; a tied head
+        multiplies it once. Source: the usual 2N estimate (Kaplan et al., arXiv 2001.08361, 2.1) with the head counted and the look-up not.
     """
-    count = count_parameters(architecture, shape)
-    head = architecture.vocab_size * shape.hidden_size
-    attention = 4 * context_length * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
-    return 2 * (count.active - count.embedding + head) + attention
+    total, embedding, active = _sum_parameters(architecture, sizes=sizes, num_hidden_layers=num_hidden_layers)
+    cached_tokens = workload.batch_size * workload.context_length
+    cache = 2 * num_hidden_layers * sizes[Axis.KEY_VALUE] * workload.cache_bytes * cached_tokens
+    head = sizes[Axis.VOCAB] * sizes[Axis.HIDDEN]
+    attention = 4 * workload.context_length * sizes[Axis.QUERY] * num_hidden_layers
+    return {
+        "parameters": total,
+        "non_embedding_parameters": total - embedding,
+        "memory_bytes": total * workload.weight_bytes + cache,
+        "flops_per_token": 2 * (active - embedding + head) + attention,
+    }
 
 
 def signal_bytes_per_token(kind: SignalKind, *, hidden_size: int, bytes_per_element: int, top_k: int) -> int:

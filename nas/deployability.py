@@ -47,9 +47,14 @@ def deployability(shape: Shape) -> Deployability:
     )
 
 
+def heads_divide(*, num_attention_heads: Any, num_key_value_heads: Any, devices: int) -> Any:
+    """Whether heads divide evenly over devices; integers, or integer arrays of one shape."""
+    return (num_attention_heads % devices == 0) & ((num_key_value_heads % devices == 0) | (devices % num_key_value_heads == 0))
+
+
 def _divides(shape: Shape, size: int) -> bool:
-    copies = size % shape.num_key_value_heads == 0
-    return shape.num_attention_heads % size == 0 and shape.intermediate_size % size == 0 and (shape.num_key_value_heads % size == 0 or copies)
+    heads: bool = heads_divide(num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_key_value_heads, devices=size)
+    return heads and shape.intermediate_size % size == 0
 
 
 def _whole_blocks(shape: Shape, *, block: int, size: int) -> bool:

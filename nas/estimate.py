@@ -138,10 +138,10 @@ def task_work(spec: SearchSpec, *, cards: Sequence[Mapping[str, Any]], vocab_siz
     return TaskWork(rungs=rungs, held_out=held_out)
 
 
-def estimate_seconds(spec: SearchSpec, *, space: SearchSpace, work: Sequence[RungWork], tasks: TaskWork, speed: Speed) -> dict[str, Any]:
+def estimate_seconds(spec: SearchSpec, *, spaces: Sequence[SearchSpace], work: Sequence[RungWork], tasks: TaskWork, speed: Speed) -> dict[str, Any]:
     """Device seconds and wall seconds of a search by stage, for workers of one speed."""
-    architecture, length = space.architecture, spec.corpus.sequence_length
-    shapes = [*space.anchors().values(), *spec.shapes] or [space.extremes()[1]]
+    architecture, length = spaces[0].architecture, spec.corpus.sequence_length
+    shapes = [*(shape for space in spaces for shape in space.anchors().values()), *spec.shapes] or [spaces[0].extremes()[1]]
     student = mean(flops_per_token(architecture, shape, context_length=length // 2) for shape in shapes)
     teacher = flops_per_token(architecture, architecture.shape, context_length=length // 2)
     validation = spec.corpus.validation_tokens

@@ -380,6 +380,8 @@ class Architecture:
     """Rotary share of each head where `long_rope_from_hidden` rules; None: it does not."""
     num_experts_per_tok: int | None = None
     """Experts that each token passes through; None: a dense family."""
+    context_length: int | None = None
+    """Most tokens of a sequence (`max_position_embeddings`); None: the config does not say."""
 
     @property
     def family(self) -> Family:
@@ -502,6 +504,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         mlp_bias=bool(config.get("mlp_bias", False)),
         long_rope_share=float(rope.get("partial_rotary_factor", 1.0)) if family.long_rope_from_hidden and "long_factor" in rope else None,
         num_experts_per_tok=num_experts_per_tok,
+        context_length=context if isinstance(context := config.get("max_position_embeddings"), int) else None,
     )
     if problems := architecture.refusals(shape):
         raise TeacherUnavailable(f"config.json: {problems[0]}")

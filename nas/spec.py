@@ -74,22 +74,70 @@ class TaskSpec:
 
 
 @_value
+class WorkloadSpec:
+    """The load under which a budget's memory and FLOPs are counted, in closed form."""
+
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 1
+    """Sequences at once."""
+    context_length: Annotated[int, Field(ge=1, le=2**24)] | None = None
+    """Tokens of each sequence, prompt and answer; at most the teacher's context. None: 4096, or the teacher's context where it is shorter."""
+    dtype: Literal["float32", "bfloat16", "float8"] = "bfloat16"
+    """Of the weights."""
+    cache_dtype: Literal["float32", "bfloat16", "float8"] | None = None
+    """Of the KV cache. None: that of the weights."""
+
+
+@_value
+class LatencySpec:
+    """A named workload, timed on the worker's own device at rung 0, before anything is distilled (plain transformers, greedy, median of 5)."""
+
+    name: Name
+    """Its costs are `prefill_ms:NAME` and `decode_ms:NAME`."""
+    prompt_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    """Length of every prompt."""
+    new_tokens: Annotated[int, Field(ge=2, le=100_000)] = 32
+    """Tokens generated; with the prompt at most the teacher's context."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 1
+    """Sequences at once."""
+    max_prefill_ms: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Ceiling of the prompt's pass, in milliseconds. None: measured, not limited."""
+    max_decode_ms: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Ceiling of one decoding step, a token of every sequence, in milliseconds. None: measured, not limited."""
+
+
+@_value
 class BudgetSpec:
-    """The most parameters that the compressed model may have. Exactly one of the two maxima."""
+    """The most that the compressed model may cost: any of these ceilings together, at least one."""
 
     max_parameters: Count | None = None
     """Absolute ceiling, in parameters."""
     max_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Ceiling as a share of the teacher's parameters."""
+    """The same ceiling as a share of the teacher's parameters."""
     counting: Literal["total", "non_embedding"] = "total"
     """Which parameters count: all, or all but the embedding tables."""
+    max_memory_bytes: Count | None = None
+    """Ceiling of the weights and the KV cache together, in bytes, under `workload`."""
+    max_flops_per_token: Count | None = None
+    """Ceiling of the forward FLOPs of one token at the end of the context of `workload`."""
+    workload: WorkloadSpec = field(default_factory=WorkloadSpec)
+    latency: Annotated[tuple[LatencySpec, ...], Field(max_length=16)] = ()
+    """Measured ceilings. A shape that is over one is stopped at rung 0 and takes no place from others."""
     min_use: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Shapes that use less than this share of the budget are not proposed (Minitron: 0.95). Anchors and named shapes may be smaller."""
+    """Shapes that use less than this share of every ceiling but those of latency are not proposed (Minitron: 0.95). Anchors and named shapes may be smaller."""
 
     @model_validator(mode="after")
-    def _one_ceiling(self) -> BudgetSpec:
-        if (self.max_parameters is None) == (self.max_fraction is None):
-            raise ValueError("exactly one of max_parameters and max_fraction")
+    def _ceilings(self) -> BudgetSpec:
+        if self.max_parameters is not None and self.max_fraction is not None:
+            raise ValueError("at most one of max_parameters and max_fraction")
+        names = [workload.name for workload in self.latency]
+        if len(set(names)) < len(names):
+            raise ValueError(f"latency: each name once, got {', '.join(names)}")
+        limited = any(workload.max_prefill_ms is not None or workload.max_decode_ms is not None for workload in self.latency)
+        counted = (self.max_parameters, self.max_fraction, self.max_memory_bytes, self.max_flops_per_token)
+        if all(ceiling is None for ceiling in counted) and not limited:
+            raise ValueError("a ceiling: max_parameters, max_fraction, max_memory_bytes, max_flops_per_token, or a maximum of latency")
+        if self.min_use and all(ceiling is None for ceiling in counted):
+            raise ValueError("no min_use without a ceiling of which it is a share; latency has none")
         return self
 
 
@@ -125,6 +173,11 @@ class SpaceSpec:
     """Experts of each layer, at least as many as a token is sent to; only of a teacher that has experts."""
     min_mlp_fill: Share = 0.5
     """The MLP takes at least this share of what the other axes leave of the budget; unused parameters rarely help."""
+    multiples_of: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Hidden and MLP sizes must divide by this (64 or 128 for most kernels and quantised formats), those of named shapes and of the teacher too,
+    which an axis' own `multiple` lets pass."""
+    tensor_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Devices over which every shape must divide evenly: query heads, MLP, and KV heads, which are copied where there are fewer than devices."""
 
 
 @_value
@@ -304,6 +357,9 @@ class SearchSpec:
     warm_start_from: Annotated[tuple[str, ...], Field(max_length=100), AfterValidator(_each_once)] = ()
     """Ids of ended searches on the same teacher, corpus and recipe. Their results at this search's tokens teach the sampler, and a shape that was
     trained there under the same conditions, seed included, is not trained again."""
+    more_budgets: Annotated[tuple[BudgetSpec, ...], Field(max_length=15)] = ()
+    """Further budgets over the same prepare step: a family of sizes. Each has its own trials (`sampler.max_trials`, anchors and controls of its own),
+    promotions, finalists and winner; a shape is evaluated once, for the budget that proposes it first. Named shapes belong to the first that they fit."""
     label: Annotated[str, Field(max_length=200)] = ""
     """Free text for lists."""
     preset: Literal["minitron"] | None = None
@@ -323,6 +379,11 @@ class SearchSpec:
     distillation: DistillationSpec = field(default_factory=DistillationSpec)
     resources: ResourceSpec = field(default_factory=ResourceSpec)
     limits: LimitSpec = field(default_factory=LimitSpec)
+
+    @property
+    def budgets(self) -> tuple[BudgetSpec, ...]:
+        """All budgets; a trial names its own by the index."""
+        return (self.budget, *self.more_budgets)
 
     def scores_tasks(self, rung: int) -> bool:
         """Whether the tasks are scored at a rung; held-out KL is measured at every one."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
+from nas.budget import limits
 from nas.compress.train_plan import trunk_rate
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem
-from nas.estimate import Speed, describe_space, estimate_seconds, explain_shape, rung_work, task_work
+from nas.estimate import RungWork, Speed, describe_space, estimate_seconds, explain_shape, rung_work, task_work
 from nas.families import Architecture, read_architecture
 from nas.memory import TeacherMemory, Training, inference_memory, least_training_memory, preparation_disk, rung_disk, training_memory
 from nas.shape import Shape
-from nas.space import SearchSpace, build_space
+from nas.space import SearchSpace, build_spaces
 from nas.spec import SearchSpec
 from nas.store.records import CorpusRecord, SpeedRecord, TaskRecord, TeacherRecord
 from nas.store.store import Store
@@ -33,7 +34,7 @@ class Submission:
     inputs: dict[str, Any]
     """Snapshot of the registered teacher, corpora and tasks (name, digest, place), so that a later change of the registry changes nothing."""
     plan: dict[str, Any]
-    """Legal shapes, budget, teacher parameters, anchors, learning rate, tokens per rung and at most in all."""
+    """Legal shapes, ceilings and anchors of each budget, teacher parameters, learning rate, tokens per rung and at most in all."""
 
 
 def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
@@ -50,11 +51,11 @@ def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
     if problems:
         raise InvalidSpec(*problems)
     architecture = read_architecture(teacher.config)
-    space = SearchSpace(architecture, space=spec.space, budget=spec.budget)
+    spaces = build_spaces(spec, architecture=architecture)
     problems = [
         Problem(field=f"shapes.{index}.{problem.field}", expected=problem.expected, got=problem.got)
         for index, shape in enumerate(spec.shapes)
-        for problem in space.explain(shape)
+        for problem in min((space.explain(shape) for space in spaces), key=len)  # one budget that it fits is enough
     ]
     if problems:
         raise InvalidSpec(*problems)
@@ -63,7 +64,7 @@ def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
         "corpora": [{"name": corpus.name, "digest": corpus.digest, "files": list(corpus.files)} for corpus in corpora],
         "tasks": [{"name": task.name, "digest": task.digest, "folder": task.folder, "card": task.card} for task in tasks],
     }
-    return Submission(inputs=inputs, plan=_plan(spec, space=space))
+    return Submission(inputs=inputs, plan=_plan(spec, spaces=spaces))
 
 
 def estimate_time(submission: Submission, *, spec: SearchSpec, speed: SpeedRecord) -> dict[str, Any]:
@@ -78,15 +79,22 @@ def estimate_time(submission: Submission, *, spec: SearchSpec, speed: SpeedRecor
     if speed.points is None:
         reason = f"not measured: {speed.error}" if speed.error else "being measured, once, as soon as a worker with these resources is free; ask again"
         return {"worker": worker, "known": False, "pending": speed.error is None, "reason": reason}
-    space = build_space(spec, inputs=submission.inputs)
-    tasks = task_work(spec, cards=[task["card"] for task in submission.inputs["tasks"]], vocab_size=space.architecture.vocab_size)
-    work = rung_work(spec, searched=submission.plan["searched"], forced=submission.plan["forced"])
-    return {"worker": worker, "known": True, "pending": False, **estimate_seconds(spec, space=space, work=work, tasks=tasks, speed=Speed(points=speed.points))}
+    architecture = read_architecture(submission.inputs["teacher"]["config"])
+    spaces = build_spaces(spec, architecture=architecture)
+    tasks = task_work(spec, cards=[task["card"] for task in submission.inputs["tasks"]], vocab_size=architecture.vocab_size)
+    work = _work(spec, budgets=submission.plan["budgets"])
+    return {
+        "worker": worker,
+        "known": True,
+        "pending": False,
+        **estimate_seconds(spec, spaces=spaces, work=work, tasks=tasks, speed=Speed(points=speed.points)),
+    }
 
 
 def ask_about(submission: Submission, shape: Shape, *, spec: SearchSpec) -> dict[str, Any]:
-    """Whether the search may try a shape, and why not."""
-    return explain_shape(build_space(spec, inputs=submission.inputs), shape)
+    """Whether the search may try a shape under one of its budgets, and why not under the one that it misses by least."""
+    spaces = build_spaces(spec, architecture=read_architecture(submission.inputs["teacher"]["config"]))
+    return explain_shape(min(spaces, key=lambda space: len(space.explain(shape))), shape)
 
 
 def _look_up(spec: SearchSpec, *, store: Store) -> tuple[TeacherRecord, list[CorpusRecord], list[TaskRecord]]:
@@ -115,6 +123,8 @@ def _lengths(spec: SearchSpec, *, context: object) -> list[Problem]:
     corpus, new_tokens, problems = spec.corpus, spec.evaluation.latency_new_tokens, []
     if isinstance(context, int) and corpus.sequence_length > context:
         problems.append(Problem(field="corpus.sequence_length", expected=f"at most the teacher's context of {context}", got=str(corpus.sequence_length)))
+    if isinstance(context, int):
+        problems.extend(_long_workloads(spec, context=context))
     if isinstance(context, int) and new_tokens >= context:
         problems.append(Problem(field="evaluation.latency_new_tokens", expected=f"less than the teacher's context of {context}", got=str(new_tokens)))
     if corpus.validation_tokens < 2 * corpus.sequence_length:
@@ -127,6 +137,20 @@ def _lengths(spec: SearchSpec, *, context: object) -> list[Problem]:
         )
     if last > MAX_TOKENS:
         problems.append(Problem(field="rungs.factor", expected=f"a last rung of at most {MAX_TOKENS} tokens", got=str(last)))
+    return problems
+
+
+def _long_workloads(spec: SearchSpec, *, context: int) -> list[Problem]:
+    """Loads of the budgets that no model of this teacher can take."""
+    problems = []
+    for index, budget in enumerate(spec.budgets):
+        field, tokens = f"more_budgets.{index - 1}" if index else "budget", budget.workload.context_length
+        if tokens is not None and tokens > context:
+            problems.append(Problem(field=f"{field}.workload.context_length", expected=f"at most the teacher's context of {context}", got=str(tokens)))
+        for number, workload in enumerate(budget.latency):
+            if (tokens := workload.prompt_tokens + workload.new_tokens) > context:
+                expected = f"with new_tokens at most the teacher's context of {context}"
+                problems.append(Problem(field=f"{field}.latency.{number}.prompt_tokens", expected=expected, got=str(tokens)))
     return problems
 
 
@@ -149,47 +173,71 @@ def _duplicates(field: str, names: list[str]) -> list[Problem]:
     return [Problem(field=f"{field}.{index}.name", expected="each name once", got=f"{name} again") for index, name in enumerate(names) if name in names[:index]]
 
 
-def _plan(spec: SearchSpec, *, space: SearchSpace) -> dict[str, Any]:
-    architecture: Architecture = space.architecture
+def _plan(spec: SearchSpec, *, spaces: tuple[SearchSpace, ...]) -> dict[str, Any]:
+    architecture: Architecture = spaces[0].architecture
     teacher = count_parameters(architecture, architecture.shape)
-    anchors = space.anchors() if spec.controls.anchors else {}
     rungs = [spec.rungs.tokens(rung) for rung in range(spec.rungs.num_trained + 1)]
-    searched = max(min(spec.sampler.max_trials, space.count() + len(anchors) + len(spec.shapes)), len(anchors) + len(spec.shapes))
-    forced = len({*anchors.values(), *spec.shapes})
-    trials = searched + spec.controls.num_random
-    work = rung_work(spec, searched=searched, forced=forced)
+    named = [next(index for index, space in enumerate(spaces) if not space.explain(shape)) for shape in spec.shapes]
+    budgets = [
+        _describe_budget(spec, space=space, named=[shape for shape, of in zip(spec.shapes, named, strict=True) if of == index])
+        for index, space in enumerate(spaces)
+    ]
+    work = _work(spec, budgets=budgets)
+    trials = sum(budget["searched"] for budget in budgets) + len(budgets) * spec.controls.num_random
     learning_rate, rate_follows_loss = trunk_rate(spec.distillation.learning_rate, teacher_hidden_size=architecture.shape.hidden_size)
     trained = sum(spec.trained_tokens(rung) for rung in range(len(rungs)))
     return {
         "teacher_parameters": teacher.total,
         "teacher_non_embedding_parameters": teacher.non_embedding,
         "teacher_shape": architecture.shape.as_dict(),
-        "max_parameters": space.budget.max_parameters,
-        "min_parameters": space.budget.min_parameters,
-        "counting": space.budget.counting,
-        "legal_shapes": space.count(),
-        "anchors": {name: _described(architecture, shape) for name, shape in anchors.items()},
+        **budgets[0],
+        "budgets": budgets,
         "rung_tokens": rungs,
         "learning_rate": learning_rate,
         "rate_follows_loss": rate_follows_loss,
-        "space": describe_space(space),
-        "searched": searched,
-        "forced": forced,
         "rungs": [asdict(step) for step in work],
         "expected_distillation_tokens": sum(step.expected * step.tokens for step in work),
         "max_trials": trials,
         "max_distillation_tokens": trained * trials,
-        **_needs(spec, space=space, trials=trials),
+        **_needs(spec, spaces=spaces, trials=trials),
     }
 
 
-def _needs(spec: SearchSpec, *, space: SearchSpace, trials: int) -> dict[str, Any]:
+def _describe_budget(spec: SearchSpec, *, space: SearchSpace, named: list[Shape]) -> dict[str, Any]:
+    """One budget with the teacher known, and what it searches; the plan's own fields are those of the first. `named`: the user's shapes of this budget."""
+    budget = space.budget
+    anchors = space.anchors() if spec.controls.anchors else {}
+    at_least = len(anchors) + len(named)
+    return {
+        "max_parameters": budget.max_parameters,
+        "min_parameters": budget.min_parameters,
+        "counting": budget.counting,
+        "ceilings": {ceiling.cost: ceiling.maximum for ceiling in budget.ceilings},
+        "teacher_costs": dict(budget.teacher),
+        "workload": asdict(budget.workload),
+        "latency_ceilings": {name: maximum for workload in budget.latency for name, maximum in limits(workload).items()},
+        "legal_shapes": space.count(),
+        "anchors": {name: _described(space.architecture, shape) for name, shape in anchors.items()},
+        "space": describe_space(space),
+        "searched": max(min(spec.sampler.max_trials, space.count() + at_least), at_least),
+        "forced": len({*anchors.values(), *named}),
+    }
+
+
+def _work(spec: SearchSpec, *, budgets: list[dict[str, Any]]) -> list[RungWork]:
+    """The rungs of all budgets together."""
+    works = [rung_work(spec, searched=budget["searched"], forced=budget["forced"]) for budget in budgets]
+    return [replace(steps[0], expected=sum(step.expected for step in steps), at_most=sum(step.at_most for step in steps)) for steps in zip(*works, strict=True)]
+
+
+def _needs(spec: SearchSpec, *, spaces: tuple[SearchSpace, ...], trials: int) -> dict[str, Any]:
     """Memory of one trial of the largest student in view, as asked for and at the least, and the disk that the search fills, in bytes.
 
     A worker compares with its own device before each step, and fits micro-batch, checkpointing and moments to it (compress/fitting.py).
     """
-    architecture, settings = space.architecture, spec.distillation
-    shape = max((*space.anchors().values(), *spec.shapes), key=lambda shape: count_parameters(architecture, shape).total)
+    architecture, settings = spaces[0].architecture, spec.distillation
+    anchors = [shape for space in spaces for shape in space.anchors().values()]
+    shape = max((*anchors, *spec.shapes), key=lambda shape: count_parameters(architecture, shape).total)
     dtype = settings.dtype if spec.resources.gpus else "float32"
     wanted = Training(
         sequence_length=spec.corpus.sequence_length,

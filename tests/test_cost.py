@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nas.compress.experts import by_file_names
 from nas.compress.teacher import checkpoint_weights
-from nas.cost import SignalChoice, choose_signals, count_parameters, flops_per_token, kv_bytes_per_token, signal_bytes_per_token, weight_bytes
+from nas.cost import SignalChoice, Workload, choose_signals, count_costs, count_parameters, flops_per_token, signal_bytes_per_token, weight_bytes
 from nas.errors import InvalidSpec
 from nas.families import FAMILIES, Architecture, read_architecture
 from nas.shape import Shape
@@ -175,8 +175,13 @@ def test_tied_embeddings_are_counted_once():
 def test_bytes_follow_from_the_numbers():
     architecture = read_architecture(LLAMA_31_8B)
 
+    def memory(**load: int) -> int:
+        workload = Workload(**{"batch_size": 1, "context_length": 1, "weight_bytes": 2, "cache_bytes": 2} | load)
+        return count_costs(architecture, architecture.shape, workload=workload)["memory_bytes"]
+
     # Keys and values of 32 layers with 8 heads of 128, two bytes each: 128 KiB per token, the figure of the Llama 3 paper.
-    assert kv_bytes_per_token(architecture.shape, bytes_per_element=2) == 131_072
+    assert memory() == 2 * 8_030_261_248 + 131_072
+    assert memory(batch_size=3, context_length=5, cache_bytes=1) == 2 * 8_030_261_248 + 15 * 65_536
     assert weight_bytes(architecture, architecture.shape, bytes_per_element=2) == 2 * 8_030_261_248
 
 

@@ -109,7 +109,7 @@ def test_more_workers_shorten_the_wall_time_and_no_device_time() -> None:
     one, two = spec(), spec(resources=ResourceSpec(max_parallel_trials=2))
     seconds = [
         estimate_seconds(
-            wanted, space=SPACE, work=rung_work(wanted, searched=24, forced=3), tasks=TaskWork(rungs=1e5, held_out=1e6), speed=Speed(points=POINTS)
+            wanted, spaces=[SPACE], work=rung_work(wanted, searched=24, forced=3), tasks=TaskWork(rungs=1e5, held_out=1e6), speed=Speed(points=POINTS)
         )
         for wanted in (one, two)
     ]

@@ -22,6 +22,7 @@ ROWS = (
     "nas.cost",
     "nas.memory",
     "nas.spec",
+    "nas.budget",
     "nas.space",
     "nas.estimate",
     "nas.compress.device",

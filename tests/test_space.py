@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -9,12 +9,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nas.cost import count_parameters
+from nas.budget import measured_excess, read_workload
+from nas.cost import count_costs, count_parameters
 from nas.errors import BudgetInfeasible, InvalidSpec
 from nas.families import FAMILIES, Architecture, read_architecture
 from nas.shape import Shape
 from nas.space import Choices, SearchSpace
-from nas.spec import AxisSpec, BudgetSpec, SpaceSpec
+from nas.spec import AxisSpec, BudgetSpec, LatencySpec, SpaceSpec, WorkloadSpec
 
 TEACHER = Shape(num_hidden_layers=5, hidden_size=64, intermediate_size=172, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
 ARCHITECTURE = Architecture(model_type="llama", shape=TEACHER, vocab_size=512, tie_word_embeddings=True, attention_bias=False, mlp_bias=False)
@@ -29,8 +30,15 @@ def counted(found: SearchSpace, shape: Shape) -> int:
     return count.total if found.budget.counting == "total" else count.non_embedding
 
 
+def fits(found: SearchSpace, shape: Shape) -> bool:
+    """Every ceiling, and what min_use asks of one of them, from the costs of this one shape."""
+    costs = count_costs(found.architecture, shape, workload=found.budget.workload)
+    ceilings = found.budget.ceilings
+    return all(costs[ceiling.cost] <= ceiling.maximum for ceiling in ceilings) and any(costs[ceiling.cost] >= ceiling.minimum for ceiling in ceilings)
+
+
 @st.composite
-def spaces(draw: st.DrawFn) -> SearchSpace:
+def spaces(draw: st.DrawFn, *, min_mlp_fill: float | None = None) -> SearchSpace:
     groups = draw(st.integers(1, 3))
     heads = groups * draw(st.integers(1, 3))
     model_type = draw(st.sampled_from(sorted(FAMILIES)))
@@ -53,15 +61,22 @@ def spaces(draw: st.DrawFn) -> SearchSpace:
         attention_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
     )
+    workload = WorkloadSpec(batch_size=draw(st.integers(1, 9)), context_length=draw(st.integers(1, 99)), cache_dtype=draw(st.sampled_from([None, "float8"])))
+    teacher = count_costs(architecture, architecture.shape, workload=read_workload(workload, architecture=architecture))
+    ceilings = draw(st.sets(st.sampled_from(["max_fraction", "max_memory_bytes", "max_flops_per_token"]), min_size=1))
+    shares = {name: draw(st.floats(0.3, 0.99)) for name in sorted(ceilings)}
     budget = BudgetSpec(
-        max_fraction=draw(st.floats(0.3, 0.99)),
+        **{name: share if name == "max_fraction" else int(share * teacher[name.removeprefix("max_")]) for name, share in shares.items()},
         counting=draw(st.sampled_from(["total", "non_embedding"])),
         min_use=draw(st.sampled_from([0.0, 0.8])),
+        workload=workload,
     )
     axes = SpaceSpec(
         hidden_size=AxisSpec(multiple=draw(st.sampled_from([None, 1, 2, 4]))),
         intermediate_size=AxisSpec(multiple=draw(st.sampled_from([None, 1, 8]))),
-        min_mlp_fill=draw(st.floats(0.1, 1.0)),
+        min_mlp_fill=min_mlp_fill or draw(st.floats(0.1, 1.0)),
+        multiples_of=draw(st.sampled_from([None, 2, 3, 8])),
+        tensor_parallel=draw(st.sampled_from([1, 2, 3])),
     )
     try:
         return SearchSpace(architecture, space=axes, budget=budget)
@@ -92,7 +107,7 @@ def test_resolve_gives_a_legal_shape_for_any_choices_and_always_the_same(found, 
     shape = found.resolve(raw)
 
     assert found.explain(shape) == ()
-    assert found.budget.min_parameters <= counted(found, shape) <= found.budget.max_parameters
+    assert fits(found, shape)
     assert shape != found.architecture.shape
     assert found.resolve(raw) == shape
 
@@ -111,7 +126,7 @@ def test_the_count_is_that_of_the_distinct_shapes_and_each_is_legal(found):
 
     assert found.count() == len(shapes) == len(set(shapes)) == len({shape.key for shape in shapes})
     assert all(found.explain(shape) == () for shape in shapes)
-    assert all(counted(found, shape) >= found.budget.min_parameters for shape in shapes)
+    assert all(fits(found, shape) for shape in shapes)
     assert found.architecture.shape not in shapes
 
 
@@ -136,6 +151,28 @@ def test_a_larger_budget_loses_no_architecture(fraction, more):
 
     before, after = widest(small), widest(large)
     assert all(after[frame] >= width for frame, width in before.items())
+
+
+@properties
+@given(spaces(min_mlp_fill=1e-9))
+def test_the_interval_of_every_frame_is_exact(found):
+    """All that fits is there, with nothing asked of the MLP's share of it; only the grid is taken from the space. Forty frames of it."""
+    assume(found.count() < 50_000)
+    frames = list(product(*found.axes.values()))
+    frames = frames[:: max(1, len(frames) // 40)]
+    grid = []
+    for (layers, hidden, groups, queries, *rest), width in product(frames, found.intermediate_sizes):
+        heads = {"num_attention_heads": groups * queries, "num_key_value_heads": groups, "head_dim": found.architecture.shape.head_dim}
+        grid.append(Shape(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=width, num_experts=rest[0] if rest else None, **heads))
+
+    legal = {shape for shape in grid if not found.architecture.refusals(shape) and fits(found, shape) and divides(shape, devices=found._devices)}
+
+    assert set(found.shapes()) & set(grid) == legal
+
+
+def divides(shape: Shape, *, devices: int) -> bool:
+    copied = shape.num_key_value_heads < devices and devices % shape.num_key_value_heads == 0
+    return shape.num_attention_heads % devices == shape.intermediate_size % devices == 0 and (copied or shape.num_key_value_heads % devices == 0)
 
 
 def test_an_exhaustive_count_agrees_with_brute_force():
@@ -341,3 +378,82 @@ def test_the_anchors_of_a_mixture_keep_all_experts_or_nothing_but_experts_go():
     assert found.explain(replace(EXPERTS.shape, num_experts=anchors["experts_only"].num_experts + 1))
     assert anchors["uniform"].num_experts < 8
     assert "experts_only" not in space().anchors()
+
+
+def test_ceilings_hold_together_and_each_can_be_the_one_that_rules():
+    teacher = count_costs(ARCHITECTURE, TEACHER, workload=space().budget.workload)
+    several = {"max_memory_bytes": int(0.6 * teacher["memory_bytes"]), "max_flops_per_token": int(0.6 * teacher["flops_per_token"])}
+    free = SpaceSpec(min_mlp_fill=1e-9)
+    alone = [set(SearchSpace(ARCHITECTURE, space=free, budget=BudgetSpec(**{name: value})).shapes()) for name, value in several.items()]
+    together = set(space(axes=free, **several).shapes())
+
+    assert together == set.intersection(set(space(axes=free).shapes()), *alone)
+    assert len({len(together), *(len(shapes) for shapes in alone)}) == 3
+
+
+def test_memory_is_weights_and_cache_of_the_named_load():
+    """The cache rules where it is most of the memory: fewer KV heads or layers, however small the MLP."""
+    load = WorkloadSpec(batch_size=64, context_length=2048, dtype="bfloat16")
+    cache = 2 * 2 * TEACHER.num_hidden_layers * TEACHER.num_key_value_heads * TEACHER.head_dim * 64 * 2048
+    found = SearchSpace(ARCHITECTURE, space=SpaceSpec(), budget=BudgetSpec(max_memory_bytes=cache // 2, workload=load))
+
+    assert all(shape.num_hidden_layers * shape.num_key_value_heads * 2 <= TEACHER.num_hidden_layers * TEACHER.num_key_value_heads for shape in found.shapes())
+    (problem,) = found.explain(TEACHER)
+    assert (problem.field, problem.got) == ("memory_bytes", str(cache + 2 * 260_032))
+
+
+def test_every_ceiling_that_nothing_fits_is_named_with_the_smallest_shape():
+    with pytest.raises(BudgetInfeasible) as refused:
+        SearchSpace(ARCHITECTURE, space=SpaceSpec(), budget=BudgetSpec(max_parameters=10, max_memory_bytes=20), field="more_budgets.2")
+
+    assert [problem.field for problem in refused.value.problems] == ["more_budgets.2.max_parameters", "more_budgets.2.max_memory_bytes"]
+    assert all("of the smallest legal shape L3-D32" in problem.expected for problem in refused.value.problems)
+
+
+def test_a_ceiling_that_keeps_nothing_out_is_refused_alone_and_let_pass_beside_one_that_does():
+    with pytest.raises(InvalidSpec, match=r"budget\.max_memory_bytes: expected below the teacher's \d+ bytes of weights and KV cache, got 1000000000000"):
+        SearchSpace(ARCHITECTURE, space=SpaceSpec(), budget=BudgetSpec(max_memory_bytes=10**12))
+
+    assert set(space(max_memory_bytes=10**12).shapes()) == set(space().shapes())
+
+
+def test_where_only_latency_limits_everything_but_the_teacher_is_legal():
+    latency = (LatencySpec(name="chat", max_decode_ms=2.0), LatencySpec(name="batch", batch_size=8))
+    budget = BudgetSpec(latency=latency)
+    found = SearchSpace(ARCHITECTURE, space=SpaceSpec(), budget=budget)
+
+    assert found.explain(replace(TEACHER, intermediate_size=171)) == ()
+    assert [problem.field for problem in found.explain(TEACHER)] == ["parameters"]
+    assert measured_excess(budget, {"decode_ms:chat": 2.0, "prefill_ms:chat": 900.0, "decode_ms:batch": 900.0}) == ()
+    (problem,) = measured_excess(budget, {"decode_ms:chat": 2.5})
+    assert str(problem) == "decode_ms:chat: expected at most 2 ms, got 2.5 ms"
+
+
+def test_a_load_beyond_64_bits_is_refused():
+    load = WorkloadSpec(batch_size=65_536, context_length=2**24)
+    wide = replace(ARCHITECTURE, shape=replace(TEACHER, num_hidden_layers=10_000, num_attention_heads=1024, num_key_value_heads=1024, head_dim=1024))
+    with pytest.raises(InvalidSpec, match=r"budget\.workload: expected costs of the teacher of at most"):
+        SearchSpace(wide, space=SpaceSpec(), budget=BudgetSpec(max_fraction=0.5, workload=load))
+
+
+def test_hard_multiples_hold_for_the_teachers_own_sizes_and_for_named_shapes_too():
+    found = space(axes=SpaceSpec(multiples_of=16))
+
+    assert {shape.intermediate_size % 16 for shape in found.shapes()} == {shape.hidden_size % 16 for shape in found.shapes()} == {0}
+    problems = found.explain(replace(TEACHER, num_hidden_layers=2))
+    assert [str(problem) for problem in problems] == ["intermediate_size: expected a multiple of space.multiples_of=16, got 172"]
+    assert "depth_only" not in found.anchors()
+
+
+def test_shapes_divide_over_the_devices_and_kv_heads_are_copied_where_there_are_fewer():
+    found = space(axes=SpaceSpec(tensor_parallel=4, num_key_value_heads=AxisSpec(min=1)))
+
+    assert {shape.num_key_value_heads for shape in found.shapes()} == {2, 4}
+    assert all(shape.num_attention_heads % 4 == 0 and shape.intermediate_size % 4 == 0 for shape in found.shapes())
+    fields = [
+        problem.field
+        for problem in found.explain(replace(TEACHER, num_hidden_layers=2, hidden_size=60, intermediate_size=90, num_attention_heads=6, num_key_value_heads=3))
+    ]
+    assert fields == ["num_attention_heads", "intermediate_size", "num_key_value_heads"]
+    with pytest.raises(InvalidSpec, match=r"space\.tensor_parallel: expected a number of devices over which some heads divide, got 43"):
+        space(axes=SpaceSpec(tensor_parallel=43))

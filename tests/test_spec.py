@@ -142,10 +142,29 @@ def test_a_missing_field_is_named(name):
         parse_spec(json.dumps(values))
 
 
-@pytest.mark.parametrize("budget", [{}, {"max_fraction": 0.5, "max_parameters": 1000}])
-def test_a_budget_has_exactly_one_ceiling(budget):
-    with pytest.raises(InvalidSpec, match="budget: expected exactly one of max_parameters and max_fraction"):
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({}, "budget: expected a ceiling: max_parameters, "),
+        ({"latency": [{"name": "chat"}]}, "budget: expected a ceiling: max_parameters, "),
+        ({"max_fraction": 0.5, "max_parameters": 1000}, "budget: expected at most one of max_parameters and max_fraction"),
+        ({"latency": [{"name": "chat", "max_decode_ms": 1.0}], "min_use": 0.5}, "budget: expected no min_use without a ceiling"),
+        ({"max_fraction": 0.5, "latency": [{"name": "chat"}, {"name": "chat"}]}, "budget: expected latency: each name once"),
+    ],
+)
+def test_a_budget_has_a_ceiling_and_no_contradiction(budget, message):
+    with pytest.raises(InvalidSpec, match=message):
         parse_spec(json.dumps({**MINIMAL, "budget": budget}))
+
+
+def test_any_one_ceiling_is_a_budget():
+    ceilings = ({"max_fraction": 0.5}, {"max_parameters": 9}, {"max_memory_bytes": 9}, {"max_flops_per_token": 9})
+    budgets = (*ceilings, {"latency": [{"name": "chat", "max_prefill_ms": 1.5}]})
+
+    spec = parse_spec(json.dumps({**MINIMAL, "budget": budgets[0], "more_budgets": budgets[1:]}))
+
+    assert spec.budgets == (spec.budget, *spec.more_budgets)
+    assert len(set(spec.budgets)) == 5
 
 
 def test_an_empty_range_is_refused():

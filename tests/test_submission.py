@@ -56,6 +56,19 @@ def submit(
         ({"shapes": [SHAPE | {"hidden_size": 64, "intermediate_size": 1}]}, "shapes.0.hidden_size", None, "64"),
         ({"space": {"num_hidden_layers": {"max": 9}}}, "space.num_hidden_layers.max", None, "9"),
         ({"budget": {"max_parameters": 10**9}}, "budget.max_parameters", None, "1000000000"),
+        ({"more_budgets": [{"max_fraction": 0.001}]}, "more_budgets.0.max_fraction", None, "0.001"),
+        (
+            {"budget": {"max_fraction": 0.7, "workload": {"context_length": 65}}},
+            "budget.workload.context_length",
+            "at most the teacher's context of 64",
+            "65",
+        ),
+        (
+            {"more_budgets": [{"max_fraction": 0.7, "latency": [{"name": "chat", "prompt_tokens": 60, "new_tokens": 5}]}]},
+            "more_budgets.0.latency.0.prompt_tokens",
+            "with new_tokens at most the teacher's context of 64",
+            "65",
+        ),
     ],
 )
 def test_a_wrong_thing_is_named_by_field_expected_and_got(
@@ -137,3 +150,22 @@ def test_the_plan_says_the_memory_and_the_disk_that_are_needed(submit: Callable[
     assert disk["trial_bytes"] == 40 * parameters  # three states of 12 bytes a parameter, and the student
     on_gpu = submit(resources={"gpus": 1}, distillation={"dtype": "bfloat16", "moments": "bfloat16"}).plan["memory"]["training"]
     assert "optimiser state (bfloat16)" in on_gpu["device"]
+
+
+def test_a_family_is_planned_budget_by_budget(submit: Callable[..., Submission]) -> None:
+    alone = submit(budget={"max_fraction": 0.7}).plan
+    plan = submit(budget={"max_fraction": 0.7}, more_budgets=[{"max_memory_bytes": 40_000}]).plan
+
+    assert {name: plan[name] for name in plan["budgets"][0]} == plan["budgets"][0] == alone["budgets"][0]
+    assert plan["budgets"][1]["ceilings"] == {"memory_bytes": 40_000}
+    assert plan["max_parameters"] == plan["budgets"][0]["ceilings"]["parameters"]
+    assert alone["max_trials"] < plan["max_trials"] <= 2 * alone["max_trials"]
+
+
+def test_a_named_shape_needs_to_fit_one_budget(submit: Callable[..., Submission]) -> None:
+    shapes = [submit().plan["teacher_shape"] | {"num_hidden_layers": 1}]
+    small, large = {"max_fraction": 0.3}, {"max_fraction": 0.9}
+
+    assert submit(budget=small, more_budgets=[large], shapes=shapes).plan["max_trials"]
+    with pytest.raises(InvalidSpec, match=r"shapes\.0\.parameters: expected at most"):
+        submit(budget=small, shapes=shapes)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nas.space import build_space
+from nas.families import read_architecture
+from nas.space import build_spaces
 from nas.spec import SearchSpec, dump_spec, objective_metrics
 
 PREPARED, BLOCKS, SORTED, SPLITS, SIGNALS, CORRECTED, MOMENTS = "prepared.json", "blocks", "sorted", "splits.json", "signals", "teacher", "moments"
@@ -33,10 +34,9 @@ def clear_below(trial: Path, *, rung: int) -> None:
 
 def searched_depths(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> list[int]:
     """Every number of layers that a trial may have, ascending: the prepare step selects layers for each."""
-    space = build_space(spec, inputs=inputs)
-    depths = {*space.axes["num_hidden_layers"], *(shape.num_hidden_layers for shape in spec.shapes)}
-    if spec.controls.anchors:
-        depths |= {shape.num_hidden_layers for shape in space.anchors().values()}
+    depths = {shape.num_hidden_layers for shape in spec.shapes}
+    for space in build_spaces(spec, architecture=read_architecture(inputs["teacher"]["config"])):
+        depths |= {*space.axes["num_hidden_layers"], *(shape.num_hidden_layers for shape in space.anchors().values() if spec.controls.anchors)}
     return sorted(depths)
 
 
