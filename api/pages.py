@@ -14,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 
 from api.problems import PROBLEM_TYPES
 from api.rendering import TEMPLATES
-from api.routes import SearchDep, StoreDep, TrialNumber
+from api.routes import OtherDep, SearchDep, StoreDep, TrialNumber, compare_searches
 from api.schemas import AttemptAnswer
 from api.summary import describe_rung, describe_search, describe_trial, leaderboard, summarise_search
 from api.views import board_rows, compare_shapes, curve_figure, group_failures, held_out_rows, measure_pace, rung_figure, score_figure, task_columns
@@ -58,14 +58,23 @@ def search_page(search: SearchDep, store: StoreDep) -> HTMLResponse:
         rows=rows,
         board=leaderboard(search).model_dump(),
         tasks=task_columns(search),
+        show={"memory": any(row.memory_bytes for row in rows), "latency": any(row.latency for row in rows)},
         held_out=held_out_rows(search),
         failures=group_failures(trials),
         events=events[::-1],
         pace=measure_pace(answer, now=utc_now()),
         has_winner=search.winner is not None,
+        others=[other for other in store.list_searches(limit=SEARCHES_PER_PAGE) if other.id != search.id],
         score_figure=score_figure(search, rows=rows),
         rung_figure=rung_figure(rows=rows, rungs=rungs, progress=answer),
     )
+
+
+@router.get("/searches/{search_id}/compare")
+def comparison_page(search: SearchDep, other: OtherDep, store: StoreDep) -> HTMLResponse:
+    comparison = compare_searches(search, other, store)
+    labels = [side.label or side.id for side in (search, other)]
+    return render("comparison.html", comparison=comparison.model_dump(), searches=[search, other], labels=labels)
 
 
 @router.get("/searches/{search_id}/trials/{number}")

@@ -38,6 +38,14 @@ def format_percent(share: float | None, digits: int = 1) -> str:
     return MISSING if share is None else f"{100 * share:.{digits}f}%"
 
 
+def format_signed(value: float | None, digits: int = 3) -> str:
+    """A difference, with its sign: +0.012, −0.300, 0.000."""
+    if value is None:
+        return MISSING
+    text = f"{abs(value):.{digits}f}"
+    return text if float(text) == 0 else f"{'−' if value < 0 else '+'}{text}"
+
+
 def format_bytes(value: float | None) -> str:
     if value is None:
         return MISSING
@@ -113,6 +121,7 @@ def _environment() -> Environment:
         "count": format_count,
         "number": format_number,
         "percent": format_percent,
+        "signed": format_signed,
         "bytes": format_bytes,
         "seconds": format_seconds,
         "time": format_time,

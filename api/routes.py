@@ -20,6 +20,7 @@ from starlette.responses import Response
 from api.openapi import SUBMIT_BODY, csv_answer, problems
 from api.schemas import (
     AttemptAnswer,
+    ComparisonAnswer,
     CorpusAnswer,
     EventAnswer,
     LeaderboardAnswer,
@@ -34,8 +35,11 @@ from api.schemas import (
     TrialDetail,
     WinnerAnswer,
 )
-from api.summary import describe_inputs, describe_rung, describe_search, describe_trial, leaderboard, leaderboard_csv, summarise_search
+from api.summary import describe_cost, describe_inputs, describe_rung, describe_search, describe_trial, leaderboard, leaderboard_csv, summarise_search
 from nas.errors import Conflict, InvalidSpec, NotFound, Problem
+from nas.search.comparison import Side, compare, comparison_as_dict
+from nas.search.confirmed import Confirmation
+from nas.search.results import RungResult
 from nas.settings import Settings
 from nas.shape import Shape
 from nas.spec import dump_spec, parse_spec
@@ -79,6 +83,13 @@ def get_search(search_id: Annotated[str, Path(description="The search's id: `src
 
 
 SearchDep = Annotated[SearchRecord, Depends(get_search)]
+
+
+def get_other(store: StoreDep, other_id: Annotated[str, Query(alias="with", description="The id of the other search: `srch_...`.")]) -> SearchRecord:
+    return get_search(other_id, store)
+
+
+OtherDep = Annotated[SearchRecord, Depends(get_other)]
 TrialNumber = Annotated[int, Path(ge=0, le=MAX_INTEGER, description="The trial's number within its search.")]
 
 
@@ -261,6 +272,27 @@ def read_leaderboard(search: SearchDep, format: Annotated[Literal["json", "csv"]
         return board
     text = leaderboard_csv(board, task_names=[task["name"] for task in search.spec["tasks"]])
     return PlainTextResponse(text, media_type="text/csv", headers={"Content-Disposition": f'attachment; filename="{search.id}.csv"'})
+
+
+@router.get("/searches/{search_id}/compare", tags=["results"], operation_id="compare_searches", summary="Compare two searches", responses=problems(404, 422))
+def compare_searches(search: SearchDep, other: OtherDep, store: StoreDep) -> ComparisonAnswer:
+    """What was asked differently, the shapes on both boards, best against best, and what each took."""
+    comparison = compare(load_side(search, store=store), load_side(other, store=store))
+    costs = describe_cost(search.board), describe_cost(other.board)
+    values = {**comparison_as_dict(comparison), "cost": costs, "searches": (search.id, other.id), "states": (search.state, other.state)}
+    return ComparisonAnswer.model_validate(values)
+
+
+def load_side(search: SearchRecord, *, store: Store) -> Side:
+    """One search for `compare`: its board, and the results of its leader with their documents."""
+    board = search.board or {}
+    row = next((row for row in board.get("rows", ()) if row["number"] == board.get("leader")), None)
+    best = held_out = None
+    if row is not None:
+        best = next((record.result for record in store.list_rungs(search.id, trial=row["number"]) if record.rung == row["rung"]), None)
+        if (confirmation := store.list_confirmations(search.id).get(row["number"])) is not None:
+            held_out = Confirmation.from_dict(confirmation).held_out
+    return Side(spec=search.spec, inputs=search.inputs, board=board, best=None if best is None else RungResult.from_dict(best), held_out=held_out)
 
 
 @router.get("/searches/{search_id}/events", tags=["events"], operation_id="list_events", summary="List events", responses=problems(404, 422))

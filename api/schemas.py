@@ -120,15 +120,32 @@ class SearchSummary(Answer):
     finished_at: datetime | None
 
 
+class DecisionCost(Answer):
+    """What one decision took: a rung decides who goes on, the confirm step who wins."""
+
+    decision: str
+    """`rung 0`, `rung 1`, ..., `confirm`."""
+    trials: int
+    """Trials that were measured for it."""
+    chosen: int
+    """Trials that have gone on from the rung so far; from the last one, the finalists; the winner."""
+    tokens: int
+    device_seconds: float
+    tokens_per_chosen: float | None
+    """Null while none is chosen."""
+    device_seconds_per_chosen: float | None
+
+
 class Cost(Answer):
-    """What the trials have cost so far."""
+    """What the search has cost so far, all finished steps together, as of its last result."""
 
     distillation_tokens: int
     """Tokens trained on by all finished rungs: what each adds to the rung below, and the decay branch that the rung below threw away."""
     step_seconds: dict[str, float]
-    """Wall seconds of the finished rungs by step."""
+    """Wall seconds by step: prepare, the steps of the rungs, confirm."""
     device_seconds: float
-    """Wall seconds of the finished rungs times the devices of a trial: its GPUs, or its CPU cores where it has none."""
+    """Wall seconds times the devices of a step: its GPUs, or its CPU cores where it has none."""
+    decisions: list[DecisionCost] = []
 
 
 class Input(Answer):
@@ -245,6 +262,16 @@ class TrialDetail(TrialAnswer):
     points: list[PointAnswer]
 
 
+class DifferenceAnswer(Answer):
+    """A score minus the best one, paired over the same documents."""
+
+    value: float | None
+    standard_error: float | None
+    low: float | None
+    """Lower end of the 95 % interval."""
+    high: float | None
+
+
 class LeaderboardRow(Answer):
     """One shape on the board."""
 
@@ -264,11 +291,23 @@ class LeaderboardRow(Answer):
     score: float | None
     """Weighted mean over tasks of (metric - random) / (teacher - random): 1 is the teacher, 0 is random weights."""
     standard_error: float | None
+    difference: DifferenceAnswer | None = None
+    """To the row with the best score; null below the last rung. In the first tie group its interval holds zero."""
     kl: float | None
     """Null if it was not finite."""
     kl_standard_error: float | None
     loss: float | None
     tasks: dict[str, dict[str, Any]]
+    """By task: value, standard_error, higher_is_better, and its share of the way from random weights (0) to the teacher (1)."""
+    costs: dict[str, float] = {}
+    """By name: parameters, memory_bytes, flops_per_token, and latencies in milliseconds where the spec names workloads."""
+    state: str | None = None
+    verified: bool | None = None
+    """Whether plain transformers, in a fresh process, loaded its file and gave the logits that were scored; null for a trial that was not reloaded."""
+    probability_best: float | None = None
+    """Of a finalist, once all are confirmed: that it has the best score of them, from documents that the search did not use."""
+    confirmation: dict[str, Any] | None = None
+    """Of a finalist and of the trials that the board compares with: held_out, latency, deployability (where it can be served, by rule), seconds."""
 
 
 class AgreementAnswer(Answer):
@@ -298,16 +337,67 @@ class LeaderboardAnswer(Answer):
     search: str
     state: SearchState
     rows: list[LeaderboardRow]
+    leader: int | None = None
+    """The first finalist until there is a winner, then the winner."""
+    finalists: list[int] = []
+    """Trials among which the confirm step decides: the first of the first tie group, controls left out, and those that failed their confirmation."""
     winner: int | None = None
-    """The first ranked row that is no control and did not fail its confirmation."""
+    """The finalist with the best score on documents that the search did not use; null until all finalists are confirmed."""
     weak_tasks: list[str] = []
     """Tasks on which the teacher beats random weights by less than two standard errors: their share of the score is mostly noise."""
-    """Number of the trial that leads; controls never do."""
     pareto: list[int] = Field(default_factory=list)
     """Trials that no other one beats in both score and parameters."""
     agreement: list[AgreementAnswer] = Field(default_factory=list)
     controls: ControlsAnswer | None = None
     """Null while no control has reached the last rung."""
+    cost: Cost | None = None
+
+
+class GapAnswer(Answer):
+    """The second search's figure minus the first one's."""
+
+    value: float
+    standard_error: float
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+    paired: bool
+    """Whether it was taken document by document; otherwise it has the errors of both sides."""
+
+
+class BothFigures(Answer):
+    """One shape that is on both boards."""
+
+    shape: Shape
+    parameters: int
+    first: dict[str, Any]
+    """Its row on the first board: number, origin, rank, rung, tokens, score, standard_error, kl."""
+    second: dict[str, Any]
+
+
+class ComparisonAnswer(Answer):
+    """Two searches side by side; every pair is (first, second)."""
+
+    object: Literal["comparison"] = "comparison"
+    searches: tuple[str, str]
+    states: tuple[SearchState, SearchState]
+    spec: dict[str, tuple[Any, Any]]
+    """Fields of the spec that differ, by dotted path."""
+    inputs: dict[str, tuple[str | None, str | None]]
+    """Digests of teacher, corpora and tasks that differ, by kind and name."""
+    documents: Literal["held_out", "search"]
+    """held_out where both leaders were confirmed; search: the documents by which they were chosen, which flatters both."""
+    other_documents: list[str]
+    """Why the two were not scored on the same documents; empty: they were, and differences are paired."""
+    best: tuple[dict[str, Any] | None, dict[str, Any] | None]
+    """The leading rows."""
+    tasks: dict[str, GapAnswer]
+    """Leader against leader, by task that both scored with the same metric."""
+    kl: GapAnswer | None
+    """Of KL to the teacher, where that is the same."""
+    shapes: list[BothFigures]
+    """Shapes on both boards, in the order of the first."""
+    cost: tuple[Cost, Cost]
 
 
 class EventAnswer(Answer):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from api.schemas import (
     Cost,
     Input,
     LeaderboardAnswer,
+    LeaderboardRow,
     MetricAnswer,
     Progress,
     RungAnswer,
@@ -23,7 +23,6 @@ from api.schemas import (
     TrialAnswer,
 )
 from nas.shape import Shape
-from nas.spec import parse_spec
 from nas.store.records import RungRecord, SearchRecord, SearchState, TrialRecord, TrialState
 
 SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts")
@@ -63,7 +62,7 @@ def describe_search(search: SearchRecord, *, trials: Sequence[TrialRecord], rung
         plan=search.plan,
         inputs=describe_inputs(search.inputs),
         rungs=rung_progress(search, trials=trials, rungs=rungs),
-        cost=count_cost(search, rungs=rungs),
+        cost=describe_cost(search.board),
         error=search.error,
         end_reason=(search.board or {}).get("end_reason"),
     )
@@ -88,12 +87,11 @@ def planned_trials(search: SearchRecord) -> int:
 
 
 def best_row(search: SearchRecord) -> Best | None:
-    """The row of the winner; before there is one, the first that is no control."""
-    rows = [row for row in (search.board or {}).get("rows", ()) if row["rank"] is not None and row["origin"] != "control"]
-    winner = (search.board or {}).get("winner")
-    for row in [row for row in rows if row["number"] == winner] or rows[:1]:
-        return Best(trial=row["number"], score=row["score"], standard_error=row["standard_error"])
-    return None
+    """The row of the winner; before there is one, of the leader."""
+    board = search.board or {"rows": []}
+    leader = board.get("leader", board.get("winner"))
+    row = next((row for row in board["rows"] if row["number"] == leader), None)
+    return None if row is None else Best(trial=row["number"], score=row["score"], standard_error=row["standard_error"])
 
 
 def rung_progress(search: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Sequence[RungRecord]) -> list[RungProgress]:
@@ -104,17 +102,15 @@ def rung_progress(search: SearchRecord, *, trials: Sequence[TrialRecord], rungs:
     return [RungProgress(rung=rung, tokens=count, finished=finished[rung], running=running[rung]) for rung, count in enumerate(tokens)]
 
 
-def count_cost(search: SearchRecord, *, rungs: Sequence[RungRecord]) -> Cost:
-    spec = parse_spec(json.dumps(search.spec))
-    seconds: dict[str, float] = defaultdict(float)
-    for record in rungs:
-        for step, value in record.result["seconds"].items():
-            seconds[step] += value
-    resources = search.spec["resources"]
+def describe_cost(board: Mapping[str, Any] | None) -> Cost:
+    """The cost that the controller keeps on the board; nothing before the first result."""
+    cost = (board or {}).get("cost") or {"tokens": 0, "seconds": {}, "cpus": 0.0, "gpus": 0.0}
+    wall = sum(cost["seconds"].values())
     return Cost(
-        distillation_tokens=sum(spec.trained_tokens(record.rung) for record in rungs),
-        step_seconds=dict(seconds),
-        device_seconds=sum(seconds.values()) * (resources["gpus"] or resources["cpus"]),
+        distillation_tokens=cost["tokens"],
+        step_seconds=cost["seconds"],
+        device_seconds=cost.get("device_seconds", wall * (cost["gpus"] or cost["cpus"])),  # boards of an earlier version lack it
+        decisions=cost.get("decisions", []),
     )
 
 
@@ -153,26 +149,44 @@ def _without_documents(metric: Mapping[str, Any]) -> dict[str, Any]:
 
 def leaderboard(search: SearchRecord) -> LeaderboardAnswer:
     """The stored board, or an empty one before the first result."""
-    return LeaderboardAnswer.model_validate({"rows": [], **(search.board or {}), "search": search.id, "state": search.state})
-
-
-def is_verified(confirmation: Mapping[str, Any] | None) -> bool | None:
-    """Whether a trial's file proved to be the model that was scored. A control's is counted but not reloaded: too little to call it so."""
-    if confirmation is None or (confirmation["verified"] and not confirmation.get("reloaded", True)):
-        return None
-    return bool(confirmation["verified"])
+    board = search.board or {"rows": []}
+    cost = describe_cost(board) if "cost" in board else None
+    return LeaderboardAnswer.model_validate({**board, "cost": cost, "search": search.id, "state": search.state})
 
 
 def leaderboard_csv(board: LeaderboardAnswer, *, task_names: Sequence[str]) -> str:
-    """One line per row; a column per task and its standard error. Empty where there is no value."""
-    names = ["rank", "tie_group", "number", "origin", *SHAPE_FIELDS, "parameters", "share_of_teacher", "rung", "tokens", "score", "standard_error"]
-    names += ["kl", "kl_standard_error", "loss", "state", "verified"]
-    tasks = [f"{task}{suffix}" for task in task_names for suffix in ("", "_standard_error")]
+    """One line per row with all that the board says of it. Empty where there is no value."""
+    costs = list(dict.fromkeys(name for row in board.rows for name in row.costs if name != "parameters"))
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*names, *tasks])
-    for row in board.rows:
-        values = {"state": None, "num_experts": None, **row.shape.as_dict(), **dict(row), "verified": is_verified(dict(row).get("confirmation"))}
-        scores = [row.tasks.get(task, {}).get(key) for task in task_names for key in ("value", "standard_error")]
-        writer.writerow([*(values[name] for name in names), *scores])
+    lines = [_flat(row, task_names=task_names, costs=costs, board=board) for row in board.rows]
+    writer = csv.DictWriter(out, fieldnames=list(lines[0]) if lines else ["rank", "number"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return out.getvalue()
+
+
+def _flat(row: LeaderboardRow, *, task_names: Sequence[str], costs: Sequence[str], board: LeaderboardAnswer) -> dict[str, Any]:
+    """One row as a line of a table."""
+    difference, confirmation = row.difference, row.confirmation or {}
+    latency, deployability, held_out = (confirmation.get(name) or {} for name in ("latency", "deployability", "held_out"))
+    measured = {"": row.tasks, "held_out_": held_out.get("tasks", {})}
+    return {
+        **{name: getattr(row, name) for name in ("rank", "tie_group", "number", "origin")},
+        **{name: getattr(row.shape, name) for name in SHAPE_FIELDS},
+        **{name: getattr(row, name) for name in ("parameters", "share_of_teacher", "rung", "tokens", "score", "standard_error")},
+        **{f"difference{suffix}": getattr(difference, name, None) for suffix, name in (("", "value"), ("_low", "low"), ("_high", "high"))},
+        **{name: getattr(row, name) for name in ("kl", "kl_standard_error", "loss", "state", "verified", "probability_best")},
+        "is_winner": row.number == board.winner,
+        "is_pareto": row.number in board.pareto,
+        **{name: row.costs.get(name) for name in costs},
+        **{name: latency.get(name) for name in ("prefill_seconds", "decode_seconds_per_token", "peak_memory_bytes")},
+        "tensor_parallel_sizes": " ".join(map(str, deployability.get("tensor_parallel_sizes", []))),
+        "quantization_block_sizes": " ".join(map(str, deployability.get("quantization_block_sizes", []))),
+        **{
+            f"{prefix}{task}{suffix}": tasks.get(task, {}).get(key)
+            for prefix, tasks in measured.items()
+            for task in task_names
+            for suffix, key in (("", "value"), ("_standard_error", "standard_error"))
+        },
+        "held_out_kl": held_out.get("kl", {}).get("value"),
+    }

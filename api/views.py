@@ -11,7 +11,6 @@ from typing import Any
 
 from api.rendering import format_count, origin_badge
 from api.schemas import SearchAnswer
-from api.summary import is_verified
 from nas.shape import Shape
 from nas.store.records import PointRecord, RungRecord, SearchRecord, TrialRecord, TrialState
 
@@ -41,7 +40,13 @@ class Row:
     score: float | None = None
     standard_error: float | None = None
     kl: float | None = None
+    difference: Mapping[str, float] | None = None
+    """To the best score: value, low and high."""
     kl_standard_error: float | None = None
+    probability_best: float | None = None
+    memory_bytes: float | None = None
+    latency: Mapping[str, Any] | None = None
+    """Of a trial that was confirmed: prefill_seconds, decode_seconds_per_token, and what was measured where."""
     tasks: Mapping[str, Mapping[str, Any]]
 
 
@@ -55,10 +60,14 @@ def board_rows(search: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Se
             **{name: row[name] for name in ("number", "origin", "parameters", "share_of_teacher", "rank", "rung", "tokens", "score", "standard_error")},
             **{name: row[name] for name in ("kl", "kl_standard_error", "tasks")},
             state=by_number[row["number"]].state,
-            is_verified=is_verified(by_number[row["number"]].confirmation),
+            is_verified=row.get("verified"),
+            difference=row.get("difference"),
+            probability_best=row.get("probability_best"),
+            memory_bytes=row.get("costs", {}).get("memory_bytes"),
+            latency=(row.get("confirmation") or {}).get("latency"),
             shape=Shape.from_dict(row["shape"]),
             tie_group=row["tie_group"] if sizes[row["tie_group"]] > 1 else None,
-            is_winner=row["number"] == board.get("winner"),
+            is_winner=row["number"] == board.get("leader", board.get("winner")),
             is_pareto=row["number"] in board.get("pareto", ()),
         )
         for row in board["rows"]
@@ -100,6 +109,8 @@ class HeldOutRow:
     parameters: int
     metrics: Mapping[str, Mapping[str, Any]]
     """loss, kl and the tasks: value and standard_error (None for a median)."""
+    row: Mapping[str, Any] | None = None
+    """The trial's row of the board: whether it is a finalist, verified, how probably the best, its latency and where it can be served."""
 
 
 def held_out_rows(search: SearchRecord) -> list[HeldOutRow]:
@@ -112,7 +123,7 @@ def held_out_rows(search: SearchRecord) -> list[HeldOutRow]:
     for row, result in confirmed:
         if row["origin"] != "control":
             name = "winner" if row["number"] == board.get("winner") else row["origin"].removeprefix("anchor:").replace("_", " ")
-            rows.append(HeldOutRow(name=name, number=row["number"], parameters=result["parameters"], metrics=_metrics(result)))
+            rows.append(HeldOutRow(name=name, number=row["number"], parameters=result["parameters"], metrics=_metrics(result), row=row))
     controls = [result for row, result in confirmed if row["origin"] == "control"]
     if controls:
         every = [_metrics(result) for result in controls]

@@ -93,6 +93,10 @@ class Client:
     def leaderboard_csv(self, search_id: str) -> str:
         return self._send("GET", f"/v1/searches/{search_id}/leaderboard", params={"format": "csv"}).text
 
+    def compare(self, first: str, second: str) -> dict[str, Any]:
+        """Two searches side by side: what was asked differently, the shapes on both boards, best against best, and what each took."""
+        return self._ask("GET", f"/v1/searches/{first}/compare", params={"with": second})
+
     def winner(self, search_id: str) -> dict[str, Any]:
         return self._ask("GET", f"/v1/searches/{search_id}/winner")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,20 +128,29 @@ def leaderboard_table(board: Mapping[str, Any], *, width: int | None = None) -> 
     """The board for a terminal. Where it is narrow, the columns that say least are left out; --csv and --json have them all."""
     rows = board["rows"]
     tasks = sorted({task for row in rows for task in row["tasks"]})
+    ties = Counter(row["tie_group"] for row in rows if row["rank"] is not None)
     columns: dict[str, list[str]] = {
-        "rank": ["" if row["rank"] is None else str(row["rank"]) for row in rows],
-        "trial": [str(row["number"]) for row in rows],
+        "rank": ["" if row["rank"] is None else f"{row['rank']}{'=' if ties[row['tie_group']] > 1 else ''}" for row in rows],
+        "trial": [f"{row['number']}{_mark(row, winner=board.get('winner'))}" for row in rows],
         "origin": [row["origin"].removeprefix("anchor:") for row in rows],
         **{short: [str(row["shape"][name]) for row in rows] for short, name in _SHORT_AXES.items() if rows and rows[0]["shape"].get(name) is not None},
         "parameters": [f"{row['parameters']:,}" for row in rows],
         "%": [f"{100 * row['share_of_teacher']:.1f}" for row in rows],
         "tokens": [f"{row['tokens']:,}" for row in rows],
         "score": [_plus_minus(row["score"], row["standard_error"]) for row in rows],
+        "to the best": [_interval(row.get("difference")) for row in rows],
         "KL": [f"{row['kl']:.4f}" for row in rows],
         **{task: [_plus_minus(row["tasks"].get(task, {}).get("value"), row["tasks"].get(task, {}).get("standard_error")) for row in rows] for task in tasks},
+        "ms/token": [_milliseconds(row.get("confirmation")) for row in rows],
+        "P(best)": ["" if row.get("probability_best") is None else f"{100 * row['probability_best']:.0f}%" for row in rows],
         "state": [row["state"] for row in rows],
     }
-    for name in (*reversed(tasks), "tokens", "state", "%", "KL"):
+    empty = [name for name in ("to the best", "ms/token", "P(best)") if not any(columns[name])]
+    for name in empty:
+        del columns[name]
+    for name in (*reversed(tasks), "tokens", "state", "%", "KL", "ms/token", "to the best", "P(best)"):
+        if name not in columns:
+            continue
         if width is None or sum(max(map(len, (title, *cells))) + 2 for title, cells in columns.items()) <= width:
             break
         del columns[name]
@@ -148,6 +158,85 @@ def leaderboard_table(board: Mapping[str, Any], *, width: int | None = None) -> 
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
     return table
+
+
+def board_facts(board: Mapping[str, Any]) -> dict[str, Any]:
+    """What the board says of the search as a whole: the winner and how sure it is, what it took, how far to trust the order."""
+    facts: dict[str, Any] = {}
+    winner = next((row for row in board["rows"] if row["number"] == board.get("winner")), None)
+    if winner is not None:
+        sure = (
+            ""
+            if winner.get("probability_best") is None
+            else f", the best of {len(board['finalists'])} finalists with probability {winner['probability_best']:.2f}"
+        )
+        facts["winner"] = f"trial {winner['number']}{sure}"
+    if cost := board.get("cost"):
+        facts["cost"] = f"{cost['distillation_tokens']:,} tokens, {cost['device_seconds']:,.0f} device seconds"
+        for entry in cost["decisions"]:
+            facts[entry["decision"]] = (
+                f"{entry['trials']} measured, {entry['chosen']} chosen: {entry['tokens']:,} tokens, {entry['device_seconds']:,.0f} device seconds"
+            )
+    for entry in board.get("agreement", ()):
+        if entry["tau"] is not None:
+            facts[f"{entry['first']} -> {entry['second']}"] = f"Kendall tau {entry['tau']:.2f} over {entry['num_trials']} trials"
+    for name, share in (board.get("importances") or {}).items():
+        facts[f"importance of {name}"] = f"{100 * share:.0f}%"
+    if board.get("weak_tasks"):
+        facts["weak tasks"] = ", ".join(board["weak_tasks"])
+    return facts
+
+
+def comparison_tables(comparison: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Two searches as tables, by title."""
+    best, cost = comparison["best"], comparison["cost"]
+    sides = [
+        {
+            "": name,
+            "search": search,
+            "best": None if row is None else f"trial {row['number']}",
+            "score": None if row is None else _plus_minus(row["score"], row["standard_error"]),
+            "parameters": None if row is None else row["parameters"],
+            "tokens": spent["distillation_tokens"],
+            "device seconds": spent["device_seconds"],
+        }
+        for name, search, row, spent in zip("AB", comparison["searches"], best, cost, strict=True)
+    ]
+    gaps = {**comparison["tasks"], **({"KL to the teacher": comparison["kl"]} if comparison["kl"] else {})}
+    differences = [
+        {"measured": name, "B - A": f"{gap['value']:+.4f}", "95 %": f"{gap['low']:+.4f} .. {gap['high']:+.4f}", "paired": gap["paired"]}
+        for name, gap in gaps.items()
+    ]
+    shapes = [
+        {
+            "shape": shown(both["shape"], name=""),
+            **{f"{name}: {figure}": both[side][figure] for name, side in (("A", "first"), ("B", "second")) for figure in ("rank", "tokens", "score", "kl")},
+        }
+        for both in comparison["shapes"]
+    ]
+    fields = [{"field": name, "A": shown(ours, name=""), "B": shown(theirs, name="")} for name, (ours, theirs) in comparison["spec"].items()]
+    return {
+        "The searches": sides,
+        f"Best against best, on {comparison['documents'].replace('_', '-')} documents": differences,
+        "Shapes on both boards": shapes,
+        "What was asked differently": fields,
+    }
+
+
+def _mark(row: Mapping[str, Any], *, winner: int | None) -> str:
+    """Behind a trial's number: a star for the winner, a tick for a verified file, a cross for one that was refused."""
+    return (" *" if row["number"] == winner else "") + {True: " ✓", False: " ✗", None: ""}[row.get("verified")]
+
+
+def _interval(difference: Mapping[str, Any] | None) -> str:
+    if difference is None or difference["low"] is None:
+        return ""
+    return "best" if difference["low"] == difference["high"] == 0 else f"{difference['low']:+.3f} .. {difference['high']:+.3f}"
+
+
+def _milliseconds(confirmation: Mapping[str, Any] | None) -> str:
+    latency = (confirmation or {}).get("latency")
+    return f"{1000 * latency['decode_seconds_per_token']:.2f}" if latency else ""
 
 
 def _plus_minus(value: float | None, error: float | None) -> str:

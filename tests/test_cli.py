@@ -234,7 +234,7 @@ def test_corpora_have_the_recipe_s_weights_where_there_are_as_many(
 
 def a_row(number: int, **changes: Any) -> dict[str, Any]:
     tasks = {name: {"value": 0.5, "standard_error": 0.01} for name in ("arc_easy", "hellaswag")}
-    row = {"rank": 1, "number": number, "origin": "anchor:width_only", "shape": SHAPE, "parameters": 4_512_342_016, "share_of_teacher": 0.56}
+    row = {"rank": 1, "tie_group": 1, "number": number, "origin": "anchor:width_only", "shape": SHAPE, "parameters": 4_512_342_016, "share_of_teacher": 0.56}
     return {**row, "tokens": 128_000_000, "score": 0.5, "standard_error": 0.01, "kl": 0.25, "tasks": tasks, "state": "completed", **changes}
 
 
@@ -252,6 +252,32 @@ def test_the_board_fits_the_terminal_and_cuts_no_cell(width: int) -> None:
     assert "…" not in "".join(lines)
     assert "4,512,342,016" in lines[1]
     assert "0.500 ± 0.010" in lines[1]
+
+
+def test_ties_the_winner_and_what_was_verified_are_marked() -> None:
+    tied = {"difference": {"value": -0.01, "low": -0.05, "high": 0.03}, "verified": True, "probability_best": 0.25}
+    best = {"difference": {"value": 0.0, "low": 0.0, "high": 0.0}, "verified": False}
+    lines = rendered({"rows": [a_row(7, **best), a_row(8, **tied), a_row(9, rank=3, tie_group=2)], "winner": 8}, width=200)
+    assert [line.split()[0] for line in lines[1:]] == ["1=", "1=", "3"]
+    assert "7 ✗" in lines[1]
+    assert "best" in lines[1]
+    assert "8 * ✓" in lines[2]
+    assert "-0.050 .. +0.030" in lines[2]
+    assert "25%" in lines[2]
+
+
+def test_the_facts_below_the_board_name_the_winner_its_probability_and_what_each_decision_cost() -> None:
+    decision = {"decision": "rung 1", "trials": 6, "chosen": 2, "tokens": 12_000, "device_seconds": 34.5}
+    board = {
+        "rows": [a_row(8, probability_best=0.75)],
+        "winner": 8,
+        "finalists": [7, 8],
+        "agreement": [{"first": "a", "second": "b", "tau": 0.5, "num_trials": 4}],
+    }
+    facts = terminal.board_facts({**board, "cost": {"distillation_tokens": 12_000, "device_seconds": 40.0, "decisions": [decision]}})
+    assert facts["winner"] == "trial 8, the best of 2 finalists with probability 0.75"
+    assert facts["rung 1"] == "6 measured, 2 chosen: 12,000 tokens, 34 device seconds"
+    assert facts["a -> b"] == "Kendall tau 0.50 over 4 trials"
 
 
 def test_a_narrow_board_leaves_out_tasks_before_scores() -> None:

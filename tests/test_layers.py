@@ -62,6 +62,7 @@ ROWS = (
     "nas.search.confirmed",
     "nas.search.ranking",
     "nas.search.forecast",
+    "nas.search.comparison",
     "nas.search.layout",
     "nas.search.shared",
     "nas.search.task_damage",

@@ -17,7 +17,7 @@ from nas.cli.options import Json, SearchId, Url
 from nas.client import TERMINAL_STATES, Client
 from nas.errors import InvalidSpec, Problem
 from nas.settings import Settings
-from nas.terminal import event_line, leaderboard_table, out, print_facts, print_json, print_rows, say, status_line
+from nas.terminal import board_facts, comparison_tables, event_line, leaderboard_table, out, print_facts, print_json, print_rows, say, status_line
 
 commands = typer.Typer()
 
@@ -104,7 +104,7 @@ def leaderboard(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """The leaderboard of a search. Rows that share a rank cannot be told apart."""
+    """The leaderboard of a search. Rows that share a rank (=) cannot be told apart; * is the winner, ✓ a file that was verified."""
     if csv and as_json:
         raise InvalidSpec(Problem(field="--csv", expected="one of --csv and --json", got="both"))
     with make_client(url) as client:
@@ -121,6 +121,26 @@ def leaderboard(
         out.print(table)
         if hidden := len(leaderboard_table(board).columns) - len(table.columns):
             say(f"{hidden} columns are left out, as the terminal is narrow; --csv and --json have all")
+        print_facts(board_facts(board), as_json=False)
+
+
+@commands.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="Id of a search (A).")],
+    second: Annotated[str, typer.Argument(help="Id of another search (B).")],
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Two searches side by side: what was asked differently, the shapes on both boards, best against best, and what each took."""
+    with make_client(url) as client:
+        comparison = client.compare(first, second)
+    if as_json:
+        print_json(comparison)
+        return
+    for title, rows in comparison_tables(comparison).items():
+        out.print(title, style="bold", highlight=False)
+        print_rows(rows, as_json=False)
+        out.print()
 
 
 @commands.command()

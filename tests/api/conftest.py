@@ -71,8 +71,34 @@ def a_row(number: int, *, shape: dict[str, int], rank: int | None, tie_group: in
         "loss": 1.4,
         "tasks": {"pairs": {"value": 0.8, "standard_error": 0.03, "higher_is_better": True, "share": 0.7}},
         "state": "completed",
+        "costs": {"parameters": 90000.0, "memory_bytes": 400000.0},
+        "difference": {"value": -0.01, "standard_error": 0.02, "low": -0.05, "high": 0.03} if rank else None,
+        "verified": None,
+        "probability_best": None,
+        "confirmation": None,
         **changes,
     }
+
+
+def a_confirmation() -> dict[str, Any]:
+    """What the confirm step leaves of a finalist on the board: without documents."""
+    metric = {"value": 0.8, "standard_error": 0.03, "higher_is_better": True}
+    return {
+        "verified": True,
+        "reason": None,
+        "reloaded": True,
+        "parameters": 90000,
+        "held_out": {"parameters": 90000, "tokens": 4000, "kl": metric, "loss": metric, "tasks": {"pairs": metric, "bits": metric}},
+        "latency": {"prefill_seconds": 0.02, "decode_seconds_per_token": 0.0015, "prompt_tokens": 8, "device": "cpu", "num_threads": 1},
+        "deployability": {"tensor_parallel_sizes": [1, 2, 4], "quantization_block_sizes": [], "quantized_tensor_parallel": {}},
+        "seconds": {"verify": 3.0},
+    }
+
+
+def a_cost() -> dict[str, Any]:
+    counts = {"trials": 3, "chosen": 1, "tokens": 4000, "device_seconds": 12.0, "tokens_per_chosen": 4000.0, "device_seconds_per_chosen": 12.0}
+    seconds = {"prepare": 3.0, "distil": 24.0}
+    return {"tokens": 8000, "seconds": seconds, "device_seconds": 27.0, "cpus": 1.0, "gpus": 0.0, "decisions": [{"decision": "rung 2", **counts}]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +151,17 @@ class Service:
             attempt.id, search_id=search.id, trial=number, rung=rung, result=a_result(rung, tokens=tokens, kl=kl), trial_state=state, fence=None
         )
 
+    def confirmed_search(self) -> SearchRecord:
+        """The ranked one, its second trial named the winner."""
+        search = self.ranked_search()
+        board = json.loads(json.dumps(search.board))
+        for row, probability in zip(board["rows"][:2], (0.2, 0.8), strict=True):
+            row |= {"confirmation": a_confirmation(), "verified": True, "probability_best": probability}
+        held_out = a_confirmation()["held_out"]
+        board |= {"leader": 1, "winner": 1, "teacher": {"held_out": held_out, "search": held_out}, "importances": {"hidden_size": 0.75, "mlp_fill": 0.25}}
+        self.store.save_board(search.id, board, fence=None)
+        return self.store.get_search(search.id)
+
     def ranked_search(self) -> SearchRecord:
         """Three trials at the last rung (two of them tied, one a control), one stopped, one failed; still searching."""
         search = self.submit(label="ranked")
@@ -143,7 +180,15 @@ class Service:
             a_row(2, shape=shapes[2], rank=3, tie_group=2, origin="control", is_control=True, score=0.5),
             a_row(3, shape=shapes[3], rank=None, tie_group=None, rung=1, tokens=1000, score=0.9, state="stopped"),
         ]
-        board = {"rows": rows, "winner": 0, "pareto": [0], "agreement": [{"first": "KL at rung 0", "second": "KL at rung 1", "tau": None, "num_trials": 4}]}
+        board = {
+            "rows": rows,
+            "leader": 0,
+            "finalists": [0, 1],
+            "winner": None,
+            "cost": a_cost(),
+            "pareto": [0],
+            "agreement": [{"first": "KL at rung 0", "second": "KL at rung 1", "tau": None, "num_trials": 4}],
+        }
         board["controls"] = {"num_trials": 1, "score": 0.5, "kl": 0.4}
         self.store.save_board(search.id, board, fence=None)
         return self.store.get_search(search.id)

@@ -43,7 +43,12 @@ def page(service: Service, path: str) -> str:
 def rows(text: str) -> dict[str, str]:
     """Id -> text of the table rows that have one."""
     found = re.findall(r'<tr id="([^"]+)"[^>]*>(.*?)</tr>', text, flags=re.DOTALL)
-    return {name: " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split()) for name, body in found}
+    return {name: plain(body) for name, body in found}
+
+
+def plain(text: str) -> str:
+    """What a reader sees."""
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
 
 
 def figure(text: str, name: str) -> dict[str, object]:
@@ -57,7 +62,18 @@ def figure(text: str, name: str) -> dict[str, object]:
 @pytest.fixture
 def paths(service: Service) -> list[str]:
     search = service.ranked_search()
-    return ["/", f"/searches/{search.id}", f"/searches/{search.id}/trials/1", f"/searches/{search.id}/trials/4", "/docs", "/problems/conflict"]
+    confirmed = service.confirmed_search()
+    compared = f"/searches/{search.id}/compare?with={confirmed.id}"
+    return [
+        "/",
+        f"/searches/{search.id}",
+        f"/searches/{confirmed.id}",
+        compared,
+        f"/searches/{search.id}/trials/1",
+        f"/searches/{search.id}/trials/4",
+        "/docs",
+        "/problems/conflict",
+    ]
 
 
 def test_no_page_holds_inline_code_or_loads_anything_from_elsewhere(service: Service, paths: list[str]) -> None:
@@ -72,7 +88,7 @@ def test_no_page_holds_inline_code_or_loads_anything_from_elsewhere(service: Ser
 
 def test_everything_that_a_page_loads_or_links_is_there(service: Service, paths: list[str]) -> None:
     links = {
-        link.partition("?")[0].partition("#")[0]
+        link.partition("#")[0]
         for path in paths
         for _, attributes in Elements(page(service, path)).tags
         for name in ("src", "href")
@@ -146,7 +162,7 @@ def test_a_trial_that_the_board_does_not_have_yet_is_listed(service: Service) ->
     search = service.ranked_search()
     service.propose(search, 9, origin="user")
 
-    assert rows(page(service, f"/searches/{search.id}"))["trial-9"].startswith("– #9 yours 3 48 105 8 / 4")
+    assert rows(page(service, f"/searches/{search.id}"))["trial-9"].startswith("– #9 yours waiting 3 48 105 8 / 4")
 
 
 @pytest.mark.parametrize(("verified", "text"), [(True, "✓ verified"), (False, "✗ not verified")])
@@ -159,12 +175,52 @@ def test_a_finalist_is_marked_as_verified_or_not(service: Service, verified: boo
         "held_out": {"kl": metric, "loss": metric, "tasks": {"pairs": metric}},
     }
     service.store.save_confirmation(None, search_id=search.id, trial=1, confirmation=confirmation, fence=None)
+    board = dict(search.board or {})
+    service.store.save_board(search.id, {**board, "rows": [{**row, "verified": verified if row["number"] == 1 else None} for row in board["rows"]]}, fence=None)
 
-    assert text in rows(page(service, f"/searches/{search.id}"))["trial-1"]
+    found = rows(page(service, f"/searches/{search.id}"))
+    assert text in found["trial-1"]
+    assert text not in found["trial-0"]
     trial = page(service, f"/searches/{search.id}/trials/1")
     assert text in trial
     assert "0.625" in trial
     assert ("the logits differ" in trial) is not verified
+
+
+def test_the_finalists_show_how_probably_each_is_the_best_their_latency_and_where_they_can_be_served(service: Service) -> None:
+    text = plain(page(service, f"/searches/{service.confirmed_search().id}"))
+    table = text[text.index("Confirmed on held-out documents") :]
+
+    assert "#0 finalist ✓ verified 90.0K 20%" in table
+    assert "#1 winner ✓ verified 90.0K 80%" in table
+    assert "20.0, 1.50 ms TP 1, 2, 4; blocks none" in table
+
+
+def test_each_row_shows_its_distance_to_the_best_and_its_memory(service: Service) -> None:
+    found = rows(page(service, f"/searches/{service.ranked_search().id}"))
+
+    assert "−0.050 … +0.030" in found["trial-1"]
+    assert "400.0 kB" in found["trial-1"]
+    assert "…" not in found["trial-3"]
+
+
+def test_the_cost_of_each_decision_and_the_importances_are_on_the_page(service: Service) -> None:
+    text = plain(page(service, f"/searches/{service.confirmed_search().id}"))
+
+    assert "rung 2 3 1 4.00K 12 s 4.00K tokens, 12 s" in text
+    assert "in all, with preparing 8.00K 27 s" in text
+    assert "hidden_size 75%" in text
+
+
+def test_two_searches_stand_side_by_side(service: Service) -> None:
+    first, second = service.ranked_search(), service.confirmed_search()
+    service.submit(seed=3)
+    text = plain(page(service, f"/searches/{first.id}/compare?with={second.id}"))
+
+    assert "Best shape #0 L3-D48-F96-H8-K4-E8 (not confirmed) #1 L3-D48-F97-H8-K4-E8" in text
+    assert "pairs 0.0000 0.0000 … 0.0000 cannot be told apart paired over the same documents" in text
+    assert "Nothing: the specs and their inputs are the same." in text
+    assert f'<option value="{second.id}">ranked, ' in page(service, f"/searches/{first.id}")
 
 
 def test_failures_are_grouped_with_their_reason(service: Service) -> None:
@@ -306,5 +362,5 @@ def test_confirmed_shapes_stand_beside_the_teacher_on_held_out_documents(service
 
     page = service.client.get(f"/searches/{search.id}").text
 
-    table = page[page.index("On held-out documents") :]
+    table = page[page.index("Confirmed on held-out documents") :]
     assert [name in table for name in ("teacher", "0.250", "median of 3 random shapes", "0.700")] == [True] * 4

@@ -139,10 +139,14 @@ def test_a_search_tells_progress_best_and_cost(service: Service) -> None:
     # A score of a lower rung is higher, and not comparable.
     assert body["best"] == {"trial": 0, "score": 0.7, "standard_error": 0.02}
     assert [(rung["tokens"], rung["finished"]) for rung in body["rungs"]] == [(0, 4), (1000, 4), (4000, 3)]
-    # The decay branch of a rung (0.3 of its tokens) is thrown away: the next rung trains that share again.
-    assert body["cost"]["distillation_tokens"] == 4 * 1000 + 3 * (4000 - 1000 + 300)
-    assert body["cost"]["step_seconds"] == {"slice": 11 * 0.5, "distil": 11 * 2.0}
-    assert body["cost"]["device_seconds"] == 11 * 2.5
+    assert search.board is not None
+    kept = search.board["cost"]
+    assert body["cost"] == {
+        "distillation_tokens": kept["tokens"],
+        "step_seconds": kept["seconds"],
+        "device_seconds": kept["device_seconds"],
+        "decisions": kept["decisions"],
+    }
 
 
 def test_times_are_utc_with_a_z(service: Service) -> None:
@@ -193,7 +197,8 @@ def test_the_leaderboard_is_the_stored_board(service: Service) -> None:
 
     assert search.board is not None
     assert body["rows"] == [{**row, "shape": {**row["shape"], "num_experts": None}} for row in search.board["rows"]]
-    assert (body["winner"], body["pareto"], body["state"]) == (0, [0], "searching")
+    assert (body["leader"], body["winner"], body["pareto"], body["state"]) == (0, None, [0], "searching")
+    assert body["cost"]["decisions"] == search.board["cost"]["decisions"]
 
 
 def test_the_leaderboard_of_a_new_search_is_empty(service: Service) -> None:
@@ -209,6 +214,41 @@ def test_the_leaderboard_as_csv_has_a_line_per_row_and_a_column_per_task(service
     assert answer.headers["content-type"].startswith("text/csv")
     assert [row["rank"] for row in rows] == ["1", "1", "3", ""]
     assert (rows[0]["hidden_size"], rows[0]["pairs"], rows[0]["pairs_standard_error"], rows[0]["bits"]) == ("48", "0.8", "0.03", "")
+    assert (rows[1]["difference_low"], rows[1]["difference_high"], rows[1]["memory_bytes"]) == ("-0.05", "0.03", "400000.0")
+    assert (rows[3]["difference"], rows[3]["probability_best"]) == ("", "")
+
+
+def test_the_csv_has_what_was_confirmed(service: Service) -> None:
+    answer = service.client.get(f"/v1/searches/{service.confirmed_search().id}/leaderboard?format=csv")
+
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert [row["is_winner"] for row in rows] == ["False", "True", "False", "False"]
+    assert [row["probability_best"] for row in rows] == ["0.2", "0.8", "", ""]
+    assert (rows[1]["verified"], rows[1]["held_out_pairs"], rows[1]["decode_seconds_per_token"]) == ("True", "0.8", "0.0015")
+    assert rows[1]["tensor_parallel_sizes"] == "1 2 4"
+
+
+def test_two_searches_are_compared_on_the_documents_that_both_used(service: Service) -> None:
+    first, second = service.ranked_search(), service.confirmed_search()
+
+    body = service.client.get(f"/v1/searches/{first.id}/compare?with={second.id}").json()
+
+    assert body["searches"] == [first.id, second.id]
+    assert (body["documents"], body["other_documents"], body["spec"]) == ("search", [], {})
+    assert [row["number"] for row in body["best"]] == [0, 1]
+    assert body["tasks"]["pairs"] == {"value": 0.0, "standard_error": 0.0, "low": 0.0, "high": 0.0, "paired": True}
+    assert len(body["shapes"]) == 4
+    assert [cost["distillation_tokens"] for cost in body["cost"]] == [8000, 8000]
+
+
+def test_a_new_search_can_be_compared_and_an_unknown_one_cannot(service: Service) -> None:
+    first, second = service.submit(), service.submit(seed=3)
+
+    body = service.client.get(f"/v1/searches/{first.id}/compare?with={second.id}").json()
+
+    assert (body["best"], body["shapes"], body["spec"]) == ([None, None], [], {"seed": [0, 3]})
+    assert service.client.get(f"/v1/searches/{first.id}/compare?with=srch_0").status_code == 404
+    assert service.client.get(f"/v1/searches/{first.id}/compare").status_code == 422
 
 
 def test_events_are_listed_after_a_sequence(service: Service) -> None:
