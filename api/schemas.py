@@ -280,7 +280,7 @@ class LeaderboardRow(Answer):
     rank: int | None
     """Place of the first row of its tie group; null below the last rung."""
     tie_group: int | None
-    """Rows of one group cannot be told apart from the first of them (1.96 standard errors of the paired difference)."""
+    """Rows of one group cannot be told apart from the best score among them (1.96 standard errors of the paired difference)."""
     number: int
     origin: str
     shape: Shape

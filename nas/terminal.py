@@ -165,11 +165,11 @@ def board_facts(board: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     winner = next((row for row in board["rows"] if row["number"] == board.get("winner")), None)
     if winner is not None:
-        sure = (
-            ""
-            if winner.get("probability_best") is None
-            else f", the best of {len(board['finalists'])} finalists with probability {winner['probability_best']:.2f}"
-        )
+        probability, finalists = winner.get("probability_best"), board.get("finalists", ())
+        if len(finalists) == 1:
+            sure = ", the only finalist"
+        else:
+            sure = "" if probability is None else f", the best of {len(finalists)} finalists with probability {probability:.2f}"
         facts["winner"] = f"trial {winner['number']}{sure}"
     if cost := board.get("cost"):
         facts["cost"] = f"{cost['distillation_tokens']:,} tokens, {cost['device_seconds']:,.0f} device seconds"

@@ -92,7 +92,7 @@ class TaskCell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """A row's score minus the best score, paired over the same documents. In the first tie group the interval holds zero."""
+    """A row's score minus the best score, paired over the same documents. In the first tie group, and only there, the interval holds zero."""
 
     value: float
     standard_error: float
@@ -275,18 +275,25 @@ def _gain(teacher: Metric, random: Metric) -> float:
 
 
 def _tie_groups(trials: Sequence[CompletedTrial], *, scales: Sequence[TaskScale]) -> list[list[CompletedTrial]]:
-    """Best first. A group holds whoever cannot be told apart from its *first* member; chains of ties do not grow it."""
-    ordered = sorted(trials, key=lambda trial: (-objective(trial.deepest, scales=scales).value, trial.number))
+    """Best first. A group holds everybody left who cannot be told apart from the best of those left; chains of ties do not grow it.
+
+    So the first group is whoever may be the best. It may pass over a trial: one that is told apart from the best although its score is higher than that of
+    another, whose error is larger.
+    """
+    left = sorted(trials, key=lambda trial: (-objective(trial.deepest, scales=scales).value, trial.number))
     groups: list[list[CompletedTrial]] = []
-    for trial in ordered:
-        if groups and _is_tied(groups[-1][0], trial, scales=scales):
-            groups[-1].append(trial)
-        else:
-            groups.append([trial])
+    while left:
+        tied = {trial.number for trial in left[1:] if _is_tied(left[0], trial, scales=scales)} | {left[0].number}
+        groups.append([trial for trial in left if trial.number in tied])
+        left = [trial for trial in left if trial.number not in tied]
     return [sorted(members, key=lambda trial: (trial.deepest.kl.value, trial.number)) for members in groups]
 
 
 def _is_tied(better: CompletedTrial, worse: CompletedTrial, *, scales: Sequence[TaskScale]) -> bool:
+    ours, theirs = (objective(trial.deepest, scales=scales) for trial in (better, worse))
+    # The error of a difference is at most the sum of the errors: most pairs are told apart without their documents. (More than a rounding apart.)
+    if ours.value - theirs.value > 1.001 * TIE_Z * (ours.standard_error + theirs.standard_error) + 1e-9:
+        return False
     paired = difference(better.deepest, worse.deepest, scales=scales)
     return paired.value <= TIE_Z * paired.standard_error
 
