@@ -30,7 +30,7 @@ from nas.compress.second_moments import load_moments
 from nas.compress.sorting import load_sorting
 from nas.compress.teacher import write_checkpoint
 from nas.cost import count_parameters
-from nas.full_run import Recipe
+from nas.recipe import Recipe
 from nas.search.layout import CORRECTED, MOMENTS, RECONSTRUCTION, SORTED, STUDENT
 from nas.shape import Shape
 from nas.spec import SearchSpec

@@ -16,7 +16,8 @@ import pytest
 from nas.bundle import write_bundle
 from nas.compress.corpus import check_corpus
 from nas.compress.teacher import check_teacher
-from nas.full_run import Recipe, RecipeInputs, distil_fully
+from nas.full_run import distil_fully
+from nas.recipe import Recipe, RecipeInputs
 from nas.search.confirm import confirm
 from nas.search.prepare import prepare
 from nas.search.trial import run_rung

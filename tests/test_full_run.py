@@ -13,13 +13,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nas import full_run
+from nas import full_run, pruning, run_folder
 from nas.compress.corpus import check_corpus, load_blocks
 from nas.compress.distillation import Diverged, Stopped
 from nas.compress.held_out import HeldOut
 from nas.compress.teacher import check_teacher, write_checkpoint
 from nas.errors import Conflict, InvalidSpec
-from nas.full_run import Recipe, RecipeInputs, distil_fully, prune_teacher
+from nas.full_run import distil_fully
+from nas.pruning import prune_teacher
+from nas.recipe import Recipe, RecipeInputs
 from nas.shape import Shape
 
 SHAPE = Shape(num_hidden_layers=2, hidden_size=24, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
@@ -67,7 +69,7 @@ def test_a_pruned_teacher_has_the_shape_and_loads_with_plain_transformers(studen
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
     kept = json.loads((student / "kept_indices.json").read_text())
     assert len(kept["layers"]) == 2
-    assert not (student / full_run.WORK).exists()
+    assert not (student / run_folder.WORK).exists()
 
 
 def test_a_plain_slice_is_given_when_it_is_asked_for(tiny_sources: dict[str, Path], student: Path, tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_what_cannot_be_cut_out_is_told_before_the_work(
     tiny_sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], message: str
 ) -> None:
     for work in ("check_corpus", "load_model", "build_blocks"):
-        monkeypatch.setattr(full_run, work, None)
+        monkeypatch.setattr(pruning, work, None)
     sequence_length = changes.get("sequence_length", 32)
     shape = replace(SHAPE, **{name: value for name, value in changes.items() if name != "sequence_length"})
     with pytest.raises(InvalidSpec, match=message):
@@ -126,7 +128,7 @@ def test_distillation_lowers_the_held_out_kl_and_leaves_a_checkpoint_alone(tiny_
     summary = distil(tiny_sources, student=student, out=tmp_path)
     assert summary["held_out_after"]["kl"] < summary["held_out_before"]["kl"]
     assert check_teacher(tmp_path).architecture.shape == SHAPE
-    assert not (tmp_path / full_run.WORK).exists()
+    assert not (tmp_path / run_folder.WORK).exists()
     assert json.loads((tmp_path / "distillation.json").read_text()) == summary
 
 
@@ -146,7 +148,7 @@ def test_a_damaged_checkpoint_costs_time_and_not_the_run(tiny_sources: dict[str,
     distil(tiny_sources, student=student, out=tmp_path / "whole")
     with pytest.raises(Stopped):
         distil(tiny_sources, student=student, out=tmp_path / "stopped", stop_after=stop_after)
-    (file,) = (tmp_path / "stopped" / full_run.WORK / full_run.CHECKPOINT).glob(f"{damaged}-*.safetensors")
+    (file,) = (tmp_path / "stopped" / run_folder.WORK / run_folder.CHECKPOINT).glob(f"{damaged}-*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"\x55")
     distil(tiny_sources, student=student, out=tmp_path / "stopped")
     assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -174,7 +176,7 @@ def test_corpora_are_mixed_by_their_weights(tiny_sources: dict[str, Path], secon
     corpora = [(tiny_sources["corpus"], 3.0), (second_corpus, 1.0)]
     with pytest.raises(Stopped):
         distil(tiny_sources, student=student, out=tmp_path / "out", corpora=corpora, stop_after=0)
-    parts = load_blocks(tmp_path / "out" / full_run.WORK / "blocks").facts["parts"]
+    parts = load_blocks(tmp_path / "out" / run_folder.WORK / "blocks").facts["parts"]
     assert [(part["name"], part["train"]["blocks"], part["validation"]["blocks"]) for part in parts] == [("corpus.jsonl", 96, 6), ("second.jsonl", 32, 2)]
 
 

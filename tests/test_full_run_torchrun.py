@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from nas.full_run import CHECKPOINT, SUMMARY, WORK, prune_teacher
+from nas.full_run import SUMMARY
+from nas.pruning import prune_teacher
+from nas.run_folder import CHECKPOINT, WORK
 from tests.test_full_run import SHAPE
 
 pytestmark = pytest.mark.slow

@@ -23,7 +23,7 @@ from nas.terminal import err, out, print_facts, print_rows, say
 
 if TYPE_CHECKING:
     from nas.compress.corpus import Corpus
-    from nas.full_run import RecipeCorpus
+    from nas.recipe import RecipeCorpus
 
 commands = typer.Typer()
 
@@ -42,7 +42,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Cut one shape out of a teacher; needs no service."""
-    from nas.full_run import prune_teacher
+    from nas.pruning import prune_teacher
     from nas.shape import Shape
 
     _prepare_torch(threads, device=device)
@@ -90,7 +90,8 @@ def distill(
     """
     from nas.compress.distillation import Diverged, Stopped
     from nas.compress.distributed import join_world
-    from nas.full_run import Recipe, RecipeInputs, distil_fully
+    from nas.full_run import distil_fully
+    from nas.recipe import Recipe, RecipeInputs
 
     _prepare_torch(threads, device=device)
     if recipe is not None:

@@ -88,6 +88,14 @@ def check_teacher(folder: Path) -> Teacher:
     return Teacher(path=folder, digest=digest, config=config, architecture=architecture, parameters=parameters)
 
 
+def check_context(sequence_length: int, *, name: str, model: Teacher) -> list[Problem]:
+    """The problem of a sequence that is longer than a model's context; `name` is what the user calls the model."""
+    context = model.config.get("max_position_embeddings")
+    if not isinstance(context, int) or sequence_length <= context:
+        return []
+    return [Problem(field="sequence_length", expected=f"at most the {name}'s context of {context}", got=str(sequence_length))]
+
+
 def fetch_teacher(name: str, *, cache: Path) -> Path:
     """The folder of a teacher: `name` itself where it is one, else a Hugging Face id, downloaded into `cache` once.
 
