@@ -212,14 +212,17 @@ class RungSpec:
     """Tokens grow by this from rung to rung."""
     num_trained: Annotated[int, Field(ge=1, le=10)] = 3
     """Trained rungs."""
-    keep_untrained: Share = 0.75
-    """Share of each depth class that goes on from rung 0, whose order says little (arXiv 2407.14679, table 1)."""
-    keep: Share = 0.34
-    """Share of a trained rung that goes on to the next; shapes tied with its last one go on too."""
+    keep_untrained: Share = 0.5
+    """Share of each depth class that goes on from rung 0. Its order says nothing between depths (arXiv 2407.14679, table 1), something within one (LOG.md)."""
+    keep: Share = 0.2
+    """Share of a trained rung that goes on to the next; shapes tied with its last one go on too. Chosen by replayed searches (LOG.md)."""
     keep_depth: Annotated[float, Field(ge=0, le=1)] = 0.5
     """At the first trained rung each depth class has this part of its proportional places for sure, beside the best share. 0: none."""
     max_tie_growth: Annotated[float, Field(ge=1, le=10)] = 2.0
     """Depth classes and ties may enlarge the promoted share at most by this."""
+    projection: Annotated[float, Field(ge=0, le=2)] = 0.4
+    """Decades of tokens by which a rung's KL is drawn on along its last step before students are compared; the ground truth found 0.3 to 0.5 best
+    (LOG.md). 0: the KL as it is."""
     seed_spread: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Standard deviation of the held-out KL of a shape between training seeds, relative to the KL, data order in common taken out; part of every tie
     test. Measured .003 to .010 on stories260K from 50k tokens on, .005 on tales4M (LOG.md)."""

@@ -19,8 +19,8 @@ import numpy as np
 from nas.cost import count_parameters
 from nas.search.confirmed import Confirmation
 from nas.search.ranking import CONTROL, Board, CompletedTrial, TaskScale, make_scales, rank
-from nas.search.results import RungResult
-from nas.search.rungs import Standing, promotable
+from nas.search.results import Metric, RungResult
+from nas.search.rungs import Standing, project, projected_spread, promotable
 from nas.search.study import Observation, choose_sampler, propose
 from nas.shape import Shape
 from nas.space import Choices, build_space
@@ -213,15 +213,22 @@ class SearchRun:
         """Who goes on from a rung, those that already did among them."""
         if self._promoted.get(rung, (None,))[0] is not complete:
             standings = self._standings[rung]
-            best = promotable(rung, list(standings.values()), spec=self.spec.rungs, complete=complete)
+            spread = projected_spread(self.spec.rungs.seed_spread, rung=rung, spec=self.spec.rungs)
+            best = promotable(rung, list(standings.values()), spec=self.spec.rungs, complete=complete, seed_spread=spread)
             # Better ones may have come since an early promotion; it holds all the same, also while its rung is tried again.
             early = sorted(number for number in standings.keys() - set(best) if self.reached.get(number, 0) > rung)
             self._promoted[rung] = complete, (*best, *early)
         return self._promoted[rung][1]
 
     def _standing(self, number: int, result: RungResult) -> Standing:
-        costs = self._costs(number)
-        return Standing(trial=number, depth=self.shape_of(number).num_hidden_layers, kl=result.kl, forced=self._is_forced(number), costs=costs)
+        kl, costs = self._projected(number, rung=result.rung), self._costs(number)
+        return Standing(trial=number, depth=self.shape_of(number).num_hidden_layers, kl=kl, forced=self._is_forced(number), costs=costs)
+
+    def _projected(self, number: int, *, rung: int) -> Metric:
+        """What a rung is compared by: where the trial's KL is going."""
+        results = self.results[number]
+        kl, below = results[rung].kl, results.get(rung - 1)
+        return kl if below is None else project(kl, below=below.kl, rung=rung, spec=self.spec.rungs)
 
     def _costs(self, number: int) -> tuple[float, ...]:
         """The spec's further objectives; infinite where none of its rungs measured one. A latency is measured once, at rung 0."""
@@ -308,12 +315,12 @@ class SearchRun:
     def _observations(self) -> list[Observation]:
         """What the sampler learns from: the deepest trained rung with num_startup_trials results, else the first, never a mixture of rungs.
 
-        The value is -log KL on the held-out blocks. A failed shape counts as the worst seen: told as a failure, TPE asks for it again and again.
+        The value is -log KL on the held-out blocks, projected. A failed shape counts as the worst seen: told as a failure, TPE asks for it again and again.
         """
         searched = {number: choices for number in self.trials if self._is_searched(number) and (choices := self._choices_of_trial(number)) is not None}
         for rung in reversed(range(1, self.last_rung + 1)):
             told = {
-                number: Observation(choices=searched[number], value=-math.log(max(results[rung].kl.value, 1e-12)), costs=self._costs(number))
+                number: Observation(choices=searched[number], value=-math.log(max(self._projected(number, rung=rung).value, 1e-12)), costs=self._costs(number))
                 for number, results in self.results.items()
                 if number in searched and rung in results and all(map(math.isfinite, self._costs(number)))
             }

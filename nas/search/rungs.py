@@ -7,6 +7,8 @@ Successive halving with these departures:
 - A trained rung promotes its best share *and those tied with the last of it*. The test is paired over the held-out blocks and includes the spread
   between training seeds. Depth classes and ties together enlarge the share at most by `max_tie_growth`.
 - A rung promotes asynchronously while trials are still on their way to it (ASHA, arXiv 1810.05934).
+- Students are compared by where their KL is going, not by where it is (`project`): a student that kept every layer begins far ahead of one that lost
+  some, learns more slowly, and is overtaken only after most rungs (LOG.md, the ground truth).
 - With several objectives the order is by fronts of (KL, costs), the loneliest of a front first.
 
 Forced trials (anchors, the user's shapes, controls, repeats) always go on and never take a place.
@@ -22,7 +24,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nas.search.pareto import best_first, fronts
 from nas.search.results import Metric
@@ -30,6 +32,9 @@ from nas.spec import RungSpec
 
 TIE_Z = 1.96
 """Two results are tied when their paired difference is within this many of its standard errors: the 95 % interval holds zero."""
+
+UNTRAINED_SHARE = 1 / 64
+"""Of the first rung's tokens that an untrained student counts as having seen, since a line in the logarithm of the tokens cannot begin at none."""
 
 _ROUNDING = 1e-9
 """0.34 * 50 must count as 17 whichever way the product was rounded."""
@@ -42,7 +47,7 @@ class Standing:
     trial: int
     depth: int
     kl: Metric
-    """Held-out KL to the teacher at this rung, per block, finite. Lower is better."""
+    """Held-out KL to the teacher at this rung, per block, as `project` draws it on; finite. Lower is better."""
     forced: bool
     """Goes on whatever its KL, outside the count: an anchor, a shape of the user's, a control."""
     costs: tuple[float, ...] = ()
@@ -72,6 +77,40 @@ def promotable(rung: int, standings: Sequence[Standing], *, spec: RungSpec, comp
         kept = _best_and_tied(sampled, rung=rung, spec=spec, complete=complete, seed_spread=spread)
     forced = [standing for standing in standings if standing.forced]
     return tuple(standing.trial for standing in sorted([*forced, *kept], key=_by_kl))
+
+
+def project(kl: Metric, *, below: Metric, rung: int, spec: RungSpec) -> Metric:
+    """The KL that a student is on its way to: drawn on by `spec.projection` decades of tokens, straight in log KL over log tokens.
+
+    Args:
+        kl: of a trained rung, over blocks.
+        below: of the rung below, on the same blocks.
+    Returns:
+        (kl / below) ** steepness * kl, linearised: its documents are influence values, so that two students are still compared block by block.
+    """
+    steep = steepness(rung, spec=spec)
+    if steep == 0 or kl.value <= 0 or below.value <= 0:
+        return kl
+    value = kl.value * (kl.value / below.value) ** steep
+    documents = (
+        value * (1 + (1 + steep) * (here / kl.value - 1) - steep * (there / below.value - 1)) for here, there in zip(kl.documents, below.documents, strict=True)
+    )
+    error = Metric.from_documents(tuple(documents), higher_is_better=kl.higher_is_better)
+    return replace(error, value=value)
+
+
+def steepness(rung: int, *, spec: RungSpec) -> float:
+    """Steps of a rung by which its KL is drawn on."""
+    step = -math.log10(UNTRAINED_SHARE) if rung == 1 else math.log10(spec.factor)
+    return spec.projection / step
+
+
+def projected_spread(seed_spread: float, *, rung: int, spec: RungSpec) -> float:
+    """Relative spread between seeds of a projected KL, given that of a KL; every rung's own, and none before training."""
+    if rung == 0:
+        return seed_spread
+    steep = steepness(rung, spec=spec)
+    return seed_spread * math.hypot(1 + steep, steep if rung > 1 else 0.0)
 
 
 def paired_difference(metric: Metric, other: Metric) -> Metric:

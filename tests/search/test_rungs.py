@@ -3,13 +3,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nas.search.pareto import fronts
 from nas.search.results import Metric
-from nas.search.rungs import Standing, is_tied, last_rung, paired_difference, promotable
+from nas.search.rungs import Standing, is_tied, last_rung, paired_difference, project, projected_spread, promotable, steepness
 from nas.spec import RungSpec
 
 SPEC = RungSpec(num_trained=3)
@@ -270,3 +271,58 @@ def test_a_share_that_is_whole_is_not_rounded_up():
 def test_results_over_different_documents_are_not_compared():
     with pytest.raises(ValueError, match="expected the same ones on both sides, got 2 and 3"):
         paired_difference(kl(1.0, 2.0), kl(1.0, 2.0, 3.0))
+
+
+projections = st.builds(RungSpec, projection=st.floats(0.0, 2.0), factor=st.integers(2, 16))
+blocks = st.lists(st.floats(0.1, 5.0), min_size=4, max_size=4)
+
+
+@properties
+@given(projections, st.floats(0.05, 3.0), st.floats(0.0, 1.0), st.integers(2, 4))
+def test_a_student_that_learns_along_a_straight_line_is_projected_onto_it(spec, level, slope, rung):
+    at = [kl(*(level * spec.factor ** (-slope * number) * np.array([0.5, 1.5]))) for number in (rung - 1, rung)]
+
+    expected = at[1].value * 10 ** (-slope * spec.projection)
+    assert project(at[1], below=at[0], rung=rung, spec=spec).value == pytest.approx(expected)
+
+
+@properties
+@given(projections, blocks, blocks, st.integers(1, 3))
+def test_a_projection_is_the_mean_of_its_documents(spec, here, below, rung):
+    found = project(kl(*here), below=kl(*below), rung=rung, spec=spec)
+
+    assert np.mean(found.documents) == pytest.approx(found.value, rel=1e-6)
+
+
+@properties
+@given(projections, blocks, blocks, st.floats(0.5, 0.99), st.integers(1, 3))
+def test_a_better_result_at_a_rung_is_a_better_projection(spec, here, below, factor, rung):
+    better = project(kl(*(factor * value for value in here)), below=kl(*below), rung=rung, spec=spec)
+
+    assert better.value < project(kl(*here), below=kl(*below), rung=rung, spec=spec).value
+
+
+def test_the_error_of_a_projection_is_that_of_resampled_blocks():
+    generator, spec = np.random.default_rng(0), RungSpec(projection=0.5, factor=4)
+    below = generator.uniform(0.5, 1.5, size=400)
+    here = below * generator.uniform(0.4, 0.6, size=400)
+    found = project(kl(*here), below=kl(*below), rung=2, spec=spec)
+
+    drawn = [project(kl(*here[index]), below=kl(*below[index]), rung=2, spec=spec).value for index in (generator.integers(400, size=400) for _ in range(300))]
+    assert np.std(drawn) == pytest.approx(found.standard_error, rel=0.15)
+
+
+def test_without_projection_a_rung_is_compared_by_its_kl():
+    spec = RungSpec(projection=0.0)
+    assert project(kl(1.0, 2.0), below=kl(3.0, 4.0), rung=2, spec=spec) == kl(1.0, 2.0)
+    assert projected_spread(0.01, rung=2, spec=spec) == 0.01
+
+
+def test_a_projection_spreads_over_seeds_by_both_of_its_rungs():
+    spec = RungSpec(projection=0.5, factor=4)
+    steep = steepness(2, spec=spec)
+    generator = np.random.default_rng(0)
+    noise = np.exp(0.01 * generator.standard_normal((2, 2000)))
+    drawn = [project(kl(here, here), below=kl(2 * below, 2 * below), rung=2, spec=spec).value for here, below in noise.T]
+    assert np.std(drawn) / np.mean(drawn) == pytest.approx(projected_spread(0.01, rung=2, spec=spec), rel=0.1)
+    assert steep > steepness(1, spec=spec), "an untrained student's KL says less of its slope"

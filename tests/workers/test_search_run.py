@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nas.cost import count_parameters
 from nas.search import study
 from nas.search.results import Metric, RungResult
-from nas.search.rungs import Standing, promotable
+from nas.search.rungs import Standing, project, projected_spread, promotable
 from nas.spec import dump_spec, parse_spec
 from nas.store.records import AttemptRecord, AttemptState, RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, utc_now
 from workers import search_run
@@ -250,13 +250,13 @@ def test_no_more_go_up_than_the_share_and_its_ties(parallel: int, seed: int, fai
         up = reached(simulation, rung + 1)
         share = max(1, int(np.ceil(keep * len(arrived) - 1e-9)))
         assert share <= len(up)
-        final = set(sorted(arrived, key=lambda number: (simulation.run.results[number][rung].kl.value, number))[:share])
+        final = set(sorted(arrived, key=lambda number: (simulation.run._projected(number, rung=rung).value, number))[:share])
         assert final <= up, "one of the best stayed behind"
         for extra in up - final:
             # Whoever is up and not among the best was so among those that had arrived before it left.
             left = next(row.sequence for row in simulation.rungs if (row.trial, row.rung) == (extra, rung + 1))
             there = [row.trial for row in simulation.rungs if row.rung == rung and row.sequence < left]
-            better = sum(simulation.run.results[other][rung].kl.value < simulation.run.results[extra][rung].kl.value for other in there)
+            better = sum(simulation.run._projected(other, rung=rung).value < simulation.run._projected(extra, rung=rung).value for other in there)
             assert better < max(1, keep * len(there))
 
 
@@ -338,12 +338,18 @@ def test_a_trial_that_fails_leaves_its_place_to_the_next_best() -> None:
 
 def up_to_date(simulation: Simulation, rung: int) -> set[int]:
     """Whom a rung promotes with all results at hand, of those that did not fail."""
+    run, spec = simulation.run, simulation.run.spec.rungs
     standings = [
-        Standing(trial=number, depth=simulation.run.shape_of(number).num_hidden_layers, kl=results[rung].kl, forced=simulation.run._is_forced(number))
-        for number, results in simulation.run.results.items()
-        if rung in results and simulation.run.trials[number].state is not TrialState.FAILED
+        Standing(
+            trial=number,
+            depth=run.shape_of(number).num_hidden_layers,
+            kl=project(results[rung].kl, below=results[rung - 1].kl, rung=rung, spec=spec) if rung else results[rung].kl,
+            forced=run._is_forced(number),
+        )
+        for number, results in run.results.items()
+        if rung in results and run.trials[number].state is not TrialState.FAILED
     ]
-    return set(promotable(rung, standings, spec=simulation.run.spec.rungs, complete=True))
+    return set(promotable(rung, standings, spec=spec, complete=True, seed_spread=projected_spread(spec.seed_spread, rung=rung, spec=spec)))
 
 
 @given(parallel=st.integers(1, 6), seed=st.integers(0, 2**16), failure_rate=st.sampled_from([0.0, 0.1, 0.3]), keep=st.sampled_from([0.1, 0.34, 0.5]))
@@ -436,7 +442,11 @@ def test_the_sampler_never_sees_a_mixture_of_rungs_nor_a_control(parallel: int, 
     for _ in simulation.rounds(parallel=parallel, seed=seed, failure_rate=failure_rate):
         observations = simulation.run._observations()
         by_rung = [
-            {round(-float(np.log(results[rung].kl.value)), 9) for results in simulation.run.results.values() if rung in results}
+            {
+                round(-float(np.log(simulation.run._projected(number, rung=rung).value)), 9)
+                for number, results in simulation.run.results.items()
+                if rung in results
+            }
             for rung in range(1, num_trained + 1)
         ]
         told = {round(observation.value, 9) for observation in observations}
@@ -519,7 +529,7 @@ def test_with_several_objectives_the_cheapest_and_the_best_both_go_up(seed: int)
 
     simulation = Simulation(record).to_end()
 
-    at_first = {number: results[1].kl.value for number, results in simulation.run.results.items() if 1 in results}
+    at_first = {number: simulation.run._projected(number, rung=1).value for number, results in simulation.run.results.items() if 1 in results}
     parameters = {number: simulation.run.trials[number].parameters for number in at_first}
     up = [number for number in at_first if 2 in simulation.run.results[number]]
     assert min(at_first, key=lambda number: (at_first[number], number)) in up
