@@ -50,7 +50,7 @@ class GridSpace(SearchSpace):
         self._low = self._high - 1
         kept = np.array([self._shape(frame, self.intermediate_sizes[low]).key in keys for frame, low in zip(self._frames, self._low, strict=True)])
         assert kept.sum() == len(keys), "a shape of the table is not the widest of its frame"
-        for name in ("_frames", "_base", "_slope", "_low", "_high"):
+        for name in ("_frames", "_room", "_low", "_high"):
             setattr(self, name, getattr(self, name)[kept])
 
     def anchors(self) -> dict[str, Shape]:

@@ -13,7 +13,7 @@ from nas.search.results import Metric
 from nas.search.rungs import Standing, is_tied, last_rung, paired_difference, project, projected_spread, promotable, steepness
 from nas.spec import RungSpec
 
-SPEC = RungSpec(num_trained=3)
+SPEC = RungSpec(num_trained=3, keep_untrained=0.75, keep=0.34)
 
 
 def kl(*documents: float) -> Metric:
