@@ -265,6 +265,9 @@ class CompressionSpec:
     task: what the bare cut loses of the tasks' own metrics on the search's documents, each set a run of lm-eval (arXiv 2408.11796)."""
     reconstruction: bool = True
     """Fit what stays to what was removed, by least squares on the calibration tokens, wherever that lowers the held-out loss of the plain slice (LOG.md)."""
+    norm_gains: Literal["energy", "teacher"] = "energy"
+    """Of a student whose residual stream reconstruction narrowed (Llama and its kin): which part of its weights are the norms' gains; the function is the
+    same. teacher: as much as in the teacher, so that a step is the same share of a weight in every student. energy: the weights take over the gains."""
     teacher_correction_tokens: Annotated[int, Field(ge=0, le=2**53)] = 0
     """Tokens of the corpus on which the teacher itself is trained (next token, a fifth of the distillation's rate) before anything else is done with it:
     the corrected teacher is then pruned and distilled from (arXiv 2408.11796). 0: the teacher as it is."""

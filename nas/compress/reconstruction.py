@@ -4,6 +4,7 @@
              kept ones predict it: W_S + W_R G_RS (G_SS + damping)^-1 for the kept inputs S, the removed R and their moments G
     stream   where the family allows it, a narrower residual stream is not the most important channels but the directions with the most
              energy (`SecondMoments.basis_DD`): the embedding and what writes the stream are projected on them, what reads it is fitted to them
+             A rotated norm has one gain, and how much of a matrix is its gain is free: `NormGains`
     gaps     the MLP before removed layers is fitted to what it added and what they added
 
 Damping shrinks to the plain slice (in the student's own basis), not to zero. The teacher's activations stand for the student's: a weight is
@@ -22,7 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -44,6 +45,11 @@ _MOST_HELD_OUT_TOKENS = 4096
 _ROUNDING = 2.0**-22
 """A moment matrix stored in float32 is off by up to this share of its mean diagonal, times its size: the least damping that keeps it positive."""
 
+NormGains = Literal["energy", "teacher"]
+"""The gain of a rotated layer's norm, and with it how large the weights behind it are; the student's function is the same. energy: the root mean square of
+its normalised input, so that the weights take over the teacher's gains. teacher: of the teacher's gains, which leaves the weights as large as the
+teacher's: an optimizer's step, whose size is its rate's and not the weight's, is then the same share of them in every student (LOG.md)."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -55,6 +61,7 @@ class Reconstruction:
     """False: the student is the plain slice."""
     rotated: bool = False
     """The residual stream's channels are no longer channels of the teacher."""
+    gains: NormGains = "energy"
     damping: float | None = None
     """The one that was best on the held-out tokens; None: nothing was fitted."""
     loss_before: float | None = None
@@ -82,6 +89,7 @@ def reconstruct_student(
     dtype: str,
     device: str,
     batch_size: int,
+    gains: NormGains = "energy",
     dampings: Sequence[float] = DAMPINGS,
 ) -> tuple[PreTrainedModel, Reconstruction]:
     """The better of the plain slice and the reconstructed one on held-out tokens, as a model in training mode.
@@ -106,6 +114,7 @@ def reconstruct_student(
     result = Reconstruction(
         kept=kept,
         rotated=kept and _rotates(sorting, shape, moments=moments),
+        gains=gains,
         damping=best,
         loss_before=before,
         loss_after=losses[best] if math.isfinite(losses[best]) else None,
@@ -123,7 +132,7 @@ def rebuild_student(
         return build_student(sorting, shape, dtype=dtype, device=device)
     assert moments is not None
     assert result.damping is not None
-    state, config = reconstruct(sorting, shape, moments=moments, damping=result.damping, device=device)
+    state, config = reconstruct(sorting, shape, moments=moments, damping=result.damping, gains=result.gains, device=device)
     return model_of(state, config=config, dtype=dtype, device=device)
 
 
@@ -131,7 +140,9 @@ def _rotates(sorting: Sorting, shape: Shape, *, moments: SecondMoments) -> bool:
     return moments.basis_DD is not None and shape.hidden_size < sorting.architecture.shape.hidden_size
 
 
-def reconstruct(sorting: Sorting, shape: Shape, *, moments: SecondMoments, damping: float, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def reconstruct(
+    sorting: Sorting, shape: Shape, *, moments: SecondMoments, damping: float, gains: NormGains = "energy", device: str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict (on the CPU, in the dtype of the sorted teacher's file) and config of the student, reconstructed whether that helps or not.
 
     Args:
@@ -139,7 +150,7 @@ def reconstruct(sorting: Sorting, shape: Shape, *, moments: SecondMoments, dampi
         device: where the linear systems are solved, in float64 where it has that.
     """
     check_sliceable(sorting, shape)
-    return _Fit(sorting, shape, moments=moments, damping=damping, device=device).run()
+    return _Fit(sorting, shape, moments=moments, damping=damping, gains=gains, device=device).run()
 
 
 def load_reconstruction(path: Path) -> Reconstruction | None:
@@ -211,8 +222,10 @@ class _Projection:
 class _Fit:
     """One student's weights, source by source."""
 
-    def __init__(self, sorting: Sorting, shape: Shape, *, moments: SecondMoments, damping: float, device: str) -> None:
-        self.sorting, self.shape, self.moments, self.damping = sorting, shape, moments, damping
+    def __init__(self, sorting: Sorting, shape: Shape, *, moments: SecondMoments, damping: float, gains: NormGains, device: str) -> None:
+        self.sorting, self.shape, self.moments, self.damping, self.gains = sorting, shape, moments, damping, gains
+        self.moved_gain: dict[str, float] = {}
+        """Norm -> what its readers are multiplied by, and its gain is divided by."""
         self.device, self.dtype = device, torch.float32 if device.startswith("mps") else torch.float64
         self.architecture, self.layers = sorting.architecture, sorting.layers[shape.num_hidden_layers]
         self.names = {  # in the teacher -> in the student
@@ -256,7 +269,8 @@ class _Fit:
                 gram_YY = self.stream.rows(self.stream.project(self.moments.gram(source).to(self.device, self.dtype)))
                 square = float(gram_YY.diagonal().mean())
                 factors[source.norm] = NormFactor(gain=math.sqrt(square), eps=square)
-                state[self.names[source.norm]] = torch.full_like(state[self.names[source.norm]], math.sqrt(square))
+                self.moved_gain[source.norm] = self._moved_gain(source.norm, square=square)
+                state[self.names[source.norm]] = torch.full_like(state[self.names[source.norm]], math.sqrt(square) / self.moved_gain[source.norm])
         fitted = {reader for source in self.architecture.family.sources for reader in source.readers}
         for teacher_name, name in self.names.items():
             weight = self.weights[teacher_name]
@@ -266,6 +280,13 @@ class _Fit:
             rotated = self.stream.project(tensor) if tensor.ndim == 2 else self.stream.rows(tensor[:, None])[:, 0]
             state[name] = rotated.to("cpu", state[name].dtype)
         return student_config(self.sorting, self.shape, factors=factors, dtype=next(iter(state.values())).dtype)
+
+    def _moved_gain(self, norm: str, *, square: float) -> float:
+        """Args: square: of the gain that undoes the normalisation."""
+        if self.gains == "energy" or not self.weights[norm].per_layer:  # behind the last norm is the head, which may be the embeddings too
+            return 1.0
+        teacher = float(self._read(norm).square().mean().sqrt())
+        return math.sqrt(square) / teacher if teacher > 0 else 1.0
 
     def _fit(self, source: Source, state: dict[str, Tensor]) -> None:
         kept, gap = self._kept(source), self._gap(source)
@@ -292,6 +313,7 @@ class _Fit:
                     missing_OY += self._rows(kept.project(gap), side=(Axis.HIDDEN,))
                 fitted_OY = fitted_OY + torch.cholesky_solve(missing_OY.t(), factor_YY).t()
             name = self.names[teacher_name]
+            fitted_OY = fitted_OY * self.moved_gain.get(source.norm or "", 1.0)
             state[name] = fitted_OY.to("cpu", state[name].dtype).contiguous()
 
     def _kept(self, source: Source) -> _Selection | _Projection:

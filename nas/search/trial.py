@@ -127,6 +127,7 @@ def start_student(spec: SearchSpec, *, shared: Shared, shape: Shape, folder: Pat
         dtype="float32",
         device=device,
         batch_size=spec.distillation.micro_batch_size or spec.distillation.batch_size,
+        gains=spec.compression.norm_gains,
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(asdict(result), target=folder / RECONSTRUCTION)

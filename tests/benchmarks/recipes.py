@@ -13,7 +13,7 @@ from torch import nn
 
 from nas.compress.hidden_states import StreamMap, TeacherStates
 from nas.compress.objective import NextToken, Objective, TeacherLogits
-from nas.compress.reconstruction import reconstruct_student, split_calibration, stream_map
+from nas.compress.reconstruction import NormGains, reconstruct_student, split_calibration, stream_map
 from nas.compress.slicing import build_student
 from nas.compress.train_plan import TrainPlan
 from nas.search.prepare import random_model
@@ -82,12 +82,15 @@ def _sliced(subject: Subject, shape: Shape, seed: int) -> Start:
     return Start(student=build_student(subject.sorting, shape, dtype="float32", device="cpu"), stream=stream_map(subject.sorting, shape, moments=None))
 
 
-def _reconstructed(subject: Subject, shape: Shape, seed: int) -> Start:
-    held_out_NT = split_calibration(subject.calibration_NT)[1]
-    student, result = reconstruct_student(
-        subject.sorting, shape, moments=subject.moments, held_out_NT=held_out_NT, dtype="float32", device="cpu", batch_size=16
-    )
-    return Start(student=student, stream=stream_map(subject.sorting, shape, moments=subject.moments if result.rotated else None))
+def _reconstructed(gains: NormGains) -> Callable[[Subject, Shape, int], Start]:
+    def start(subject: Subject, shape: Shape, seed: int) -> Start:
+        held_out_NT = split_calibration(subject.calibration_NT)[1]
+        student, result = reconstruct_student(
+            subject.sorting, shape, moments=subject.moments, held_out_NT=held_out_NT, dtype="float32", device="cpu", batch_size=16, gains=gains
+        )
+        return Start(student=student, stream=stream_map(subject.sorting, shape, moments=subject.moments if result.rotated else None))
+
+    return start
 
 
 def _random(initializer_range: float) -> Callable[[Subject, Shape, int], Start]:
@@ -118,9 +121,9 @@ def _next_token(subject: Subject, shape: Shape, start: Start) -> Objective:
 _PLAIN = {"warmup_tokens": 2_000, "beta1": 0.9}
 _SCRATCH = {"warmup_tokens": 50_000, "beta1": 0.9}
 METHODS: dict[str, Method] = {
-    "ours": Method(choices="ours", start=_reconstructed, objective=_final_state, plan={"rate_follows_loss": True}),
-    "ours-all": Method(choices="ours", start=_reconstructed, objective=_all_states, plan={"rate_follows_loss": True, "optimizer": "muon"}),
-    "ours-logits": Method(choices="ours", start=_reconstructed, objective=_logits, plan={"rate_follows_loss": True}),
+    "ours": Method(choices="ours", start=_reconstructed("energy"), objective=_final_state, plan={"rate_follows_loss": True}),
+    "ours-all": Method(choices="ours", start=_reconstructed("energy"), objective=_all_states, plan={"rate_follows_loss": True, "optimizer": "muon"}),
+    "ours-logits": Method(choices="ours", start=_reconstructed("energy"), objective=_logits, plan={"rate_follows_loss": True}),
     "plain": Method(choices="plain", start=_sliced, objective=_logits, plan=_PLAIN),
     "plain-bridged": Method(choices="ours", start=_sliced, objective=_logits, plan=_PLAIN),
     "minitron": Method(choices="minitron", start=_sliced, objective=_logits, plan=_PLAIN),

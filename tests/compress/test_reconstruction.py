@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nas.compress.reconstruction import Reconstruction, kept_of, rebuild_student, reconstruct, reconstruct_student, split_calibration, stream_map
+from nas.compress.reconstruction import NormGains, Reconstruction, kept_of, rebuild_student, reconstruct, reconstruct_student, split_calibration, stream_map
 from nas.compress.second_moments import SecondMoments, load_moments, measure_moments
 from nas.compress.slicing import build_student, model_of, slice_student
 from nas.compress.sorting import Sorting
@@ -37,8 +37,8 @@ def measured(sorting: Sorting, *, tokens_BT: Tensor, folder: Path, **settings: i
     return measure_moments(model, sorting=sorting, blocks_BT=tokens_BT, folder=folder, **{"batch_size": 8, **settings})
 
 
-def built(sorting: Sorting, shape: Shape, *, moments: SecondMoments, damping: float = 0.0) -> PreTrainedModel:
-    state, config = reconstruct(sorting, shape, moments=moments, damping=damping)
+def built(sorting: Sorting, shape: Shape, *, moments: SecondMoments, damping: float = 0.0, gains: NormGains = "energy") -> PreTrainedModel:
+    state, config = reconstruct(sorting, shape, moments=moments, damping=damping, gains=gains)
     return model_of(state, config=config, dtype="float32", device="cpu").eval()
 
 
@@ -171,6 +171,30 @@ def test_a_stream_of_dependent_channels_is_recovered(kind: str, tied: bool, sort
 
     assert plain > 0.1
     assert fitted < 2e-3
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PLAIN if KINDS[kind]["model_type"] in ROTATING])
+def test_the_teachers_gains_leave_the_weights_as_large_as_the_teachers_and_the_function_as_it_is(
+    kind: str, sort_on_disk: Sorted, random_tokens: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    model = random_model(kind)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.startswith("model.layers") and name.endswith("layernorm.weight"):
+                weight.copy_(torch.linspace(0.1, 0.3, len(weight)))
+    sorting = sort_on_disk(model, folder=tmp_path)
+    shape, tokens_BT = shrunk(sorting, hidden_size=sorting.architecture.shape.hidden_size - 8), random_tokens(rows=4, seed=2)
+    moments = measured(sorting, tokens_BT=random_tokens(rows=16, seed=1), folder=tmp_path / "moments")
+
+    energy = built(sorting, shape, moments=moments, damping=1e-3)
+    teacher = built(sorting, shape, moments=moments, damping=1e-3, gains="teacher")
+
+    assert relative_difference(teacher, energy, tokens_BT=tokens_BT) < 1e-5
+    norms = {name: weight for name, weight in teacher.state_dict().items() if name.startswith("model.layers") and name.endswith("layernorm.weight")}
+    expected = torch.linspace(0.1, 0.3, sorting.architecture.shape.hidden_size).square().mean().sqrt()
+    assert norms
+    assert all(torch.allclose(weight, expected.expand_as(weight), rtol=1e-5) for weight in norms.values())
+    assert torch.equal(teacher.model.norm.weight, energy.model.norm.weight)
 
 
 @every_family
