@@ -209,6 +209,8 @@ class RungAnswer(Answer):
     """Counted from the tensors."""
     seconds: dict[str, float]
     """Wall seconds by step."""
+    reused_from: dict[str, Any] | None = None
+    """The `search` and `trial` that measured it, where it was known from an earlier search (`warm_start_from`) and not measured again."""
     finished_at: datetime
 
 
@@ -346,7 +348,7 @@ class LeaderboardAnswer(Answer):
     weak_tasks: list[str] = []
     """Tasks on which the teacher beats random weights by less than two standard errors: their share of the score is mostly noise."""
     pareto: list[int] = Field(default_factory=list)
-    """Trials that no other one beats in both score and parameters."""
+    """Trials that no other one beats in score and the costs that `objectives` names (the parameters, where it names none)."""
     agreement: list[AgreementAnswer] = Field(default_factory=list)
     controls: ControlsAnswer | None = None
     """Null while no control has reached the last rung."""

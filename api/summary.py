@@ -139,6 +139,7 @@ def describe_rung(record: RungRecord) -> RungAnswer:
         tasks={name: MetricAnswer(**_without_documents(metric)) for name, metric in result["tasks"].items()},
         parameters=result["parameters"],
         seconds=result["seconds"],
+        reused_from=result.get("reused_from"),
         finished_at=record.finished_at,
     )
 

@@ -20,6 +20,7 @@ from nas.space import SearchSpace, build_spaces
 from nas.spec import SearchSpec
 from nas.store.records import CorpusRecord, SpeedRecord, TaskRecord, TeacherRecord
 from nas.store.store import Store
+from nas.warm_start import check_warm_start
 
 MAX_TOKENS = 2**53
 """Beyond it a JSON reader may round."""
@@ -64,6 +65,8 @@ def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
         "corpora": [{"name": corpus.name, "digest": corpus.digest, "files": list(corpus.files)} for corpus in corpora],
         "tasks": [{"name": task.name, "digest": task.digest, "folder": task.folder, "card": task.card} for task in tasks],
     }
+    if problems := check_warm_start(spec, inputs=inputs, store=store):
+        raise InvalidSpec(*problems)
     return Submission(inputs=inputs, plan=_plan(spec, spaces=spaces))
 
 

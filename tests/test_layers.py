@@ -73,6 +73,7 @@ ROWS = (
     "nas.search.prepare",
     "nas.search.confirm",
     "nas.store",
+    "nas.warm_start",
     "nas.submission",
     "nas.bundle",
     "nas.registration",

@@ -9,7 +9,7 @@ from nas.estimate import rung_work
 from nas.search.confirmed import Confirmation
 from nas.search.forecast import time_left
 from nas.search.ranking import Board, board_as_dict, weak_tasks
-from nas.search.results import RungResult
+from nas.search.results import RungResult, trained_tokens
 from workers.search_run import SearchRun
 
 
@@ -55,6 +55,9 @@ def count_cost(run: SearchRun, *, board: Board, prepared: dict[str, Any]) -> dic
     """
     devices = run.spec.resources.gpus or run.spec.resources.cpus
     seconds: dict[str, float] = {"prepare": sum(prepared.get("seconds", {}).values())}
+    trained = {
+        number: trained_tokens({rung: result.reused_from is not None for rung, result in found.items()}, spec=run.spec) for number, found in run.results.items()
+    }
     decisions = []
     for rung in range(run.last_rung + 1):
         results = {number: found[rung] for number, found in run.results.items() if rung in found}
@@ -64,7 +67,7 @@ def count_cost(run: SearchRun, *, board: Board, prepared: dict[str, Any]) -> dic
             for name, value in result.seconds.items():
                 seconds[name] = seconds.get(name, 0.0) + value
         chosen = len(board.finalists) if rung == run.last_rung else sum(rung + 1 in run.results[number] for number in results)
-        tokens = run.spec.trained_tokens(rung) * len(results)
+        tokens = sum(trained[number][rung] for number in results)
         decisions.append(_decision(f"rung {rung}", trials=len(results), chosen=chosen, tokens=tokens, device_seconds=wall * devices))
     confirmed = [trial.confirmation for trial in run.trials.values() if trial.confirmation is not None]
     seconds["confirm"] = sum(sum(found.get("seconds", {}).values()) for found in confirmed)

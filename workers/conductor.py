@@ -25,6 +25,7 @@ from nas.search.results import RungResult
 from nas.settings import Settings
 from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchState, Stage, TrialState
 from nas.store.store import Store
+from nas.warm_start import Known, recall
 from workers.board import make_board
 from workers.executor import Executor
 from workers.folders import SearchFolder
@@ -100,7 +101,7 @@ class Conductor:
     def _load(self) -> None:
         search_id = self.record.id
         trials, rungs, attempts = self._store.list_trials(search_id), self._store.list_rungs(search_id), self._store.list_attempts(search_id)
-        self._run = SearchRun(self.record, trials=trials, rungs=rungs, attempts=attempts)
+        self._run = SearchRun(self.record, trials=trials, rungs=rungs, attempts=attempts, memory=recall(self.record, store=self._store))
         self._final_board: Board | None = None
         """While confirming: the board with what was confirmed so far."""
         self._confirmations = {number: Confirmation.from_dict(found) for number, found in self._store.list_confirmations(search_id).items()}
@@ -340,10 +341,26 @@ class Conductor:
         run.set_trial(trial)
 
     def _start_rung(self, action: Advance) -> None:
+        if (known := self._run.known_result(action)) is not None and self._reuse(action, known):
+            return
         trial = self._run.trials[action.trial]
         request = {"shape": trial.shape, "rung": action.rung, "trial_folder": str(self.folder.trial(trial.number))}
         self._start("rung", trial=trial.number, rung=action.rung, request=request)
         self._run.set_trial(self._store.get_trial(self.record.id, trial.number))
+
+    def _reuse(self, action: Advance, known: Known) -> bool:
+        """Take a rung's result from an earlier search; False where that needs the student and it is gone."""
+        if action.rung == self._run.last_rung:
+            source = SearchFolder(path=self._leader.settings.searches_folder / known.search).trial(known.trial)
+            if not self.folder.take_student(action.trial, source=source):
+                return False
+        origin = {"search": known.search, "trial": known.trial}
+        result = replace(known.result, rung=action.rung, seconds={}, reused_from=origin)
+        attempt = self._store.start_attempt(self.record.id, stage="rung", trial=action.trial, rung=action.rung, fence=self._fence)
+        self._run.add_start(action.trial, rung=action.rung)
+        self._record_rung(attempt, action.trial, result.as_dict())
+        logger.info("rung known from an earlier search", extra={"action": "rung_reused", "search_id": self.record.id, "trial_number": action.trial, **origin})
+        return True
 
     def _confirm(self) -> None:
         """Confirm every finalist and what the board compares with, then bundle the winner."""
@@ -458,7 +475,8 @@ class Conductor:
             self._run.set_trial(trial)
         self._cancel_trials()
         failed = [attempt.id for attempt in self._store.list_attempts(self.record.id) if attempt.state is AttemptState.FAILED]
-        self.folder.clear(keep_attempts=failed)
+        verified = [number for number, confirmation in self._confirmations.items() if confirmation.verified]
+        self.folder.clear(keep_attempts=failed, keep_trials=verified)
         self._move(to, error=error)
 
 

@@ -1,16 +1,21 @@
 """Where the files of a search are, and when they go. It deletes; it reads and writes nothing.
 
-trials/N/          a trial's checkpoints and its student, until the trial or the search has ended
+trials/N/          a trial's checkpoints and its student, until the trial or the search has ended; that of a verified finalist stays, for
+                   searches that start from this one
 attempts/ID/       an attempt's mailbox (see step.py), until the search has ended; that of a failed attempt stays, for its log
 winner/            the bundle
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from nas.search.layout import STUDENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +38,34 @@ class SearchFolder:
         """A trial that ended without a student worth keeping."""
         shutil.rmtree(self.trial(number), ignore_errors=True)
 
-    def clear(self, *, keep_attempts: Collection[str]) -> None:
+    def take_student(self, number: int, *, source: Path) -> bool:
+        """Make the student of another search's trial this trial's; False where it is not there any more.
+
+        Linked where the disk allows it: a student is never written to again, only replaced.
+        """
+        if not (source / STUDENT).is_dir():
+            return False
+        target = self.trial(number)
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target, copy_function=_link_or_copy)
+        return True
+
+    def clear(self, *, keep_attempts: Collection[str], keep_trials: Collection[int]) -> None:
         """The search has ended: its bundle holds the winner, and the store what was measured of the others."""
-        shutil.rmtree(self.path / "trials", ignore_errors=True)
+        trials = self.path / "trials"
+        for folder in trials.iterdir() if trials.exists() else ():
+            if folder.name not in map(str, keep_trials):
+                shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # not there, or something is kept
+            trials.rmdir()
         attempts = self.path / "attempts"
         for folder in attempts.iterdir() if attempts.exists() else ():
             if folder.name not in keep_attempts:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)

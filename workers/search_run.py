@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 
-from nas.cost import count_parameters
+from nas.cost import COSTS, count_parameters
 from nas.search.confirmed import Confirmation
 from nas.search.ranking import CONTROL, Board, CompletedTrial, TaskScale, make_scales, rank
 from nas.search.results import Metric, RungResult
@@ -26,6 +26,7 @@ from nas.shape import Shape
 from nas.space import Choices, build_space
 from nas.spec import parse_spec
 from nas.store.records import AttemptRecord, RungRecord, SearchRecord, TrialRecord, TrialState
+from nas.warm_start import Known, Memory
 
 EndReason = Literal["max_trials", "space_exhausted"]
 
@@ -67,11 +68,20 @@ class SearchRun:
     rung is computed again only when something came that can change it. All of it follows from the store's content, in whatever steps it came.
     """
 
-    def __init__(self, record: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Sequence[RungRecord], attempts: Sequence[AttemptRecord]) -> None:
+    def __init__(
+        self,
+        record: SearchRecord,
+        *,
+        trials: Sequence[TrialRecord],
+        rungs: Sequence[RungRecord],
+        attempts: Sequence[AttemptRecord],
+        memory: Memory | None = None,
+    ) -> None:
         self.id = record.id
         self.inputs, self.plan = record.inputs, record.plan
         self.spec = parse_spec(json.dumps(record.spec))
         self.space = build_space(self.spec, inputs=record.inputs)
+        self._memory = memory or Memory()
         anchors = self.space.anchors() if self.spec.controls.anchors else {}
         self._named = [*((f"anchor:{name}", shape) for name, shape in anchors.items()), *(("user", shape) for shape in self.spec.shapes)]
         self._trials: dict[int, TrialRecord] = {}
@@ -82,7 +92,7 @@ class SearchRun:
         """Deepest rung of a trial that was ever started, however it ended."""
         self._shapes: dict[int, Shape] = {}
         self._seen: set[str] = set()
-        self._choices: dict[int, Choices | None] = {}
+        self._choices: dict[Shape, Choices | None] = {}
         self._num_searched = 0
         self._open: set[int] = set()
         """Trials that run or wait."""
@@ -227,8 +237,10 @@ class SearchRun:
     def _projected(self, number: int, *, rung: int) -> Metric:
         """What a rung is compared by: where the trial's KL is going."""
         results = self.results[number]
-        kl, below = results[rung].kl, results.get(rung - 1)
-        return kl if below is None else project(kl, below=below.kl, rung=rung, spec=self.spec.rungs)
+        return self._project(results[rung], below=results.get(rung - 1), rung=rung)
+
+    def _project(self, result: RungResult, *, below: RungResult | None, rung: int) -> Metric:
+        return result.kl if below is None else project(result.kl, below=below.kl, rung=rung, spec=self.spec.rungs)
 
     def _costs(self, number: int) -> tuple[float, ...]:
         """The spec's further objectives; infinite where none of its rungs measured one. A latency is measured once, at rung 0."""
@@ -239,6 +251,19 @@ class SearchRun:
 
     def _is_forced(self, number: int) -> bool:
         return self.trials[number].origin.split(":")[0] in FORCED_ORIGINS
+
+    def known_result(self, action: Advance) -> Known | None:
+        """What this rung would measure, where an earlier search knows it. Costs are those under this search's workload; a latency is measured here."""
+        known = self._memory.answer(self.shape_of(action.trial), tokens=self.spec.rungs.tokens(action.rung))
+        if known is None or (self.spec.scores_tasks(action.rung) and not known.result.tasks):
+            return None
+        if action.rung == 0 and self.space.budget.latency:
+            return None
+        return replace(known, result=replace(known.result, costs=self._closed_costs(known.shape)))
+
+    def _closed_costs(self, shape: Shape) -> dict[str, float]:
+        costs = self.space.budget.costs(self.space.architecture, shape)
+        return {name: float(costs[name]) for name in COSTS}
 
     # -- shapes ------------------------------------------------------------------------------------------------------------
 
@@ -304,13 +329,13 @@ class SearchRun:
 
     def _choices_of(self, shape: Shape) -> Choices | None:
         """The choices that stand for a shape, if they do: an anchor outside the ranges teaches the sampler nothing."""
-        choices = self.space.choices_of(shape)
-        return choices if self.space.resolve(choices) == shape else None
+        if shape not in self._choices:
+            choices = self.space.choices_of(shape)
+            self._choices[shape] = choices if self.space.resolve(choices) == shape else None
+        return self._choices[shape]
 
     def _choices_of_trial(self, number: int) -> Choices | None:
-        if number not in self._choices:
-            self._choices[number] = self._choices_of(self.shape_of(number))
-        return self._choices[number]
+        return self._choices_of(self.shape_of(number))
 
     def _observations(self) -> list[Observation]:
         """What the sampler learns from: the deepest trained rung with num_startup_trials results, else the first, never a mixture of rungs.
@@ -318,20 +343,38 @@ class SearchRun:
         The value is -log KL on the held-out blocks, projected. A failed shape counts as the worst seen: told as a failure, TPE asks for it again and again.
         """
         searched = {number: choices for number in self.trials if self._is_searched(number) and (choices := self._choices_of_trial(number)) is not None}
+        remembered: list[Observation] = []
         for rung in reversed(range(1, self.last_rung + 1)):
             told = {
-                number: Observation(choices=searched[number], value=-math.log(max(self._projected(number, rung=rung).value, 1e-12)), costs=self._costs(number))
+                number: Observation(choices=searched[number], value=_value(self._projected(number, rung=rung)), costs=self._costs(number))
                 for number, results in self.results.items()
                 if number in searched and rung in results and all(map(math.isfinite, self._costs(number)))
             }
-            if len(told) >= self.spec.sampler.num_startup_trials:
+            remembered = self._remembered(rung, without={self.shape_of(number) for number in told})
+            if len(remembered) + len(told) >= self.spec.sampler.num_startup_trials:
                 break
-        if not told:
+        known = [*remembered, *told.values()]
+        if not known:
             return []
-        worst = min(observation.value for observation in told.values())
-        dearest = tuple(max(costs) for costs in zip(*(observation.costs for observation in told.values()), strict=True))
+        worst = min(observation.value for observation in known)
+        dearest = tuple(max(costs) for costs in zip(*(observation.costs for observation in known), strict=True))
         failed = [number for number in searched if self.trials[number].state == TrialState.FAILED]
-        return list((told | {number: Observation(choices=searched[number], value=worst, costs=dearest) for number in failed}).values())
+        told |= {number: Observation(choices=searched[number], value=worst, costs=dearest) for number in failed}
+        return [*remembered, *told.values()]
+
+    def _remembered(self, rung: int, *, without: Collection[Shape]) -> list[Observation]:
+        """What earlier searches teach of a rung: of shapes legal and not evaluated here. Nothing where a latency is an objective: theirs are not ours."""
+        below = {(known.search, known.trial): known.result for known in self._memory.at(self.spec.rungs.tokens(rung - 1))}
+        observations = []
+        for known in self._memory.at(self.spec.rungs.tokens(rung)):
+            # Without the rung below there is no telling where its KL was going, which is what ours are compared by.
+            if known.shape in without or (under := below.get((known.search, known.trial))) is None or (choices := self._choices_of(known.shape)) is None:
+                continue
+            costs = self._closed_costs(known.shape)
+            if all(name in costs for name in self.spec.objectives):
+                kl = self._project(known.result, below=under, rung=rung)
+                observations.append(Observation(choices=choices, value=_value(kl), costs=tuple(costs[name] for name in self.spec.objectives)))
+        return observations
 
     def _is_searched(self, number: int) -> bool:
         return self.trials[number].origin != CONTROL
@@ -360,8 +403,15 @@ class SearchRun:
             spec=self.spec.rungs,
             num_finalists=self.spec.num_finalists,
             confirmations=confirmations,
+            objectives=self.spec.objectives,
         )
 
     def to_confirm(self, board: Board) -> list[int]:
-        """The finalists, and every forced trial of the last rung: the board compares with them on held-out documents."""
-        return [row.number for row in board.rows if row.rung == self.last_rung and (row.number in board.finalists or self._is_forced(row.number))]
+        """The finalists, with several objectives the whole front, and every forced trial of the last rung: what is compared on held-out documents."""
+        wanted = {*board.finalists, *(board.pareto if self.spec.objectives else ())}
+        return [row.number for row in board.rows if row.rung == self.last_rung and (row.number in wanted or self._is_forced(row.number))]
+
+
+def _value(kl: Metric) -> float:
+    """What the sampler makes large."""
+    return -math.log(max(kl.value, 1e-12))

@@ -18,6 +18,7 @@ from scipy.stats import kendalltau
 
 from nas.errors import InvalidSpec, Problem
 from nas.search.confirmed import Confirmation, decide_finals
+from nas.search.pareto import fronts
 from nas.search.results import Metric, RungResult
 from nas.search.rungs import TIE_Z, last_rung, paired_difference
 from nas.shape import Shape
@@ -77,6 +78,14 @@ class CompletedTrial:
     @property
     def deepest(self) -> RungResult:
         return self.results[self.rung]
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """All that any of its rungs found it to cost; a latency is measured at rung 0 alone."""
+        known = {"parameters": float(self.parameters)}
+        for rung in sorted(self.results):
+            known |= self.results[rung].costs
+        return known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +176,7 @@ class Board:
     winner: int | None
     """Number of the verified finalist with the best score on held-out documents; None until every finalist is confirmed."""
     pareto: tuple[int, ...]
-    """Ranked trials that no other beats on score without more parameters; fewest parameters first."""
+    """Ranked trials that no other beats on score and costs (`pareto_front`); the cheapest first."""
     agreement: tuple[Agreement, ...]
     controls: ControlSummary | None
 
@@ -223,6 +232,7 @@ def rank(
     spec: RungSpec,
     num_finalists: int = 1,
     confirmations: Mapping[int, Confirmation] | None = None,
+    objectives: Sequence[str] = (),
 ) -> Board:
     """The leaderboard; the order of the trials does not matter.
 
@@ -231,6 +241,7 @@ def rank(
     Args:
         num_finalists: most trials of the first tie group that are confirmed.
         confirmations: by trial, what the confirm step found so far.
+        objectives: names of the costs of the Pareto front; without any the parameters.
     """
     confirmations = confirmations or {}
     last = last_rung(spec)
@@ -255,10 +266,33 @@ def rank(
         leader=finals.winner if finals.winner is not None else next(iter(finals.finalists), None),
         finalists=finals.finalists,
         winner=finals.winner,
-        pareto=_pareto(ranked),
+        pareto=pareto_front([trial for trial in trials if trial.rung == last], scales=scales, objectives=objectives or ("parameters",)),
         agreement=_agreement(trials, scales=scales, last=last),
         controls=_summarise_controls(ranked),
     )
+
+
+def pareto_front(trials: Sequence[CompletedTrial], *, scales: Sequence[TaskScale], objectives: Sequence[str]) -> tuple[int, ...]:
+    """Numbers of the trials that no other one beats on score and costs, the cheapest first.
+
+    Scores have errors and costs are taken as they stand. Another trial beats this one when it costs no more in anything and either scores higher
+    beyond the tie test (the same paired test as for ranks), or scores no lower and costs less in something. So a dearer shape stays on the front for any
+    measured gain, which may be luck: the rows' differences tell. One of equal costs leaves it only when it is told apart from one that nobody beats.
+    A cost that was never measured is infinite.
+    """
+    points = {trial.number: tuple(trial.costs.get(name, math.inf) for name in objectives) for trial in trials}
+    scores = {trial.number: objective(trial.deepest, scales=scales).value for trial in trials}
+
+    def beats(other: CompletedTrial, trial: CompletedTrial) -> bool:
+        theirs, ours = points[other.number], points[trial.number]
+        if any(one > two for one, two in zip(theirs, ours, strict=True)) or scores[other.number] < scores[trial.number]:
+            return False
+        return theirs != ours or not _is_tied(other, trial, scales=scales)
+
+    undominated = fronts([(*points[trial.number], -scores[trial.number]) for trial in trials])
+    best = [trial for trial, front in zip(trials, undominated, strict=True) if front == 0]
+    kept = [trial.number for trial, front in zip(trials, undominated, strict=True) if front == 0 or not any(beats(other, trial) for other in best)]
+    return tuple(sorted(kept, key=lambda number: (points[number], -scores[number], number)))
 
 
 def board_as_dict(board: Board) -> dict[str, Any]:
@@ -329,7 +363,7 @@ def _row(
         kl_standard_error=result.kl.standard_error,
         loss=result.loss.value,
         tasks={scale.name: _cell(result.tasks[scale.name], scale=scale) for scale in scales} if result.tasks else {},
-        costs=dict(result.costs),
+        costs=trial.costs,
         state=trial.state,
         # A control's file is counted but not reloaded: too little to call it verified.
         verified=confirmation.verified if confirmation and (confirmation.reloaded or not confirmation.verified) else None,
@@ -350,16 +384,6 @@ def _cell(metric: Metric, *, scale: TaskScale) -> TaskCell:
         higher_is_better=scale.higher_is_better,
         share=(metric.value - scale.random) / (scale.teacher - scale.random),
     )
-
-
-def _pareto(ranked: Sequence[Row]) -> tuple[int, ...]:
-    front: list[int] = []
-    best = -math.inf
-    for row in sorted(ranked, key=lambda row: (row.parameters, -_score(row), row.number)):
-        if _score(row) > best:
-            front.append(row.number)
-            best = _score(row)
-    return tuple(front)
 
 
 def _agreement(trials: Sequence[CompletedTrial], *, scales: Sequence[TaskScale], last: int) -> tuple[Agreement, ...]:

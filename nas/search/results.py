@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nas.spec import SearchSpec
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
@@ -72,6 +74,9 @@ class RungResult:
     """What the model costs, by name: `parameters`, `memory_bytes`, `flops_per_token` in closed form (`nas/cost.py`), and at rung 0
     `prefill_ms:NAME` and `decode_ms:NAME`, measured at the named workloads of the budget. Lower is better."""
 
+    reused_from: Mapping[str, Any] | None = None
+    """`search` and `trial` that measured it before this search began; None: measured here."""
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "rung": self.rung,
@@ -85,6 +90,7 @@ class RungResult:
             "reconstruction": None if self.reconstruction is None else dict(self.reconstruction),
             "likelihoods": {task: {form: metric.as_dict() for form, metric in forms.items()} for task, forms in self.likelihoods.items()},
             "costs": dict(self.costs),
+            "reused_from": None if self.reused_from is None else dict(self.reused_from),
         }
 
     @classmethod
@@ -101,4 +107,17 @@ class RungResult:
             reconstruction=values.get("reconstruction"),
             likelihoods={task: {form: Metric.from_dict(metric) for form, metric in forms.items()} for task, forms in values.get("likelihoods", {}).items()},
             costs=dict(values.get("costs", {})),
+            reused_from=values.get("reused_from"),
         )
+
+
+def trained_tokens(reused: Mapping[int, bool], *, spec: SearchSpec) -> dict[int, int]:
+    """Tokens that a trial was trained on to reach each of its rungs; none for a result that an earlier search knew.
+
+    Above such a rung there was no trunk to resume: the trial was trained from the start.
+
+    Args:
+        reused: by finished rung, whether its result was known.
+    """
+    above_known = {rung: spec.rungs.tokens(rung) for rung in reused if reused.get(rung - 1, False)}
+    return {rung: 0 if known else above_known.get(rung, spec.trained_tokens(rung)) for rung, known in reused.items()}

@@ -298,6 +298,8 @@ def _attempt_data(attempt: AttemptRecord) -> Json:
 def _rung_data(record: RungRecord, state: TrialState) -> Json:
     """The event's few figures; a result that lacks them is kept all the same."""
     figures: Json = {name: record.result[name]["value"] for name in ("kl", "loss") if name in record.result}
+    if record.result.get("reused_from") is not None:
+        figures["reused_from"] = record.result["reused_from"]
     return {"trial": record.trial, "rung": record.rung, "tokens": record.result.get("tokens"), "state": state, **figures}
 
 

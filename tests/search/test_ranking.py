@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -211,10 +212,44 @@ def test_the_pareto_front_dominates_every_other_ranked_trial(field):
     ranked = {row.number: row for row in found.rows if row.rank is not None}
     front = [ranked[number] for number in found.pareto]
 
-    assert [row.parameters for row in front] == sorted({row.parameters for row in front})
+    assert [row.parameters for row in front] == sorted(row.parameters for row in front)
     for row in ranked.values():
         assert row in front or any(other.score >= row.score and other.parameters <= row.parameters for other in front)
-    assert not any(a.score >= b.score and a.parameters <= b.parameters for a in front for b in front if a is not b)
+    assert not any(a.score >= b.score and a.parameters < b.parameters for a in front for b in front)
+
+
+def costing(found: CompletedTrial, **costs: float) -> CompletedTrial:
+    """The same trial, with costs measured at rung 0."""
+    return replace(found, results={**found.results, 0: replace(found.results[0], costs=costs)})
+
+
+def test_the_front_is_over_the_score_and_the_costs_that_the_search_names():
+    trials = [
+        costing(trial(1, last=at_score(0.9), parameters=900), memory_bytes=9.0, **{"decode_ms:chat": 5.0}),
+        costing(trial(2, last=at_score(0.5), parameters=500), memory_bytes=9.0, **{"decode_ms:chat": 2.0}),
+        costing(trial(3, last=at_score(0.4), parameters=400), memory_bytes=5.0, **{"decode_ms:chat": 6.0}),
+        costing(trial(4, last=at_score(0.3), parameters=300), memory_bytes=9.0, **{"decode_ms:chat": 3.0}),
+    ]
+
+    assert board(*trials).pareto == (4, 3, 2, 1)
+    assert board(*trials, objectives=["memory_bytes"]).pareto == (3, 1)
+    assert board(*trials, objectives=["decode_ms:chat"]).pareto == (2, 1)
+    assert board(*trials, objectives=["memory_bytes", "decode_ms:chat"]).pareto == (3, 2, 1)
+    assert board(*trials, objectives=["flops_per_token"]).pareto == (1,)
+
+
+def test_a_shape_of_equal_cost_stays_on_the_front_until_it_is_told_apart():
+    tied = board(trial(1, last=at_score(0.5, noise=0.3)), trial(2, last=at_score(0.45)))
+    apart = board(trial(1, last=at_score(0.5)), trial(2, last=at_score(0.45)))
+    dearer = board(trial(1, last=at_score(0.5, noise=0.3)), trial(2, last=at_score(0.45), parameters=1001))
+
+    assert (tied.pareto, apart.pareto, dearer.pareto) == ((1, 2), (1,), (1,))
+
+
+def test_a_row_shows_what_any_rung_measured_of_its_costs():
+    (row,) = board(costing(trial(1, last=at_score(0.9), parameters=900), **{"prefill_ms:chat": 5.0})).rows
+
+    assert row.costs == {"parameters": 900.0, "prefill_ms:chat": 5.0}
 
 
 @properties

@@ -174,12 +174,14 @@ def test_what_each_decision_cost_adds_up(service: Service) -> None:
     assert decisions[-1]["device_seconds"] > 0
 
 
-def test_an_ended_search_leaves_its_bundle_and_nothing_else(service: Service) -> None:
+def test_an_ended_search_leaves_its_bundle_and_the_students_that_were_verified(service: Service) -> None:
     search_id = service.submit(sampler={"name": "random", "max_trials": 1})
 
     service.run(search_id)
 
-    assert [path.name for path in service.folder(search_id).iterdir() if path.is_file() or any(path.iterdir())] == ["winner"]
+    assert sorted(path.name for path in service.folder(search_id).iterdir() if path.is_file() or any(path.iterdir())) == ["trials", "winner"]
+    kept = {int(path.name) for path in (service.folder(search_id) / "trials").iterdir()}
+    assert kept == {trial.number for trial in service.store.list_trials(search_id) if trial.confirmation and trial.confirmation["verified"]}
 
 
 def test_a_cancelled_search_ends_with_every_trial_cancelled_or_finished(service: Service) -> None:
@@ -552,3 +554,36 @@ def test_two_searches_never_fill_one_prepared_folder_together(service: Service) 
         controller.tick(timeout_seconds=0.0)
         assert sum(step.stage == "prepare" for step in service.executor.steps) <= 1
     assert {service.store.get_search(search_id).state for search_id in (first, second)} != {SearchState.QUEUED}
+
+
+def test_a_search_that_starts_from_another_trains_no_shape_twice(service: Service) -> None:
+    earlier = service.submit()
+    won = service.run(earlier).winner
+    assert won is not None
+    stopped = next(trial for trial in service.store.list_trials(earlier) if trial.state is TrialState.STOPPED and trial.rung == 1)
+    service.expire_lease()
+    service.executor.history.clear()
+
+    search_id = service.submit(warm_start_from=[earlier], shapes=[won["shape"], stopped.shape])
+    search = service.run(search_id)
+
+    assert search.state is SearchState.SUCCEEDED, search.error
+    # The winner's student is still there; the stopped one goes on from the rung that it had reached.
+    assert [service.executor.ran(trial=0, rung=rung) for rung in range(3)] == [0, 0, 0]
+    assert [service.executor.ran(trial=1, rung=rung) for rung in range(3)] == [0, 0, 1]
+    before = {row.rung: row.result for row in service.store.list_rungs(earlier, trial=won["trial"])}
+    origin = {"search": earlier, "trial": won["trial"]}
+    for row in service.store.list_rungs(search_id, trial=0):
+        # Costs are those under the workload of the search that asks.
+        assert row.result == before[row.rung] | {"seconds": {}, "reused_from": origin, "costs": row.result["costs"]}
+    events = [event.data for event in service.store.list_events(search_id, after=0) if event.type == "trial.rung_finished" and event.data["trial"] == 0]
+    assert [data["reused_from"] for data in events] == [origin] * 3
+    confirmation = service.store.get_trial(search_id, 0).confirmation
+    assert confirmation is not None
+    assert confirmation["verified"]
+    spec = parse_spec(json.dumps(search.spec))
+    trained = [step for step in service.executor.history if step.stage == "rung" and step.request["rung"] > 0]
+    from_start = [step for step in trained if step.request["rung"] == 2 and step.request["trial_folder"].endswith("/1")]
+    tokens = spec.rungs.tokens(2) * len(from_start) + sum(spec.trained_tokens(step.request["rung"]) for step in trained if step not in from_start)
+    assert search.board is not None
+    assert search.board["cost"]["tokens"] == tokens
