@@ -30,10 +30,13 @@ from nas.compress.second_moments import load_moments
 from nas.compress.sorting import load_sorting
 from nas.compress.teacher import write_checkpoint
 from nas.cost import count_parameters
+from nas.errors import Conflict
 from nas.recipe import Recipe
-from nas.search.layout import CORRECTED, MOMENTS, RECONSTRUCTION, SORTED, STUDENT
+from nas.search.layout import CORRECTED, MOMENTS, RECONSTRUCTION, SORTED, STUDENT, prepared_key, trial_folder
+from nas.settings import Settings
 from nas.shape import Shape
-from nas.spec import SearchSpec
+from nas.spec import SearchSpec, parse_spec
+from nas.store.store import Store
 
 BUNDLE, TAR = "bundle", "bundle.tar"
 PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "ray", "safetensors", "nas")
@@ -88,6 +91,44 @@ def write_bundle(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, A
         "bundle_sha256": digest,
         "bundle_bytes": tar.stat().st_size,
     }
+
+
+def bundle_trial(search_id: str, number: int, *, store: Store, settings: Settings, folder: Path) -> dict[str, Any]:
+    """Bundle a trial that is not the winner, of the Pareto front for instance: any whose file the confirm step verified, also after its search has ended.
+
+    Args:
+        folder: where `bundle/` and `bundle.tar` are written.
+    Returns:
+        what `write_bundle` returns; for the winner the same bundle, digest and all.
+    Raises:
+        NotFound: no such search or trial.
+        Conflict: the trial was not verified, or its student, or what its search prepared, is no longer on the disk.
+    """
+    search, trial = store.get_search(search_id), store.get_trial(search_id, number)
+    confirmation = trial.confirmation or {}
+    if not (confirmation.get("verified") and confirmation.get("reloaded", True)):
+        got = confirmation.get("reason") or ("one that was counted, but not reloaded" if confirmation else "one that was not confirmed")
+        raise Conflict(f"trial {number} of search {search_id}: expected one that the confirm step verified, got {got}")
+    spec = parse_spec(json.dumps(search.spec))
+    student = trial_folder(settings.searches_folder / search_id, number=number)
+    prepared = settings.prepared_folder / prepared_key(spec, inputs=search.inputs)
+    for path in (student / STUDENT, prepared / SORTED):
+        if not path.is_dir():
+            raise Conflict(f"trial {number} of search {search_id}: expected its files on the disk, got no {path}")
+    request = {
+        "search_id": search_id,
+        "trial": number,
+        "shape": trial.shape,
+        "trial_folder": str(student),
+        "bundle_folder": str(folder),
+        "prepared": str(prepared),
+        "inputs": search.inputs,
+        "spec": search.spec,
+        "result": store.list_rungs(search_id, trial=number)[-1].result,
+        "confirmation": confirmation,
+        "board": search.board,
+    }
+    return write_bundle(request, spec=spec)
 
 
 def _copy_corrected(source: Path, *, target: Path) -> Correction:

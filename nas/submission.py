@@ -48,6 +48,7 @@ def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
     """
     teacher, corpora, tasks = _look_up(spec, store=store)
     problems = [*_duplicates("corpus.parts", [part.name for part in spec.corpus.parts]), *_duplicates("tasks", [task.name for task in spec.tasks])]
+    problems += _objectives(spec)
     problems += [*_lengths(spec, context=teacher.config.get("max_position_embeddings")), *_scoring(spec, tasks=tasks)]
     if problems:
         raise InvalidSpec(*problems)
@@ -170,6 +171,18 @@ def _scoring(spec: SearchSpec, *, tasks: list[TaskRecord]) -> list[Problem]:
             expected = f"at most {most}: {task.name} has " + ("no more examples" if most else "no split of its own for examples")
             problems.append(Problem(field=f"tasks.{index}.num_fewshot", expected=expected, got=str(task.num_fewshot)))
     return problems
+
+
+def _objectives(spec: SearchSpec) -> list[Problem]:
+    """A latency that no budget has a workload for is never measured."""
+    every = [[workload.name for workload in budget.latency] for budget in (spec.budget, *spec.more_budgets)]
+    names = [name for name in every[0] if all(name in others for others in every)]
+    expected = f"the name of a workload of every budget's latency ({', '.join(names) or 'there is none'})"
+    return [
+        Problem(field=f"objectives.{index}", expected=expected, got=objective)
+        for index, objective in enumerate(spec.objectives)
+        if ":" in objective and objective.split(":", 1)[1] not in names
+    ]
 
 
 def _duplicates(field: str, names: list[str]) -> list[Problem]:

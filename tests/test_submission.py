@@ -56,6 +56,7 @@ def submit(
         ({"shapes": [SHAPE | {"hidden_size": 64, "intermediate_size": 1}]}, "shapes.0.hidden_size", None, "64"),
         ({"space": {"num_hidden_layers": {"max": 9}}}, "space.num_hidden_layers.max", None, "9"),
         ({"budget": {"max_parameters": 10**9}}, "budget.max_parameters", None, "1000000000"),
+        ({"objectives": ["decode_ms:chat"]}, "objectives.0", "the name of a workload of every budget's latency (there is none)", "decode_ms:chat"),
         ({"more_budgets": [{"max_fraction": 0.001}]}, "more_budgets.0.max_fraction", None, "0.001"),
         (
             {"budget": {"max_fraction": 0.7, "workload": {"context_length": 65}}},

@@ -1,7 +1,7 @@
 """Where the files of a search are, and when they go. It deletes; it reads and writes nothing.
 
-trials/N/          a trial's checkpoints and its student, until the trial or the search has ended; that of a verified finalist stays, for
-                   searches that start from this one
+trials/N/          a trial's checkpoints and its student, until the trial or the search has ended; that of a verified finalist stays, to
+                   be bundled (`nas bundle`), and for searches that start from this one
 attempts/ID/       an attempt's mailbox (see step.py), until the search has ended; that of a failed attempt stays, for its log
 winner/            the bundle
 """
@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from nas.search.layout import STUDENT
+from nas.search.layout import STUDENT, trial_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class SearchFolder:
     path: Path
 
     def trial(self, number: int) -> Path:
-        return self.path / "trials" / str(number)
+        return trial_folder(self.path, number=number)
 
     def attempt(self, attempt_id: str) -> Path:
         return self.path / "attempts" / attempt_id

@@ -21,6 +21,11 @@ FORMAT = 2
 """Raise it when the content of a prepared folder changes meaning, so that old ones are not reused."""
 
 
+def trial_folder(search: Path, *, number: int) -> Path:
+    """Everything of one trial, in its search's folder."""
+    return search / "trials" / str(number)
+
+
 def rung_folder(trial: Path, *, rung: int) -> Path:
     """The training checkpoint of one trained rung."""
     return trial / f"rung{rung}"
