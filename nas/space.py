@@ -86,6 +86,8 @@ class SearchSpace:
                 Problem(field="space", expected=f"at most {MAX_FRAMES} combinations of {', '.join(self.axes)} (coarser multiples)", got=str(num_frames))
             )
         self._fill_frames()
+        self._shapes_of: dict[Choices, Shape] = {}
+        self._choices_of: dict[Shape, Choices] = {}
 
     def _fill_frames(self) -> None:
         grids = np.meshgrid(*(np.asarray(values, dtype=np.int64) for values in self.axes.values()), indexing="ij")
@@ -200,8 +202,13 @@ class SearchSpace:
     def resolve(self, choices: Choices) -> Shape:
         """The legal shape that the choices stand for: the nearest legal frame (ties to the first), its MLP filled.
 
-        Total and deterministic; choices that name a legal shape are kept.
+        Total and deterministic; choices that name a legal shape are kept. Remembered: every proposal asks for those of all trials.
         """
+        if choices not in self._shapes_of:
+            self._shapes_of[choices] = self._resolve(choices)
+        return self._shapes_of[choices]
+
+    def _resolve(self, choices: Choices) -> Shape:
         wanted = np.asarray([getattr(choices, name) for name in self.axes], dtype=np.float64)
         distance = (((self._frames - wanted) / self._scale) ** 2).sum(axis=1)
         index = int(np.argmin(distance))
@@ -211,7 +218,12 @@ class SearchSpace:
         return self._shape(self._frames[index], self.intermediate_sizes[position])
 
     def choices_of(self, shape: Shape) -> Choices:
-        """The choices that resolve to a shape (to the nearest legal one if it is not itself legal): how the sampler is told of it."""
+        """The choices that resolve to a shape (to the nearest legal one if it is not itself legal): how the sampler is told of it. Remembered."""
+        if shape not in self._choices_of:
+            self._choices_of[shape] = self._invert(shape)
+        return self._choices_of[shape]
+
+    def _invert(self, shape: Shape) -> Choices:
         room = int(self._room_of(np.asarray([_frame_of(shape)], dtype=np.int64))[0])
         fill = min(1.0, shape.intermediate_size / room) if room > 0 else 1.0
         frame = {name: _clamp(value, self.axes[name]) for name, value in zip(FRAME_AXES, _frame_of(shape), strict=False)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -297,7 +297,7 @@ def pareto_front(trials: Sequence[CompletedTrial], *, scales: Sequence[TaskScale
 
 def board_as_dict(board: Board) -> dict[str, Any]:
     """Plain JSON values without NaN or infinity (they become null)."""
-    values = _finite(asdict(board))
+    values = _plain(board)
     assert isinstance(values, dict)
     return values
 
@@ -415,11 +415,13 @@ def _score(row: Row) -> float:
     return row.score
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):  # `asdict` copies deeply, which takes most of the time of a large board
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_plain(item) for item in value]
     return value

@@ -8,11 +8,13 @@ It does not decide whose values are comparable: all observations of one call mus
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +24,10 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from nas.errors import Conflict
+from nas.search.pareto import best_first
 from nas.shape import Shape
 from nas.space import Choices, SearchSpace
 from nas.spec import SamplerSpec
@@ -33,6 +36,13 @@ Sampler = Literal["gp", "tpe", "nsga2", "random", "enumerate"]
 
 MAX_TRIALS_FOR_GP = 150
 """Above this "auto" takes TPE: an ask of the GP costs about the cube of the observations."""
+
+MAX_BEST_TOLD, MAX_LATEST_TOLD = 100, 200
+"""Of more observations than both together the sampler is told the best of the older ones and the latest, so that a proposal costs the same after ten
+thousand trials. TPE takes at most the 25 best for good ones, and the others for where it has been; proposals are no worse (LOG)."""
+
+MAX_PENDING_TOLD = 100
+"""The latest of them; older ones have a value soon."""
 
 MAX_REPEATS = 5
 """Asks that may end in a seen shape before an unseen one is taken from around the first of them."""
@@ -245,17 +255,15 @@ def _ask_unseen(
     values: dict[str, tuple[float, ...]] = {}
     with _quiet():
         study = _new_study(sampler, num_costs=len(observations[0].costs))
-        for index, observation in enumerate(observations):
+        for index, observation in enumerate(_told(observations, generation_size=_generation_size(sampler))):
             shape = space.resolve(observation.choices)
             values[shape.key] = (observation.value, *observation.costs)
             params = _params_of(space, space.choices_of(shape))
             attributes = _generation_of(index, sampler=sampler)
-            study.add_trial(
-                create_trial(state=TrialState.COMPLETE, values=values[shape.key], params=params, distributions=distributions, system_attrs=attributes)
-            )
-        for choices in pending:
+            study.add_trial(_Told.of(params, values=values[shape.key], distributions=distributions, attributes=attributes))
+        for choices in pending[-MAX_PENDING_TOLD:]:
             params = _params_of(space, space.choices_of(space.resolve(choices)))
-            study.add_trial(create_trial(state=TrialState.RUNNING, params=params, distributions=distributions))
+            study.add_trial(_Told.of(params, values=None, distributions=distributions, attributes={}))
         asked: list[dict[str, Any]] = []
         for _ in range(MAX_REPEATS):
             trial = study.ask(fixed_distributions=distributions)
@@ -266,6 +274,56 @@ def _ask_unseen(
             if shape.key in values:
                 study.tell(trial, values[shape.key])
     return _near_unseen(space, asked[0], seen=seen, generator=generator)
+
+
+class _Told(FrozenTrial):
+    """A trial for a study that lives for one proposal: nobody changes it, so its copy, which costs Optuna most of the time of adding it, is a shallow one."""
+
+    @classmethod
+    def of(
+        cls,
+        params: dict[str, Any],
+        *,
+        values: Sequence[float] | None,
+        distributions: dict[str, BaseDistribution],
+        attributes: dict[str, Any],
+    ) -> _Told:
+        """A finished trial, or one that runs: without values."""
+        return cls(
+            number=-1,  # the study numbers it
+            trial_id=-1,
+            state=TrialState.RUNNING if values is None else TrialState.COMPLETE,
+            value=None,
+            values=values,
+            datetime_start=_SOME_DAY,
+            datetime_complete=None if values is None else _SOME_DAY,
+            params=params,
+            distributions=distributions,
+            user_attrs={},
+            system_attrs=attributes,
+            intermediate_values={},
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Told:
+        return copy.copy(self)
+
+
+_SOME_DAY = datetime(2000, 1, 1)
+"""No sampler reads it."""
+
+
+def _told(observations: Sequence[Observation], *, generation_size: int) -> Sequence[Observation]:
+    """The observations, or where they are many the best and the latest of them, in the order in which they came, in whole generations."""
+    if len(observations) <= MAX_BEST_TOLD + MAX_LATEST_TOLD:
+        return observations
+    start = max(len(observations) - MAX_LATEST_TOLD, 0) // generation_size * generation_size
+    older = observations[:start]
+    num_best = max(MAX_BEST_TOLD // generation_size, 1) * generation_size
+    if observations[0].costs:
+        order = best_first([(-observation.value, *observation.costs) for observation in older])
+    else:
+        order = sorted(range(start), key=lambda index: -older[index].value)
+    return [*(older[index] for index in sorted(order[:num_best])), *observations[start:]]
 
 
 def _near_unseen(space: SearchSpace, params: Mapping[str, Any], *, seen: frozenset[str], generator: np.random.Generator) -> Shape | None:
@@ -291,11 +349,16 @@ def _optuna_sampler(name: Literal["gp", "tpe", "nsga2"], *, seed: int, populatio
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=1)
 
 
+def _generation_size(sampler: optuna.samplers.BaseSampler) -> int:
+    """Trials of a generation; 1 for the samplers that have none."""
+    return (sampler.population_size or 1) if isinstance(sampler, optuna.samplers.NSGAIISampler) else 1
+
+
 def _generation_of(index: int, *, sampler: optuna.samplers.BaseSampler) -> dict[str, int]:
     """Where NSGA-II keeps the generation of a trial (samplers/_ga/_base.py, Optuna 5): one that was added and not asked for has none, and is no parent."""
-    if not isinstance(sampler, optuna.samplers.NSGAIISampler) or sampler.population_size is None:
+    if not isinstance(sampler, optuna.samplers.NSGAIISampler):
         return {}
-    return {"NSGAIISampler:generation": index // sampler.population_size}
+    return {"NSGAIISampler:generation": index // _generation_size(sampler)}
 
 
 def _new_study(
