@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
@@ -98,6 +98,8 @@ class SearchRun:
         """Trials that run or wait."""
         self._waiting: defaultdict[int | None, set[int]] = defaultdict(set)
         """Trials that wait, by their deepest finished rung."""
+        self._lost: set[int] = set()
+        """Of those that wait: whose next rung was started before, and lost."""
         self._standings: list[dict[int, Standing]] = [{} for _ in range(self.last_rung)]
         """By rung: the results that count there."""
         self._promoted: dict[int, tuple[bool, tuple[int, ...]]] = {}
@@ -123,6 +125,7 @@ class SearchRun:
         self._trials[number] = trial
         if trial.state is TrialState.WAITING:
             self._waiting[trial.rung].add(number)
+        self._note_lost(number)
         if trial.state.is_terminal:
             self._open.discard(number)
         else:
@@ -135,9 +138,17 @@ class SearchRun:
     def add_start(self, trial: int, *, rung: int) -> None:
         """A rung of a trial starts: whatever becomes of it, the trial was promoted to it."""
         self.reached[trial] = max(rung, self.reached.get(trial, 0))
+        self._note_lost(trial)
         for below in range(rung):
             if below in self._promoted and trial not in self._promoted[below][1]:
                 del self._promoted[below]
+
+    def _note_lost(self, number: int) -> None:
+        trial = self._trials[number]
+        if trial.state is TrialState.WAITING and trial.rung is not None and self.reached.get(number, 0) > trial.rung:
+            self._lost.add(number)
+        else:
+            self._lost.discard(number)
 
     def add_result(self, trial: int, result: RungResult) -> None:
         """Must be called in finish order: the sampler is fed in it."""
@@ -162,32 +173,33 @@ class SearchRun:
         rungs above it, the lowest first, only while no shape is left to begin with. So one worker promotes with all results at hand (LOG.md: 17 to
         30 % fewer tokens than going up at once), and a worker that would wait for another's result promotes on what has arrived.
         """
-        if (begun := next((trial for trial in self.trials.values() if trial.state == TrialState.WAITING and trial.rung is None), None)) is not None:
-            return Advance(trial=begun.number, rung=0)
-        advances = [
-            Advance(trial=number, rung=step.rung + 1)
-            for step in self._ladder()
-            for number in step.promoted
-            if self.trials[number].state == TrialState.WAITING and self.trials[number].rung == step.rung
-        ]
-        lost = [advance for advance in advances if self.reached.get(advance.trial, 0) >= advance.rung]
-        first = [advance for advance in advances if advance.rung == 1]
-        for advance in (*lost, *first):
-            return advance
-        return self._next_shape() or next(iter(advances), None)
+        if begun := self._waiting[None]:
+            return Advance(trial=min(begun), rung=0)
+        ladder = self._ladder()
+        return (
+            next((advance for step in ladder for advance in self._advances(step, among=self._lost)), None)
+            or next(self._advances(ladder[0], among=self._waiting[0]), None)
+            or self._next_shape()
+            or next((advance for step in ladder for advance in self._advances(step, among=self._waiting[step.rung])), None)
+        )
+
+    def _advances(self, step: _Step, *, among: Collection[int]) -> Iterator[Advance]:
+        """Those of some trials that wait at a rung and go on from it, best first."""
+        if among:
+            waiting = self._waiting[step.rung]
+            yield from (Advance(trial=number, rung=step.rung + 1) for number in step.promoted if number in among and number in waiting)
 
     def left_behind(self) -> list[int]:
         """Trials that wait at a rung from which no one will go up any more.
 
         Not before everything above has ended: a failure there frees a place for the best of those that wait.
         """
-        found: list[int] = []
+        found: dict[int, None] = {}
         for step in reversed(self._ladder()):
             if not step.complete or not all(self.trials[number].state.is_terminal or number in found for number in step.promoted):
                 break
-            waiting = [trial for trial in self.trials.values() if trial.state == TrialState.WAITING and trial.rung == step.rung]
-            found += [trial.number for trial in waiting if trial.number not in step.promoted]
-        return found
+            found |= dict.fromkeys(sorted(self._waiting[step.rung].difference(step.promoted)))
+        return list(found)
 
     def is_finished(self) -> bool:
         """No trial runs or waits, and no shape is left to propose."""

@@ -210,7 +210,7 @@ class FakeCluster:
         if preempted < chance.preempted:
             run.outcome, run.seconds = Outcome(succeeded=False, reason="worker_died", message="preempted"), run.seconds * float(generator.random())
         if run.outcome.succeeded:
-            run.outcome = Outcome(succeeded=True, result=_result(step, is_verified=unverified >= chance.unverified))
+            run.outcome = Outcome(succeeded=True, result=pretended_result(step, is_verified=unverified >= chance.unverified))
         return run
 
 
@@ -221,7 +221,8 @@ def trial_of(step: Step) -> int | None:
     return int(Path(step.request["trial_folder"]).name) if "trial_folder" in step.request else None
 
 
-def _result(step: Step, *, is_verified: bool) -> dict[str, Any]:
+def pretended_result(step: Step, *, is_verified: bool = True) -> dict[str, Any]:
+    """What a step would have returned."""
     request = step.request
     tasks = [task["name"] for task in request["spec"]["tasks"]]
     spec = parse_spec(json.dumps(request["spec"]))
