@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nas.errors import Conflict
 from nas.families import Architecture
 from nas.search import study
+from nas.search.pareto import best_first
 from nas.search.study import ExportedTrial, Observation, Proposal, choose_sampler, dimension_importances, export_study, propose
 from nas.shape import Shape
 from nas.space import Choices, SearchSpace
@@ -307,3 +308,22 @@ def test_importing_the_study_does_not_load_torch():
     code = "import sys, nas.search.study, nas.search.ranking; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+@pytest.mark.parametrize("num_costs", [0, 1])
+def test_of_many_observations_the_best_of_the_older_and_the_latest_decide(sampler, num_costs, monkeypatch):
+    shapes = list({shape.key: shape for shape in draws(60)}.values())[:40]
+    observed = [Observation(choices=SPACE.choices_of(shape), value=value_of(shape), costs=(float(shape.num_hidden_layers),) * num_costs) for shape in shapes]
+    older, latest = observed[:32], observed[32:]
+    order = best_first([(-one.value, *one.costs) for one in older]) if num_costs else sorted(range(32), key=lambda index: -older[index].value)
+    told = [older[index] for index in sorted(order[:4])] + latest
+
+    def asked(observations: list[Observation]) -> Proposal | None:
+        seen = {shape.key for shape in shapes}
+        return propose(SPACE, sampler=sampler, observations=observations, pending=(), seen=seen, number=40, seed=1, num_startup_trials=4)
+
+    expected = asked(told)
+    monkeypatch.setattr(study, "MAX_BEST_TOLD", 4)
+    monkeypatch.setattr(study, "MAX_LATEST_TOLD", 8)
+    assert asked(observed) == expected
