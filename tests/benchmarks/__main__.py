@@ -10,6 +10,8 @@
     signals     distillation from stored teacher signals against the teacher in the loop, beside the ceiling
     memory      peaks of real training steps beside the estimate
     slicing     what a student costs before its first step: time, memory, and a teacher that workers share
+    simulation  proposals per second at up to 10,000 finished trials, idle workers, and every promise of a search on pretended workers
+    dispatch    what it costs to hand a step to a worker, on a local Ray cluster of several nodes; one-thread training on all cores
     search      seconds per trial by step, in a search through the running service
 
 Every number is a ratio against a baseline in the same run, or a held-out loss; the goal stands beside it. Speed is printed and never fails
@@ -35,6 +37,8 @@ SECTIONS = {
     "signals": "signals",
     "memory": "memory",
     "slicing": "slicing",
+    "simulation": "simulation",
+    "dispatch": "dispatch",
     "search": "search_cost",
 }
 """Section -> module beside this one. Its `bench()` prints, and returns False where a claim does not hold."""

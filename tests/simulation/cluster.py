@@ -102,6 +102,11 @@ class FakeCluster:
     _tries: dict[tuple[str, int | None, int | None], int] = field(default_factory=dict)
 
     @property
+    def running(self) -> list[Run]:
+        """Those that have a worker."""
+        return list(self._running.values())
+
+    @property
     def num_running(self) -> int:
         return len(self._running) + len(self._waiting)
 
