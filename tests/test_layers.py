@@ -66,6 +66,7 @@ ROWS = (
     "nas.search.ranking",
     "nas.search.forecast",
     "nas.search.comparison",
+    "nas.search.costs",
     "nas.search.layout",
     "nas.search.shared",
     "nas.search.task_damage",

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nas.budget import measured_excess
 from nas.cost import count_parameters
 from nas.errors import Conflict
 from nas.search.confirmed import Confirmation
@@ -23,7 +24,7 @@ from nas.search.layout import clear_below, prepared_key
 from nas.search.ranking import CONTROL, Board
 from nas.search.results import RungResult
 from nas.settings import Settings
-from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchState, Stage, TrialState
+from nas.store.records import OVER_BUDGET, AttemptRecord, AttemptState, SearchRecord, SearchState, Stage, TrialState
 from nas.store.store import Store
 from nas.warm_start import Known, recall
 from workers.board import make_board
@@ -210,21 +211,32 @@ class Conductor:
     def _record_rung(self, attempt: AttemptRecord, number: int, result: dict[str, Any]) -> None:
         rung_result = RungResult.from_dict(result)
         is_last = rung_result.rung == self._run.last_rung
+        failure = self._over_budget(number, rung_result)
         self._store.record_rung(
             attempt.id,
             search_id=self.record.id,
             trial=number,
             rung=rung_result.rung,
             result=result,
-            trial_state=TrialState.COMPLETED if is_last else TrialState.WAITING,
+            trial_state=TrialState.STOPPED if failure else TrialState.COMPLETED if is_last else TrialState.WAITING,
+            failure=failure,
             fence=self._fence,
         )
         self._run.set_trial(self._store.get_trial(self.record.id, number))
         self._run.add_result(number, rung_result)
         # The next rung resumes this one's trunk; after the last, only the student is needed.
         clear_below(self.folder.trial(number), rung=rung_result.rung + 1 if is_last else rung_result.rung)
+        if failure:
+            self.folder.drop_trial(number)
         self._stop_left_behind()
         self._board_is_old = True
+
+    def _over_budget(self, number: int, result: RungResult) -> dict[str, Any] | None:
+        """Why a trial's measured costs end it, None if they do not. It is no failure of ours: the sampler learns it, and the search goes on."""
+        excess = measured_excess(self._run.spec.budgets[self._run.trials[number].budget], result.costs)
+        if not excess:
+            return None
+        return {"stage": f"rung {result.rung}", "reason": OVER_BUDGET, "message": "; ".join(map(str, excess)), "attempts": 1}
 
     # -- what failed -------------------------------------------------------------------------------------------------------
 
@@ -323,9 +335,15 @@ class Conductor:
             return
         self._save_board()
         if not any(trial.state is TrialState.COMPLETED for trial in run.trials.values()):
-            self.fail(reason="no_trial_completed", message="no trial reached the last rung; see the trials' failures")
+            self.fail(reason="no_trial_completed", message=self._why_none_completed())
             return
         self._move(SearchState.CONFIRMING, data={"reason": run.end_reason(), "legal_shapes": run.space.count(), "trials": len(run.trials)})
+
+    def _why_none_completed(self) -> str:
+        dear = [(trial.number, trial.failure) for trial in self._run.trials.values() if (trial.failure or {}).get("reason") == OVER_BUDGET]
+        first = f" (trial {dear[0][0]}: {(dear[0][1] or {})['message']})" if dear else ""
+        over = f"; {len(dear)} of {len(self._run.trials)} are over a measured ceiling{first}" if dear else ""
+        return f"no trial reached the last rung; see the trials' failures{over}"
 
     def _propose(self, new: NewTrial) -> None:
         run = self._run
@@ -344,7 +362,7 @@ class Conductor:
         if (known := self._run.known_result(action)) is not None and self._reuse(action, known):
             return
         trial = self._run.trials[action.trial]
-        request = {"shape": trial.shape, "rung": action.rung, "trial_folder": str(self.folder.trial(trial.number))}
+        request = {"shape": trial.shape, "rung": action.rung, "trial_folder": str(self.folder.trial(trial.number)), "budget": trial.budget}
         self._start("rung", trial=trial.number, rung=action.rung, request=request)
         self._run.set_trial(self._store.get_trial(self.record.id, trial.number))
 

@@ -130,7 +130,7 @@ class SearchRun:
             self._open.discard(number)
         else:
             self._open.add(number)
-        if trial.state is TrialState.FAILED:  # the places it held go to the next best
+        if trial.is_out:  # the places it held go to the next best
             for rung, standings in enumerate(self._standings):
                 if standings.pop(number, None) is not None:
                     self._promoted.pop(rung, None)
@@ -153,7 +153,7 @@ class SearchRun:
     def add_result(self, trial: int, result: RungResult) -> None:
         """Must be called in finish order: the sampler is fed in it."""
         self.results.setdefault(trial, {})[result.rung] = result
-        if result.rung < self.last_rung and self.trials[trial].state is not TrialState.FAILED:
+        if result.rung < self.last_rung and not self.trials[trial].is_out:
             self._standings[result.rung][trial] = self._standing(trial, result)
             self._promoted.pop(result.rung, None)
 
@@ -225,7 +225,8 @@ class SearchRun:
         return ladder
 
     def _may_arrive(self, number: int) -> bool:
-        return not self._is_forced(number) and self.trials[number].state not in (TrialState.FAILED, TrialState.CANCELLED)
+        trial = self.trials[number]
+        return not (self._is_forced(number) or trial.is_out or trial.state is TrialState.CANCELLED)
 
     def _has_arrived(self, number: int, *, rung: int) -> bool:
         deepest = self.trials[number].rung
@@ -352,7 +353,8 @@ class SearchRun:
     def _observations(self) -> list[Observation]:
         """What the sampler learns from: the deepest trained rung with num_startup_trials results, else the first, never a mixture of rungs.
 
-        The value is -log KL on the held-out blocks, projected. A failed shape counts as the worst seen: told as a failure, TPE asks for it again and again.
+        The value is -log KL on the held-out blocks, projected. A shape that failed or is over a measured ceiling counts as the worst seen: told as a failure,
+        TPE asks for it again and again.
         """
         searched = {number: choices for number in self.trials if self._is_searched(number) and (choices := self._choices_of_trial(number)) is not None}
         remembered: list[Observation] = []
@@ -370,8 +372,8 @@ class SearchRun:
             return []
         worst = min(observation.value for observation in known)
         dearest = tuple(max(costs) for costs in zip(*(observation.costs for observation in known), strict=True))
-        failed = [number for number in searched if self.trials[number].state == TrialState.FAILED]
-        told |= {number: Observation(choices=searched[number], value=worst, costs=dearest) for number in failed}
+        out = [number for number in searched if self.trials[number].is_out]
+        told |= {number: Observation(choices=searched[number], value=worst, costs=dearest) for number in out}
         return [*remembered, *told.values()]
 
     def _remembered(self, rung: int, *, without: Collection[Shape]) -> list[Observation]:

@@ -138,6 +138,7 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
                     device=device,
                     report=report_progress,
                     should_stop=should_stop,
+                    budget=request.get("budget", 0),
                 )
                 return result.as_dict()
             case "confirm":

@@ -29,6 +29,7 @@ from nas.compress.train_state import TrainState, load_trunk, sound_checkpoint
 from nas.errors import CorruptFile, NotFound, TaskUnavailable
 from nas.evaluate.scoring import MetricValue, TaskScore, score
 from nas.memory import TeacherMemory, rung_disk
+from nas.search.costs import closed_costs, measured_costs
 from nas.search.layout import PROBE, RECONSTRUCTION, STUDENT, rung_folder
 from nas.search.results import Metric, RungResult
 from nas.search.shared import Shared, load_shared, teacher_dtype
@@ -71,11 +72,13 @@ def run_rung(
     device: str,
     report: Callable[[Progress], None],
     should_stop: Callable[[], bool],
+    budget: int = 0,
 ) -> RungResult:
-    """Bring a shape to a rung and measure it there.
+    """Bring a shape to a rung and measure it there; at rung 0 also its latency under the budget's workloads, which no training changes.
 
     Args:
         prepared: folder of the prepare step.
+        budget: index of the one that the shape was proposed for.
         folder: the trial's own, the same for all its rungs and attempts.
     Raises:
         Diverged: the loss or a score is not finite. Stopped: asked to; the state is saved.
@@ -103,13 +106,26 @@ def run_rung(
         tokens = distilled.tokens
     clock.lap("distil")
     result = measure(
-        spec, inputs=inputs, prepared=prepared, model=student, device=device, rung=rung, tokens=tokens, held_out=False, with_tasks=spec.scores_tasks(rung)
+        spec,
+        inputs=inputs,
+        prepared=prepared,
+        model=student,
+        device=device,
+        rung=rung,
+        tokens=tokens,
+        held_out=False,
+        with_tasks=spec.scores_tasks(rung),
+        budget=budget,
     )
+    costs = dict(result.costs)
     clock.lap("evaluate")
+    if rung == 0:
+        costs |= measured_costs(student, workloads=spec.budgets[budget].latency, dtype=teacher_dtype(spec, device=device))
+        clock.lap("latency")
     if rung == spec.rungs.num_trained:
         _save_student(student, shared=shared, folder=folder)
     clock.lap("save")
-    return RungResult(**{**_fields(result), "seconds": seconds, "reconstruction": None if reconstruction is None else asdict(reconstruction)})
+    return RungResult(**{**_fields(result), "seconds": seconds, "reconstruction": None if reconstruction is None else asdict(reconstruction), "costs": costs})
 
 
 def start_student(spec: SearchSpec, *, shared: Shared, shape: Shape, folder: Path, device: str) -> tuple[PreTrainedModel, Reconstruction | None]:
@@ -175,6 +191,7 @@ def measure(
     tokens: int,
     held_out: bool,
     with_tasks: bool,
+    budget: int = 0,
 ) -> RungResult:
     """KL and loss on the validation blocks, and lm-eval on the tasks: on the rungs' documents, or on those that no rung sees."""
     shared = load_shared(spec, inputs=inputs, prepared=prepared, device=device)
@@ -197,7 +214,8 @@ def measure(
             if not math.isfinite(tasks[name].value):
                 raise Diverged(step=0, tokens=tokens, what=f"{metric} of task {name}")
         details = {name: {key: _finite(value) for key, value in task.metrics.items()} for name, task in scores.tasks.items()}
-    return RungResult(rung=rung, tokens=tokens, kl=kl, loss=loss, tasks=tasks, parameters=_count(model), seconds={}, details=details)
+    costs = closed_costs(model, workload=spec.budgets[budget].workload)
+    return RungResult(rung=rung, tokens=tokens, kl=kl, loss=loss, tasks=tasks, parameters=_count(model), seconds={}, details=details, costs=costs)
 
 
 def _finite(value: MetricValue) -> dict[str, Any]:

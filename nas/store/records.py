@@ -20,6 +20,10 @@ Json = dict[str, Any]
 Stage = Literal["prepare", "rung", "confirm", "bundle"]
 
 
+OVER_BUDGET = "over_budget"
+"""Reason of a trial that was stopped because a measured cost is above its ceiling."""
+
+
 class SearchState(StrEnum):
     """Where a search stands; it moves down this list, and never out of one of the last three."""
 
@@ -46,7 +50,7 @@ class TrialState(StrEnum):
     COMPLETED = "completed"
     """Reached the last rung."""
     STOPPED = "stopped"
-    """Not promoted, or over a ceiling that is measured: its failure then has the reason `over_budget`."""
+    """Not promoted, or over a ceiling that is measured: its failure then has the reason `OVER_BUDGET`."""
     FAILED = "failed"
     CANCELLED = "cancelled"
 
@@ -167,6 +171,11 @@ class TrialRecord:
     updated_at: datetime
     budget: int = 0
     """Index among the search's budgets (`SearchSpec.budgets`) of the one it was proposed for."""
+
+    @property
+    def is_out(self) -> bool:
+        """It failed or is over a measured ceiling: it takes no place from others, and the sampler learns the worst of it."""
+        return self.state is TrialState.FAILED or (self.failure or {}).get("reason") == OVER_BUDGET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -605,3 +605,34 @@ def test_a_search_that_starts_from_another_trains_no_shape_twice(service: Servic
     tokens = spec.rungs.tokens(2) * len(from_start) + sum(spec.trained_tokens(step.request["rung"]) for step in trained if step not in from_start)
     assert search.board is not None
     assert search.board["cost"]["tokens"] == tokens
+
+
+def test_a_shape_over_a_latency_ceiling_ends_at_rung_0_and_is_no_failure(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake_costs(model: Any, **_: Any) -> dict[str, float]:
+        return {"decode_ms:chat": 1.0 + (model.config.num_hidden_layers > 1), "prefill_ms:chat": 1.0}
+
+    monkeypatch.setattr("nas.search.trial.measured_costs", fake_costs)
+    chat = {"name": "chat", "prompt_tokens": 4, "new_tokens": 2, "max_decode_ms": 1.5}
+    space = {"num_hidden_layers": {"min": 1}}
+    search = service.run(service.submit(budget={"max_fraction": 0.9, "latency": [chat]}, space=space, limits={"max_failed_trials": 1}))
+
+    trials = {trial.number: trial for trial in service.store.list_trials(search.id)}
+    dear = [trial for trial in trials.values() if trial.shape["num_hidden_layers"] > 1]
+    assert search.state is SearchState.SUCCEEDED
+    assert search.winner is not None
+    assert trials[search.winner["trial"]].shape["num_hidden_layers"] == 1
+    assert dear
+    assert {(trial.state, trial.rung) for trial in dear} == {(TrialState.STOPPED, 0)}
+    assert {trial.failure["message"] for trial in dear if trial.failure} == {"decode_ms:chat: expected at most 1.5 ms, got 2 ms"}
+    rows = {row["number"]: row["costs"] for row in search.board["rows"]} if search.board else {}
+    assert all({"parameters", "memory_bytes", "flops_per_token", "decode_ms:chat", "prefill_ms:chat"} == costs.keys() for costs in rows.values())
+
+
+def test_a_search_whose_shapes_are_all_too_slow_says_so(service: Service) -> None:
+    chat = {"name": "chat", "prompt_tokens": 4, "new_tokens": 2, "max_prefill_ms": 1e-6}
+    search = service.run(service.submit(budget={"max_fraction": 0.7, "latency": [chat]}, sampler={"max_trials": 1}))
+
+    assert search.state is SearchState.FAILED
+    assert search.error is not None
+    assert search.error["reason"] == "no_trial_completed"
+    assert "over a measured ceiling (trial 0: prefill_ms:chat: expected at most 1e-06 ms" in search.error["message"]

@@ -18,7 +18,7 @@ from nas.search import study
 from nas.search.results import Metric, RungResult
 from nas.search.rungs import Standing, project, projected_spread, promotable
 from nas.spec import dump_spec, parse_spec
-from nas.store.records import AttemptRecord, AttemptState, RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, utc_now
+from nas.store.records import OVER_BUDGET, AttemptRecord, AttemptState, RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, utc_now
 from workers import search_run
 from workers.search_run import Advance, NewTrial, SearchRun
 
@@ -124,7 +124,7 @@ class Simulation:
         )
         self.run.set_trial(trial)
 
-    def finish(self, index: int, *, fails: bool = False) -> None:
+    def finish(self, index: int, *, fails: bool = False, is_dear: bool = False) -> None:
         step = self.running.pop(index % len(self.running))
         if fails:
             self.set_state(step.trial, state=TrialState.FAILED)
@@ -133,7 +133,10 @@ class Simulation:
             sequence = len(self.rungs) + 1
             self.rungs.append(RungRecord(search_id="srch_1", trial=step.trial, rung=step.rung, sequence=sequence, result=result.as_dict(), finished_at=NOW))
             state = TrialState.COMPLETED if step.rung == self.run.last_rung else TrialState.WAITING
-            self.set_state(step.trial, state=state, rung=step.rung)
+            if is_dear:
+                self.set_state(step.trial, state=TrialState.STOPPED, rung=step.rung, failure={"reason": OVER_BUDGET})
+            else:
+                self.set_state(step.trial, state=state, rung=step.rung)
             self.run.add_result(step.trial, result)
         self.stop_left_behind()
 
@@ -548,3 +551,24 @@ def test_with_several_objectives_every_sampler_is_told_the_costs(sampler: str, m
     last = {observation.costs for observation in told[-1]}
     assert last <= {(float(trial.parameters),) for trial in simulation.run.trials.values()}
     assert len(last) > 1
+
+
+def test_a_shape_over_a_measured_ceiling_takes_no_place_and_is_learnt_as_the_worst() -> None:
+    """The same search with its dear shapes as failed ones: who goes on, and what the sampler is asked for, are the same."""
+    dear, failed = (Simulation(make_record(sampler={"name": "tpe", "max_trials": 12, "num_startup_trials": 4})) for _ in range(2))
+    for simulation, how in ((dear, {"is_dear": True}), (failed, {"fails": True})):
+        for _ in range(500):
+            simulation.fill(parallel=1)
+            if not simulation.running:
+                break
+            step = simulation.running[0]
+            is_hit = step.rung == 0 and simulation.run.shape_of(step.trial).num_hidden_layers == 4
+            simulation.finish(0, **(how if is_hit else {}))
+
+    out = [number for number, trial in dear.run.trials.items() if trial.is_out]
+    assert out
+    assert all(dear.run.reached[number] == 0 for number in out)
+    assert [new.shape for new in dear.proposals] == [new.shape for new in failed.proposals]
+    assert dear.run.reached == failed.run.reached
+    assert dear.run._observations() == failed.run._observations() == dear.rebuilt()._observations()
+    assert dear.run.is_finished()
