@@ -82,6 +82,15 @@ def rung_work(spec: SearchSpec, *, searched: int, forced: int) -> list[RungWork]
     return work
 
 
+def total_work(spec: SearchSpec, *, plans: Sequence[Mapping[str, Any]]) -> list[RungWork]:
+    """The rungs of all budgets together, each budget with what it searches (`searched`, `forced`)."""
+    works = [rung_work(spec, searched=plan["searched"], forced=plan["forced"]) for plan in plans]
+    return [
+        RungWork(rung=steps[0].rung, expected=sum(step.expected for step in steps), at_most=sum(step.at_most for step in steps), tokens=steps[0].tokens)
+        for steps in zip(*works, strict=True)
+    ]
+
+
 def _promoted(trials: int, *, rung: int, spec: RungSpec) -> int:
     return min(trials, math.ceil((spec.keep_untrained if rung == 0 else spec.keep) * trials - 1e-9))
 

@@ -12,7 +12,7 @@ from nas.budget import limits
 from nas.compress.train_plan import trunk_rate
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem
-from nas.estimate import RungWork, Speed, describe_space, estimate_seconds, explain_shape, rung_work, task_work
+from nas.estimate import Speed, describe_space, estimate_seconds, explain_shape, task_work, total_work
 from nas.families import Architecture, read_architecture
 from nas.memory import TeacherMemory, Training, inference_memory, least_training_memory, preparation_disk, rung_disk, training_memory
 from nas.shape import Shape
@@ -86,7 +86,7 @@ def estimate_time(submission: Submission, *, spec: SearchSpec, speed: SpeedRecor
     architecture = read_architecture(submission.inputs["teacher"]["config"])
     spaces = build_spaces(spec, architecture=architecture)
     tasks = task_work(spec, cards=[task["card"] for task in submission.inputs["tasks"]], vocab_size=architecture.vocab_size)
-    work = _work(spec, budgets=submission.plan["budgets"])
+    work = total_work(spec, plans=submission.plan["budgets"])
     return {
         "worker": worker,
         "known": True,
@@ -198,7 +198,7 @@ def _plan(spec: SearchSpec, *, spaces: tuple[SearchSpace, ...]) -> dict[str, Any
         _describe_budget(spec, space=space, named=[shape for shape, of in zip(spec.shapes, named, strict=True) if of == index])
         for index, space in enumerate(spaces)
     ]
-    work = _work(spec, budgets=budgets)
+    work = total_work(spec, plans=budgets)
     trials = sum(budget["searched"] for budget in budgets) + len(budgets) * spec.controls.num_random
     learning_rate, rate_follows_loss = trunk_rate(spec.distillation.learning_rate, teacher_hidden_size=architecture.shape.hidden_size)
     trained = sum(spec.trained_tokens(rung) for rung in range(len(rungs)))
@@ -238,12 +238,6 @@ def _describe_budget(spec: SearchSpec, *, space: SearchSpace, named: list[Shape]
         "searched": max(min(spec.sampler.max_trials, space.count() + at_least), at_least),
         "forced": len({*anchors.values(), *named}),
     }
-
-
-def _work(spec: SearchSpec, *, budgets: list[dict[str, Any]]) -> list[RungWork]:
-    """The rungs of all budgets together."""
-    works = [rung_work(spec, searched=budget["searched"], forced=budget["forced"]) for budget in budgets]
-    return [replace(steps[0], expected=sum(step.expected for step in steps), at_most=sum(step.at_most for step in steps)) for steps in zip(*works, strict=True)]
 
 
 def _needs(spec: SearchSpec, *, spaces: tuple[SearchSpace, ...], trials: int) -> dict[str, Any]:

@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from nas.budget import measured_excess
-from nas.cost import count_parameters
 from nas.errors import Conflict
 from nas.search.confirmed import Confirmation
 from nas.search.layout import clear_below, prepared_key
 from nas.search.ranking import CONTROL, Board
 from nas.search.results import RungResult
 from nas.settings import Settings
-from nas.store.records import OVER_BUDGET, AttemptRecord, AttemptState, SearchRecord, SearchState, Stage, TrialState
+from nas.store.records import OVER_BUDGET, AttemptRecord, AttemptState, SearchRecord, SearchState, Stage, TrialState, all_winners
 from nas.store.store import Store
 from nas.warm_start import Known, recall
 from workers.board import make_board
 from workers.executor import Executor
+from workers.family import Family
 from workers.folders import SearchFolder
 from workers.progress import ProgressReader, make_point
-from workers.search_run import Advance, NewTrial, SearchRun
+from workers.search_run import Advance, NewTrial
 from workers.step import RESULT, STOP, Outcome, Step, read_outcome
 
 logger = logging.getLogger(__name__)
@@ -102,9 +102,9 @@ class Conductor:
     def _load(self) -> None:
         search_id = self.record.id
         trials, rungs, attempts = self._store.list_trials(search_id), self._store.list_rungs(search_id), self._store.list_attempts(search_id)
-        self._run = SearchRun(self.record, trials=trials, rungs=rungs, attempts=attempts, memory=recall(self.record, store=self._store))
-        self._final_board: Board | None = None
-        """While confirming: the board with what was confirmed so far."""
+        self._run = Family(self.record, trials=trials, rungs=rungs, attempts=attempts, memory=recall(self.record, store=self._store))
+        self._final_boards: tuple[Board, ...] | None = None
+        """While confirming: the board of each budget with what was confirmed so far."""
         self._confirmations = {number: Confirmation.from_dict(found) for number, found in self._store.list_confirmations(search_id).items()}
         self._board_is_old = bool(self._run.results)
 
@@ -144,7 +144,7 @@ class Conductor:
                 self._start("prepare", request={})
             case SearchState.SEARCHING:
                 self._search()
-            case SearchState.CONFIRMING if self.record.winner is not None:
+            case SearchState.CONFIRMING if self.record.winner is not None and not self._run.spec.more_budgets:
                 self._save_board()
                 self._end(SearchState.SUCCEEDED)
             case SearchState.CONFIRMING:
@@ -202,11 +202,19 @@ class Conductor:
                 assert number is not None
                 self._save_confirmation(attempt.id, number, confirmation=result)
             case "bundle":
-                winner = {**result, "bundle": str(Path(result["bundle"]).relative_to(self._leader.settings.data_folder))}
-                self._store.save_winner(search_id, winner, fence=self._fence)
+                assert number is not None
+                self._record_winner(number, result)
                 self._store.finish_attempt(attempt.id, state=AttemptState.SUCCEEDED, reason=None, fence=self._fence)
         if attempt.stage in ("prepare", "bundle"):
             self.record = self._store.get_search(search_id)
+
+    def _record_winner(self, number: int, result: dict[str, Any]) -> None:
+        """The first winner is the search's, those of the other budgets are kept with it."""
+        bundle = str(Path(result["bundle"]).relative_to(self._leader.settings.data_folder))
+        winner, first = {**result, "bundle": bundle, "budget": self._run.trials[number].budget}, self._store.get_search(self.record.id).winner
+        if first is not None:
+            winner = {**first, "more": [*first.get("more", ()), winner]}
+        self._store.save_winner(self.record.id, winner, fence=self._fence)
 
     def _record_rung(self, attempt: AttemptRecord, number: int, result: dict[str, Any]) -> None:
         rung_result = RungResult.from_dict(result)
@@ -337,7 +345,8 @@ class Conductor:
         if not any(trial.state is TrialState.COMPLETED for trial in run.trials.values()):
             self.fail(reason="no_trial_completed", message=self._why_none_completed())
             return
-        self._move(SearchState.CONFIRMING, data={"reason": run.end_reason(), "legal_shapes": run.space.count(), "trials": len(run.trials)})
+        legal = sum(one.space.count() for one in run.runs)
+        self._move(SearchState.CONFIRMING, data={"reason": run.end_reason(), "legal_shapes": legal, "trials": len(run.trials)})
 
     def _why_none_completed(self) -> str:
         dear = [(trial.number, trial.failure) for trial in self._run.trials.values() if (trial.failure or {}).get("reason") == OVER_BUDGET]
@@ -353,7 +362,8 @@ class Conductor:
             origin=new.origin,
             shape=new.shape.as_dict(),
             choices=new.choices.as_dict() if new.choices else None,
-            parameters=count_parameters(run.space.architecture, new.shape).total,
+            parameters=run.runs[new.budget].space.parameters(new.shape),
+            budget=new.budget,
             fence=self._fence,
         )
         run.set_trial(trial)
@@ -381,11 +391,11 @@ class Conductor:
         return True
 
     def _confirm(self) -> None:
-        """Confirm every finalist and what the board compares with, then bundle the winner."""
+        """Confirm every finalist and what the board compares with, then bundle the winner of each budget that has one."""
         run = self._run
-        board = self._final_board = self._final_board or run.board(self.record.prepared or {}, confirmations=self._confirmations)
+        boards = self._final_boards = self._final_boards or run.boards(self.record.prepared or {}, confirmations=self._confirmations)
         busy = {running.attempt.trial for running in self.running.values()}
-        for number in run.to_confirm(board):
+        for number in run.to_confirm(boards):
             if len(self.running) >= run.spec.resources.max_parallel_trials:
                 return
             if number not in self._confirmations and number not in busy:
@@ -395,12 +405,15 @@ class Conductor:
         if self.running:
             return
         self._save_board()
-        if board.winner is None:
+        bundled = {winner["budget"] for winner in all_winners(self.record)}
+        if (missing := next((board.winner for budget, board in enumerate(boards) if board.winner is not None and budget not in bundled), None)) is not None:
+            self._start("bundle", trial=missing, request=self._bundle_request(missing))
+        elif bundled:
+            self._end(SearchState.SUCCEEDED)
+        else:
             refused = [number for number, confirmation in self._confirmations.items() if not confirmation.verified]
             reasons = "; ".join(f"trial {number}: {(run.trials[number].confirmation or {}).get('reason')}" for number in refused[:3])
             self.fail(reason="no_finalist_verified", message=reasons)
-            return
-        self._start("bundle", trial=board.winner, request=self._bundle_request(board.winner))
 
     def _bundle_request(self, number: int) -> dict[str, Any]:
         run = self._run
@@ -409,7 +422,7 @@ class Conductor:
             "trial": number,
             "shape": run.trials[number].shape,
             "trial_folder": str(self.folder.trial(number)),
-            "bundle_folder": str(self.folder.winner),
+            "bundle_folder": str(self.folder.winner(budget=run.trials[number].budget)),
             "result": run.results[number][run.last_rung].as_dict(),
             "confirmation": run.trials[number].confirmation,
             "board": self._board(),
@@ -459,7 +472,7 @@ class Conductor:
     def _save_confirmation(self, attempt_id: str | None, number: int, *, confirmation: dict[str, Any]) -> None:
         self._store.save_confirmation(attempt_id, search_id=self.record.id, trial=number, confirmation=confirmation, fence=self._fence)
         self._run.set_trial(self._store.get_trial(self.record.id, number))
-        self._confirmations[number], self._final_board = Confirmation.from_dict(confirmation), None
+        self._confirmations[number], self._final_boards = Confirmation.from_dict(confirmation), None
         self._board_is_old = True
 
     def _save_board(self) -> None:

@@ -3,7 +3,7 @@
 trials/N/          a trial's checkpoints and its student, until the trial or the search has ended; that of a verified finalist stays, to
                    be bundled (`nas bundle`), and for searches that start from this one
 attempts/ID/       an attempt's mailbox (see step.py), until the search has ended; that of a failed attempt stays, for its log
-winner/            the bundle
+winner/            the bundle; those of further budgets beside it: winner-1/, ...
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ class SearchFolder:
     def attempt(self, attempt_id: str) -> Path:
         return self.path / "attempts" / attempt_id
 
-    @property
-    def winner(self) -> Path:
-        return self.path / "winner"
+    def winner(self, *, budget: int) -> Path:
+        return self.path / (f"winner-{budget}" if budget else "winner")
 
     def drop_trial(self, number: int) -> None:
         """A trial that ended without a student worth keeping."""

@@ -41,6 +41,8 @@ class NewTrial:
     origin: str
     shape: Shape
     choices: Choices | None
+    budget: int = 0
+    """Index of the budget that proposes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ class _Step:
 
 
 class SearchRun:
-    """The search's state between two decisions; `set_trial`, `add_start` and `add_result` keep it in step with the store.
+    """One budget of a search between two decisions (`workers/family.py` holds all); `set_trial`, `add_start` and `add_result` keep it in step with the store.
 
     A decision must cost about the same after ten thousand trials as after ten, so what it reads is indexed as it arrives, and who goes on from a
     rung is computed again only when something came that can change it. All of it follows from the store's content, in whatever steps it came.
@@ -76,14 +78,18 @@ class SearchRun:
         rungs: Sequence[RungRecord],
         attempts: Sequence[AttemptRecord],
         memory: Memory | None = None,
+        budget: int = 0,
+        seen: set[str] | None = None,
     ) -> None:
+        """All rows are of this budget's trials. `seen`: keys of every proposed shape, a set that the budgets of one search share and add to."""
         self.id = record.id
+        self._budget = budget
         self.inputs, self.plan = record.inputs, record.plan
         self.spec = parse_spec(json.dumps(record.spec))
-        self.space = build_space(self.spec, inputs=record.inputs)
+        self.space = build_space(self.spec, inputs=record.inputs, budget=budget)
         self._memory = memory or Memory()
         anchors = self.space.anchors() if self.spec.controls.anchors else {}
-        self._named = [*((f"anchor:{name}", shape) for name, shape in anchors.items()), *(("user", shape) for shape in self.spec.shapes)]
+        self._named = [*((f"anchor:{name}", shape) for name, shape in anchors.items()), *(("user", shape) for shape in self._shapes_of_user())]
         self._trials: dict[int, TrialRecord] = {}
         self.trials: Mapping[int, TrialRecord] = MappingProxyType(self._trials)
         """By number; changed by `set_trial` alone."""
@@ -91,7 +97,7 @@ class SearchRun:
         self.reached: dict[int, int] = {}
         """Deepest rung of a trial that was ever started, however it ended."""
         self._shapes: dict[int, Shape] = {}
-        self._seen: set[str] = set()
+        self._seen = seen if seen is not None else set()
         self._choices: dict[Shape, Choices | None] = {}
         self._num_searched = 0
         self._open: set[int] = set()
@@ -156,6 +162,12 @@ class SearchRun:
         if result.rung < self.last_rung and not self.trials[trial].is_out:
             self._standings[result.rung][trial] = self._standing(trial, result)
             self._promoted.pop(result.rung, None)
+
+    def _shapes_of_user(self) -> list[Shape]:
+        """Those that fit this budget, and none before it."""
+        before = [build_space(self.spec, inputs=self.inputs, budget=earlier) for earlier in range(self._budget)]
+        left = [shape for shape in self.spec.shapes if all(space.explain(shape) for space in before)]
+        return [shape for shape in left if not self.space.explain(shape)] if self.spec.more_budgets else left
 
     @property
     def last_rung(self) -> int:
@@ -316,13 +328,13 @@ class SearchRun:
             seed=self.spec.seed,
             num_startup_trials=self.spec.sampler.num_startup_trials,
         )
-        return NewTrial(origin="sampler", shape=proposal.shape, choices=proposal.choices) if proposal else None
+        return NewTrial(origin="sampler", shape=proposal.shape, choices=proposal.choices, budget=self._budget) if proposal else None
 
     def _next_named(self) -> NewTrial | None:
         """The next anchor or shape of the user's; they are evaluated even where they are more than max_trials."""
         for origin, shape in self._named:
             if shape.key not in self._seen:
-                return NewTrial(origin=origin, shape=shape, choices=self._choices_of(shape))
+                return NewTrial(origin=origin, shape=shape, choices=self._choices_of(shape), budget=self._budget)
         return None
 
     def _next_control(self) -> NewTrial | None:
@@ -333,9 +345,9 @@ class SearchRun:
         for _ in range(1000):
             shape = self.space.draw(generator)
             if shape.key not in self._seen:
-                return NewTrial(origin=CONTROL, shape=shape, choices=None)
+                return NewTrial(origin=CONTROL, shape=shape, choices=None, budget=self._budget)
         unseen = next((shape for shape in self.space.shapes() if shape.key not in self._seen), None)
-        return NewTrial(origin=CONTROL, shape=unseen, choices=None) if unseen else None
+        return NewTrial(origin=CONTROL, shape=unseen, choices=None, budget=self._budget) if unseen else None
 
     def _num_controls(self) -> int:
         return sum(trial.origin == CONTROL for trial in self.trials.values())

@@ -231,6 +231,14 @@ class EventRecord:
     created_at: datetime
 
 
+def all_winners(search: SearchRecord) -> list[Json]:
+    """The winner of each budget that has one, by `budget`: the search's own, and what it keeps of the further budgets under `more`."""
+    if search.winner is None:
+        return []
+    first = {name: value for name, value in search.winner.items() if name != "more"}
+    return sorted([{"budget": 0, **first}, *search.winner.get("more", ())], key=lambda winner: int(winner["budget"]))
+
+
 def new_id(prefix: str) -> str:
     """A new identifier that sorts by the time of its making, to the nanosecond: `srch_18a3...`."""
     return f"{prefix}_{time.time_ns():016x}{secrets.token_hex(6)}"

@@ -18,7 +18,7 @@ from nas.errors import Conflict, Fenced
 from nas.search import confirm
 from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
-from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchState, TrialState
+from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchState, TrialState, all_winners
 from nas.store.store import Store
 from nas.submission import check_submission
 from workers import conductor as conductor_module
@@ -636,3 +636,23 @@ def test_a_search_whose_shapes_are_all_too_slow_says_so(service: Service) -> Non
     assert search.error is not None
     assert search.error["reason"] == "no_trial_completed"
     assert "over a measured ceiling (trial 0: prefill_ms:chat: expected at most 1e-06 ms" in search.error["message"]
+
+
+def test_a_family_has_a_winner_and_a_bundle_for_each_budget(service: Service) -> None:
+    """The first budget's board is the search's; each of the others has its own board, ranks and winner."""
+    search = service.run(service.submit(budget={"max_fraction": 0.8}, more_budgets=[{"max_fraction": 0.5}], sampler={"name": "random", "max_trials": 2}))
+
+    assert search.state is SearchState.SUCCEEDED, search.error
+    assert search.board is not None
+    assert search.winner is not None
+    trials = {trial.number: trial for trial in service.store.list_trials(search.id)}
+    boards = [search.board, *search.board["more_budgets"]]
+    winners = all_winners(search)
+    assert [winner["budget"] for winner in winners] == [0, 1]
+    assert [winner["trial"] for winner in winners] == search.board["winners"] == [board["winner"] for board in boards]
+    for budget, (board, winner) in enumerate(zip(boards, winners, strict=True)):
+        assert {trials[row["number"]].budget for row in board["rows"]} == {budget}
+        assert board["rows"][0]["rank"] == 1
+        assert (service.settings.data_folder / winner["bundle"]).is_file()
+    assert winners[1]["parameters"] <= 0.5 * search.plan["teacher_parameters"] < winners[0]["parameters"]
+    assert search.board["cost"]["decisions"][0]["trials"] == len(trials)
