@@ -43,7 +43,7 @@ from nas.search.results import RungResult
 from nas.settings import Settings
 from nas.shape import Shape
 from nas.spec import dump_spec, parse_spec
-from nas.store.records import EventRecord, SearchRecord, SearchState
+from nas.store.records import EventRecord, SearchRecord, SearchState, all_winners
 from nas.store.store import Store
 from nas.submission import ask_about, check_submission, estimate_time
 
@@ -257,6 +257,9 @@ def read_trial(search: SearchDep, number: TrialNumber, store: StoreDep) -> Trial
     )
 
 
+BudgetIndex = Annotated[int, Query(ge=0, le=15, description="Which budget of a search that has several: 0 the first, 1 the first of `more_budgets`, ...")]
+
+
 @router.get(
     "/searches/{search_id}/leaderboard",
     tags=["results"],
@@ -265,9 +268,9 @@ def read_trial(search: SearchDep, number: TrialNumber, store: StoreDep) -> Trial
     response_model=LeaderboardAnswer,
     responses={**csv_answer(), **problems(404, 422)},
 )
-def read_leaderboard(search: SearchDep, format: Annotated[Literal["json", "csv"], Query()] = "json") -> Any:
-    """The board as it stands; empty before the first result."""
-    board = leaderboard(search)
+def read_leaderboard(search: SearchDep, format: Annotated[Literal["json", "csv"], Query()] = "json", budget: BudgetIndex = 0) -> Any:
+    """The board as it stands, of one budget of the search; empty before the first result."""
+    board = leaderboard(search, budget=budget)
     if format == "json":
         return board
     text = leaderboard_csv(board, task_names=[task["name"] for task in search.spec["tasks"]])
@@ -352,10 +355,11 @@ def _frame(event: EventRecord) -> ServerSentEvent:
 
 
 @router.get("/searches/{search_id}/winner", tags=["results"], operation_id="get_winner", summary="Get the winner", responses=problems(404, 409))
-def read_winner(search: SearchDep) -> WinnerAnswer:
+def read_winner(search: SearchDep, budget: BudgetIndex = 0) -> WinnerAnswer:
     """The winning shape with its config, provenance and scores. 409 until the search has succeeded."""
-    winner = {name: value for name, value in _winner(search).items() if name != "bundle"}
-    return WinnerAnswer.model_validate({**winner, "search": search.id, "bundle_url": f"/v1/searches/{search.id}/winner/bundle"})
+    winner = {name: value for name, value in _winner(search, budget=budget).items() if name != "bundle"}
+    query = f"?budget={budget}" if budget else ""
+    return WinnerAnswer.model_validate({**winner, "search": search.id, "bundle_url": f"/v1/searches/{search.id}/winner/bundle{query}"})
 
 
 @router.get(
@@ -370,9 +374,9 @@ def read_winner(search: SearchDep) -> WinnerAnswer:
         **problems(404, 409),
     },
 )
-def download_bundle(search: SearchDep, request: Request, settings: Annotated[Settings, Depends(get_settings)]) -> Response:
+def download_bundle(search: SearchDep, request: Request, settings: Annotated[Settings, Depends(get_settings)], budget: BudgetIndex = 0) -> Response:
     """The winner as one tar file: weights, tokenizer, shape, kept indices, recipe, model card."""
-    winner = _winner(search)
+    winner = _winner(search, budget=budget)
     folder = settings.data_folder.resolve()
     path = (folder / winner["bundle"]).resolve()
     if not path.is_relative_to(folder) or not path.is_file():
@@ -383,7 +387,10 @@ def download_bundle(search: SearchDep, request: Request, settings: Annotated[Set
     return FileResponse(path, media_type="application/x-tar", filename=f"{search.id}.tar", headers={"ETag": etag})
 
 
-def _winner(search: SearchRecord) -> dict[str, Any]:
+def _winner(search: SearchRecord, *, budget: int) -> dict[str, Any]:
     if search.winner is None:
         raise Conflict(f"search {search.id}: expected the state succeeded, got {search.state}; there is no winner yet")
-    return search.winner
+    winners = {winner["budget"]: winner for winner in all_winners(search)}
+    if budget not in winners:
+        raise NotFound(f"budget: expected one that has a winner ({', '.join(map(str, winners))}), got {budget}")
+    return winners[budget]

@@ -245,6 +245,8 @@ class TrialAnswer(Answer):
     origin: str
     """`sampler`, `anchor:<name>`, `user` (named in the spec) or `control` (random, never the winner)."""
     shape: Shape
+    budget: int = 0
+    """Index of the search's budget that it was proposed for."""
     parameters: int
     state: TrialState
     rung: int | None
@@ -338,6 +340,10 @@ class LeaderboardAnswer(Answer):
     object: Literal["leaderboard"] = "leaderboard"
     search: str
     state: SearchState
+    budget: int = 0
+    """Index of the search's budget that this is the board of; cost and baselines are of the whole search."""
+    winners: list[int | None] = Field(default_factory=list)
+    """The winner of each budget, null where there is none yet."""
     rows: list[LeaderboardRow]
     leader: int | None = None
     """The first finalist until there is a winner, then the winner."""

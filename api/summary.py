@@ -22,6 +22,7 @@ from api.schemas import (
     SearchSummary,
     TrialAnswer,
 )
+from nas.errors import NotFound
 from nas.shape import Shape
 from nas.store.records import RungRecord, SearchRecord, SearchState, TrialRecord, TrialState
 
@@ -120,6 +121,7 @@ def describe_trial(trial: TrialRecord) -> TrialAnswer:
         origin=trial.origin,
         shape=Shape.from_dict(trial.shape),
         parameters=trial.parameters,
+        budget=trial.budget,
         state=trial.state,
         rung=trial.rung,
         failure=trial.failure,
@@ -148,11 +150,19 @@ def _without_documents(metric: Mapping[str, Any]) -> dict[str, Any]:
     return {name: metric[name] for name in ("value", "standard_error", "higher_is_better")}
 
 
-def leaderboard(search: SearchRecord) -> LeaderboardAnswer:
-    """The stored board, or an empty one before the first result."""
-    board = search.board or {"rows": []}
+def leaderboard(search: SearchRecord, *, budget: int = 0) -> LeaderboardAnswer:
+    """The stored board of one budget, or an empty one before the first result; its cost is that of the whole search.
+
+    Raises:
+        NotFound: the search has no such budget.
+    """
+    if budget > (more := len(search.spec.get("more_budgets", ()))):
+        raise NotFound(f"budget: expected one of the search's, 0 to {more}, got {budget}")
+    whole = dict(search.board or {})
+    boards = [whole, *whole.pop("more_budgets", ())]
+    board = {"rows": [], **whole, **boards[budget]} if budget < len(boards) else {"rows": []}
     cost = describe_cost(board) if "cost" in board else None
-    return LeaderboardAnswer.model_validate({**board, "cost": cost, "search": search.id, "state": search.state})
+    return LeaderboardAnswer.model_validate({**board, "cost": cost, "budget": budget, "search": search.id, "state": search.state})
 
 
 def leaderboard_csv(board: LeaderboardAnswer, *, task_names: Sequence[str]) -> str:

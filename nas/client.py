@@ -87,31 +87,32 @@ class Client:
     def trial(self, search_id: str, number: int) -> dict[str, Any]:
         return self._ask("GET", f"/v1/searches/{search_id}/trials/{number}")
 
-    def leaderboard(self, search_id: str) -> dict[str, Any]:
-        return self._ask("GET", f"/v1/searches/{search_id}/leaderboard")
+    def leaderboard(self, search_id: str, *, budget: int = 0) -> dict[str, Any]:
+        """The board of one of the search's budgets."""
+        return self._ask("GET", f"/v1/searches/{search_id}/leaderboard", params={"budget": budget})
 
-    def leaderboard_csv(self, search_id: str) -> str:
-        return self._send("GET", f"/v1/searches/{search_id}/leaderboard", params={"format": "csv"}).text
+    def leaderboard_csv(self, search_id: str, *, budget: int = 0) -> str:
+        return self._send("GET", f"/v1/searches/{search_id}/leaderboard", params={"format": "csv", "budget": budget}).text
 
     def compare(self, first: str, second: str) -> dict[str, Any]:
         """Two searches side by side: what was asked differently, the shapes on both boards, best against best, and what each took."""
         return self._ask("GET", f"/v1/searches/{first}/compare", params={"with": second})
 
-    def winner(self, search_id: str) -> dict[str, Any]:
-        return self._ask("GET", f"/v1/searches/{search_id}/winner")
+    def winner(self, search_id: str, *, budget: int = 0) -> dict[str, Any]:
+        return self._ask("GET", f"/v1/searches/{search_id}/winner", params={"budget": budget})
 
-    def download_bundle(self, search_id: str, *, target: Path) -> Path:
-        """Save the winner's bundle (a tar file) and check its digest.
+    def download_bundle(self, search_id: str, *, target: Path, budget: int = 0) -> Path:
+        """Save the bundle of a budget's winner (a tar file) and check its digest.
 
         Raises:
             CorruptFile: what arrived is not what the service announced. OSError: the target cannot be written.
         """
-        expected = self.winner(search_id)["bundle_sha256"]
+        expected = self.winner(search_id, budget=budget)["bundle_sha256"]
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
         digest = hashlib.sha256()
         try:
-            with self._http.stream("GET", f"/v1/searches/{search_id}/winner/bundle") as response, partial.open("wb") as file:
+            with self._http.stream("GET", f"/v1/searches/{search_id}/winner/bundle", params={"budget": budget}) as response, partial.open("wb") as file:
                 if response.status_code != 200:
                     response.read()
                     raise _error(response)

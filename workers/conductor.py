@@ -1,4 +1,4 @@
-"""Carries out one search: starts the steps that `SearchRun` asks for, records how they end, and cleans up behind them.
+"""Carries out one search: starts the steps that `Family` asks for, records how they end, and cleans up behind them.
 
 Everything is decided from the store: each state of the search is left because of what the store holds, and every write
 may be followed by a crash, after which the next controller comes to the same decision.

@@ -97,10 +97,14 @@ def watch(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
     _exit_unless_well(state)
 
 
+BudgetIndex = Annotated[int, typer.Option("--budget", help="Which budget of a search that has several; 0 is the first.")]
+
+
 @commands.command()
 def leaderboard(
     search_id: SearchId,
     csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+    budget: BudgetIndex = 0,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -109,9 +113,9 @@ def leaderboard(
         raise InvalidSpec(Problem(field="--csv", expected="one of --csv and --json", got="both"))
     with make_client(url) as client:
         if csv:
-            sys.stdout.write(client.leaderboard_csv(search_id))
+            sys.stdout.write(client.leaderboard_csv(search_id, budget=budget))
             return
-        board = client.leaderboard(search_id)
+        board = client.leaderboard(search_id, budget=budget)
     if as_json:
         print_json(board)
     elif not board["rows"]:
@@ -147,14 +151,15 @@ def compare(
 def winner(
     search_id: SearchId,
     bundle: Annotated[Path | None, typer.Option(help="Save the bundle (a tar file) here, or as bundle.tar in this folder.")] = None,
+    budget: BudgetIndex = 0,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """The winning shape, and its bundle."""
     with make_client(url) as client:
-        document = client.winner(search_id)
+        document = client.winner(search_id, budget=budget)
         if bundle is not None:
-            saved = client.download_bundle(search_id, target=bundle / "bundle.tar" if bundle.is_dir() else bundle)
+            saved = client.download_bundle(search_id, target=bundle / "bundle.tar" if bundle.is_dir() else bundle, budget=budget)
             say(f"saved {saved}")
     if as_json:
         print_json(document)

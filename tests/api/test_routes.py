@@ -20,6 +20,7 @@ import pytest
 from api.__main__ import is_loopback, remote_is_allowed
 from nas.errors import InvalidSpec
 from nas.store.records import SearchState
+from tests.api.conftest import a_row
 
 if TYPE_CHECKING:
     from tests.api.conftest import Service
@@ -317,6 +318,30 @@ def test_the_winner_has_its_bundle_for_download(service: Service) -> None:
     assert bundle.headers["etag"] == f'"{digest}"'
     assert unchanged.status_code == 304
     assert (part.status_code, part.content) == (206, b"tar")
+
+
+def test_each_budget_of_a_family_has_its_own_board_and_winner(service: Service) -> None:
+    search = service.submit(budget={"max_fraction": 0.7}, more_budgets=[{"max_fraction": 0.5}])
+    shape, parts = service.propose(search, 0, origin="sampler"), {"pareto": [], "agreement": [], "controls": None}
+    cost = {"tokens": 9, "seconds": {}, "cpus": 1.0, "gpus": 0.0}
+    row = a_row(0, shape=shape, rank=1, tie_group=1)
+    board = {"rows": [], "winner": None, "winners": [None, 0], "cost": cost, **parts, "more_budgets": [{"rows": [row], "winner": 0, **parts}]}
+    service.store.save_board(search.id, board, fence=None)
+    (service.settings.data_folder / "w1.tar").write_bytes(b"second")
+    first, second = ({"bundle": f"w{budget}.tar", "bundle_sha256": str(budget) * 64, "trial": budget, "budget": budget} for budget in range(2))
+    service.store.save_winner(search.id, {**first, "more": [second]}, fence=None)
+    url = f"/v1/searches/{search.id}"
+
+    boards = [service.client.get(f"{url}/leaderboard?budget={budget}").json() for budget in range(2)]
+    winners = [service.client.get(f"{url}/winner?budget={budget}").json() for budget in range(2)]
+
+    assert [(board["budget"], len(board["rows"]), board["winner"]) for board in boards] == [(0, 0, None), (1, 1, 0)]
+    assert [board["winners"] for board in boards] == [[None, 0]] * 2
+    assert [board["cost"]["distillation_tokens"] for board in boards] == [9, 9]
+    assert [winner["trial"] for winner in winners] == [0, 1]
+    assert "more" not in winners[0]
+    assert service.client.get(winners[1]["bundle_url"]).content == b"second"
+    assert {service.client.get(f"{url}/{path}?budget=2").status_code for path in ("leaderboard", "winner", "winner/bundle")} == {404}
 
 
 @pytest.mark.parametrize("path", ["../outside.tar", "/etc/passwd", "gone.tar"])

@@ -21,7 +21,7 @@ from nas.store.store import Store
 from tests.simulation.cluster import Clock, FakeCluster, Run
 from workers.conductor import Conductor
 from workers.controller import Controller
-from workers.search_run import SearchRun
+from workers.family import Family
 
 CONFIG = {
     "model_type": "llama",
@@ -92,14 +92,14 @@ class Simulation:
         return self.controller._conductors[self.search_id]
 
     @property
-    def run(self) -> SearchRun:
+    def run(self) -> Family:
         """What the present controller has in memory."""
         return self.conductor._run
 
-    def rebuilt(self) -> SearchRun:
+    def rebuilt(self) -> Family:
         """What a controller that takes over now would have."""
         record, store = self.store.get_search(self.search_id), self.store
-        return SearchRun(record, trials=store.list_trials(record.id), rungs=store.list_rungs(record.id), attempts=store.list_attempts(record.id))
+        return Family(record, trials=store.list_trials(record.id), rungs=store.list_rungs(record.id), attempts=store.list_attempts(record.id))
 
     def tick(self, *, timeout_seconds: float = 10.0) -> bool:
         """One round of the controller; whether the search goes on. A real controller's rounds are shorter, and most of them empty."""
@@ -156,9 +156,9 @@ def check_trials(simulation: Simulation, *, trials: list[TrialRecord], events: l
     """As many as were asked for, each a shape of its own within the budget, and each ended exactly once."""
     run = simulation.rebuilt()
     assert [trial.number for trial in trials] == list(range(len(trials)))
-    assert sum(trial.origin != "control" for trial in trials) == run.spec.sampler.max_trials
+    assert sum(trial.origin != "control" for trial in trials) == run.spec.sampler.max_trials * len(run.runs)
     assert len({run.shape_of(trial.number).key for trial in trials}) == len(trials), "a shape came twice"
-    assert all(trial.parameters <= run.space.budget.max_parameters for trial in trials), "over the budget"
+    assert all(run.runs[trial.budget].space.explain(run.shape_of(trial.number)) == () for trial in trials), "over the budget"
     assert all(trial.state.is_terminal for trial in trials), "a trial never ended"
     ends = Counter(
         event.data["trial"]
