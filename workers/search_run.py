@@ -269,7 +269,7 @@ class SearchRun:
 
     def _costs(self, number: int) -> tuple[float, ...]:
         """The spec's further objectives; infinite where none of its rungs measured one. A latency is measured once, at rung 0."""
-        known: dict[str, float] = {"parameters": float(self.trials[number].parameters)}
+        known = self._closed_costs(self.shape_of(number))
         for result in self.results[number].values():
             known |= result.costs
         return tuple(known.get(name, math.inf) for name in self.spec.objectives)

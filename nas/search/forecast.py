@@ -40,20 +40,20 @@ def time_left(spec: SearchSpec, *, work: Sequence[RungWork], seconds: Mapping[in
     tasks that are scored there for the first time are not foreseen. None before a trained rung has told the speed.
 
     Args:
-        seconds: rung -> `RungResult.seconds` of every trial that finished it.
+        seconds: rung -> `RungResult.seconds` of every trial that finished it; empty for one that was known from an earlier search, which tells no speed.
     """
-    trained = [(step, seconds[step.rung]) for step in work if step.tokens and seconds.get(step.rung)]
+    measured = {rung: [took for took in found if took] for rung, found in seconds.items()}
+    trained = [(step, measured[step.rung]) for step in work if step.tokens and measured.get(step.rung)]
     if not trained:
         return None
     per_token = median(took.get("distil", 0.0) / step.tokens for step, found in trained for took in found)
     left, rest = [], 0.0
     for step in work:
-        found = seconds.get(step.rung, ())
-        if found:
+        if found := measured.get(step.rung, ()):
             rest = median(sum(took.values()) - took.get("distil", 0.0) for took in found)
             each = median(sum(took.values()) for took in found)
         else:
             each = per_token * step.tokens + rest
-        left.append(RungLeft(rung=step.rung, trials=max(0, step.expected - len(found)), seconds_per_trial=each))
+        left.append(RungLeft(rung=step.rung, trials=max(0, step.expected - len(seconds.get(step.rung, ()))), seconds_per_trial=each))
     total = sum(rung.trials * rung.seconds_per_trial for rung in left)
     return TimeLeft(seconds=total / spec.resources.max_parallel_trials, rungs=tuple(left))

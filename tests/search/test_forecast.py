@@ -34,3 +34,15 @@ def test_more_trials_than_expected_leave_nothing_rather_than_less() -> None:
     found = time_left(SPEC, work=WORK, seconds={rung: [{"distil": 1.0, "evaluate": 1.0}] * 9 for rung in range(3)})
     assert found is not None
     assert found.seconds == 0.0
+
+
+def test_a_result_that_was_known_before_is_through_but_tells_no_speed() -> None:
+    measured = time_left(SPEC, work=WORK, seconds={0: [{"evaluate": 1.0}] * 8, 1: [{"distil": 10.0, "evaluate": 2.0}]})
+    with_known = time_left(SPEC, work=WORK, seconds={0: [{}] * 4 + [{"evaluate": 1.0}] * 4, 1: [{"distil": 10.0, "evaluate": 2.0}, {}, {}]})
+
+    assert measured is not None
+    assert with_known is not None
+    assert [(rung.trials, rung.seconds_per_trial) for rung in with_known.rungs] == [
+        (rung.trials - (2 if rung.rung == 1 else 0), rung.seconds_per_trial) for rung in measured.rungs
+    ]
+    assert time_left(SPEC, work=WORK, seconds={1: [{}]}) is None

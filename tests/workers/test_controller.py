@@ -25,6 +25,8 @@ from workers import conductor as conductor_module
 from workers.controller import Controller
 from workers.step import PROGRESS, RESULT, STOP, Outcome, Step, execute
 
+RUNGS = {"first_tokens": 2048, "factor": 2, "num_trained": 2, "keep": 0.5}
+
 
 class InlineExecutor:
     """Runs a step when it is waited for. A test may put its hands on the step before, or take the step's place."""
@@ -656,3 +658,19 @@ def test_a_family_has_a_winner_and_a_bundle_for_each_budget(service: Service) ->
         assert (service.settings.data_folder / winner["bundle"]).is_file()
     assert winners[1]["parameters"] <= 0.5 * search.plan["teacher_parameters"] < winners[0]["parameters"]
     assert search.board["cost"]["decisions"][0]["trials"] == len(trials)
+
+
+def test_with_several_objectives_the_whole_front_is_confirmed_and_the_winner_scores_best_of_the_finalists(service: Service) -> None:
+    search = service.run(
+        service.submit(objectives=["parameters"], sampler={"name": "nsga2", "max_trials": 6, "num_startup_trials": 2}, rungs={**RUNGS, "keep": 1.0})
+    )
+
+    assert search.state is SearchState.SUCCEEDED, search.error
+    assert search.board is not None
+    assert search.winner is not None
+    rows = {row["number"]: row for row in search.board["rows"]}
+    front = search.board["pareto"]
+    assert len(front) >= 1
+    assert all(rows[number]["confirmation"]["verified"] for number in front)
+    assert [rows[number]["parameters"] for number in front] == sorted(rows[number]["parameters"] for number in front)
+    assert search.winner["trial"] in search.board["finalists"]

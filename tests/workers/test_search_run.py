@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +21,7 @@ from nas.search.results import Metric, RungResult
 from nas.search.rungs import Standing, project, projected_spread, promotable
 from nas.spec import dump_spec, parse_spec
 from nas.store.records import OVER_BUDGET, AttemptRecord, AttemptState, RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, utc_now
+from nas.warm_start import Known, Memory
 from workers import search_run
 from workers.search_run import Advance, NewTrial, SearchRun
 
@@ -572,3 +575,44 @@ def test_a_shape_over_a_measured_ceiling_takes_no_place_and_is_learnt_as_the_wor
     assert dear.run.reached == failed.run.reached
     assert dear.run._observations() == failed.run._observations() == dear.rebuilt()._observations()
     assert dear.run.is_finished()
+
+
+def remembered(simulation: Simulation) -> Memory:
+    """What a later search recalls of this one, under another seed: nothing of it is an answer."""
+    known = defaultdict(list)
+    for row in simulation.rungs:
+        result, shape = RungResult.from_dict(row.result), simulation.run.shape_of(row.trial)
+        known[result.tokens].append(Known(search="srch_0", trial=row.trial, shape=shape, result=result, is_answer=False))
+    return Memory(by_tokens=known)
+
+
+def first_told(record: SearchRecord, *, memory: Memory | None, monkeypatch: pytest.MonkeyPatch) -> list[study.Observation]:
+    """What the sampler is told before anything of the search itself has finished."""
+    told: list[list[study.Observation]] = []
+    propose = search_run.propose
+    monkeypatch.setattr(search_run, "propose", lambda *args, **kwargs: told.append(kwargs["observations"]) or propose(*args, **kwargs))
+    assert SearchRun(record, trials=[], rungs=[], attempts=[], memory=memory).next_action() is not None
+    monkeypatch.undo()
+    return told[0]
+
+
+def test_earlier_searches_teach_the_sampler_before_anything_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier = Simulation(make_record(sampler={"name": "random", "max_trials": 12}, seed=3)).to_end()
+    record = make_record(sampler={"name": "tpe", "max_trials": 8, "num_startup_trials": 4}, controls={"anchors": False})
+
+    told = first_told(record, memory=remembered(earlier), monkeypatch=monkeypatch)
+
+    assert first_told(record, memory=None, monkeypatch=monkeypatch) == []
+    legal = {shape.key for shape in earlier.run.space.shapes()}
+    at_last = [number for number, results in earlier.run.results.items() if 2 in results and earlier.run.shape_of(number).key in legal]
+    at_first = [number for number, results in earlier.run.results.items() if 1 in results and earlier.run.shape_of(number).key in legal]
+    expected, rung = (at_last, 2) if len(at_last) >= 4 else (at_first, 1)
+    values = sorted(-math.log(earlier.run._projected(number, rung=rung).value) for number in expected)
+    assert sorted(observation.value for observation in told) == pytest.approx(values)
+
+
+def test_a_rung_of_other_tokens_teaches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier = Simulation(make_record(sampler={"name": "random", "max_trials": 12}, seed=3)).to_end()
+    record = make_record(sampler={"name": "tpe", "max_trials": 8, "num_startup_trials": 4}, controls={"anchors": False}, rungs={"first_tokens": 3_000_000})
+
+    assert first_told(record, memory=remembered(earlier), monkeypatch=monkeypatch) == []
