@@ -269,6 +269,8 @@ class SearchRun:
 
     def _costs(self, number: int) -> tuple[float, ...]:
         """The spec's further objectives; infinite where none of its rungs measured one. A latency is measured once, at rung 0."""
+        if not self.spec.objectives:
+            return ()
         known = self._closed_costs(self.shape_of(number))
         for result in self.results[number].values():
             known |= result.costs
