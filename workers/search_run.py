@@ -111,6 +111,7 @@ class SearchRun:
         self._promoted: dict[int, tuple[bool, tuple[int, ...]]] = {}
         """By rung, while nothing has come that can change it: whether it was complete, and who goes on."""
         self._is_exhausted = False
+        self._known_costs: dict[int, tuple[float, ...]] = {}
         for trial in trials:
             self.set_trial(trial)
         for row in sorted(rungs, key=lambda row: row.sequence):
@@ -159,6 +160,7 @@ class SearchRun:
     def add_result(self, trial: int, result: RungResult) -> None:
         """Must be called in finish order: the sampler is fed in it."""
         self.results.setdefault(trial, {})[result.rung] = result
+        self._known_costs.pop(trial, None)
         if result.rung < self.last_rung and not self.trials[trial].is_out:
             self._standings[result.rung][trial] = self._standing(trial, result)
             self._promoted.pop(result.rung, None)
@@ -271,10 +273,12 @@ class SearchRun:
         """The spec's further objectives; infinite where none of its rungs measured one. A latency is measured once, at rung 0."""
         if not self.spec.objectives:
             return ()
-        known = self._closed_costs(self.shape_of(number))
-        for result in self.results[number].values():
-            known |= result.costs
-        return tuple(known.get(name, math.inf) for name in self.spec.objectives)
+        if number not in self._known_costs:
+            known = self._closed_costs(self.shape_of(number))
+            for result in self.results[number].values():
+                known |= result.costs
+            self._known_costs[number] = tuple(known.get(name, math.inf) for name in self.spec.objectives)
+        return self._known_costs[number]
 
     def _is_forced(self, number: int) -> bool:
         return self.trials[number].origin.split(":")[0] in FORCED_ORIGINS
@@ -378,7 +382,7 @@ class SearchRun:
                 for number, results in self.results.items()
                 if number in searched and rung in results and all(map(math.isfinite, self._costs(number)))
             }
-            remembered = self._remembered(rung, without={self.shape_of(number) for number in told})
+            remembered = self._remembered(rung, without=told)
             if len(remembered) + len(told) >= self.spec.sampler.num_startup_trials:
                 break
         known = [*remembered, *told.values()]
@@ -390,13 +394,19 @@ class SearchRun:
         told |= {number: Observation(choices=searched[number], value=worst, costs=dearest) for number in out}
         return [*remembered, *told.values()]
 
-    def _remembered(self, rung: int, *, without: Collection[Shape]) -> list[Observation]:
-        """What earlier searches teach of a rung: of shapes legal and not evaluated here. Nothing where a latency is an objective: theirs are not ours."""
+    def _remembered(self, rung: int, *, without: Collection[int]) -> list[Observation]:
+        """What earlier searches teach of a rung: of shapes that are legal here, less those of the trials `without`, which are evaluated here.
+
+        Nothing where a latency is an objective: theirs are not ours.
+        """
+        if not self._memory.at(self.spec.rungs.tokens(rung)):
+            return []
+        evaluated = {self.shape_of(number) for number in without}
         below = {(known.search, known.trial): known.result for known in self._memory.at(self.spec.rungs.tokens(rung - 1))}
         observations = []
         for known in self._memory.at(self.spec.rungs.tokens(rung)):
             # Without the rung below there is no telling where its KL was going, which is what ours are compared by.
-            if known.shape in without or (under := below.get((known.search, known.trial))) is None or (choices := self._choices_of(known.shape)) is None:
+            if known.shape in evaluated or (under := below.get((known.search, known.trial))) is None or (choices := self._choices_of(known.shape)) is None:
                 continue
             costs = self._closed_costs(known.shape)
             if all(name in costs for name in self.spec.objectives):
