@@ -14,9 +14,9 @@ from starlette.staticfiles import StaticFiles
 
 from api.problems import PROBLEM_TYPES
 from api.rendering import TEMPLATES
-from api.routes import OtherDep, SearchDep, StoreDep, TrialNumber, compare_searches
+from api.routes import BudgetIndex, OtherDep, SearchDep, StoreDep, TrialNumber, compare_searches
 from api.schemas import AttemptAnswer
-from api.summary import describe_rung, describe_search, describe_trial, leaderboard, summarise_search
+from api.summary import describe_rung, describe_search, describe_trial, leaderboard, of_budget, summarise_search
 from api.views import board_rows, compare_shapes, curve_figure, group_failures, held_out_rows, measure_pace, rung_figure, score_figure, task_columns
 from nas.store.records import utc_now
 
@@ -46,26 +46,29 @@ def searches_page(store: StoreDep, after: Annotated[str | None, Query(max_length
 
 
 @router.get("/searches/{search_id}")
-def search_page(search: SearchDep, store: StoreDep) -> HTMLResponse:
+def search_page(search: SearchDep, store: StoreDep, budget: BudgetIndex = 0) -> HTMLResponse:
+    """The search, with the leaderboard of one of its budgets."""
     trials, rungs = store.list_trials(search.id), store.list_rungs(search.id, with_documents=False)
     answer = describe_search(search, trials=trials, rungs=rungs)
-    rows = board_rows(search, trials=trials, rungs=rungs)
+    shown = of_budget(search, budget)
+    rows = board_rows(shown, trials=[trial for trial in trials if trial.budget == budget], rungs=rungs)
     events = store.list_events(search.id, after=max(search.version - EVENTS_SHOWN, 0), limit=EVENTS_SHOWN)
     return render(
         "search.html",
         search=answer,
         version=search.version,
         rows=rows,
-        board=leaderboard(search).model_dump(),
+        board=leaderboard(search, budget=budget).model_dump(),
+        budgets=[of_budget(search, index).plan for index in range(1 + len(search.spec.get("more_budgets", ())))],
         tasks=task_columns(search),
         show={"memory": any(row.memory_bytes for row in rows), "latency": any(row.latency for row in rows)},
-        held_out=held_out_rows(search),
+        held_out=held_out_rows(shown),
         failures=group_failures(trials),
         events=events[::-1],
         pace=measure_pace(answer, now=utc_now()),
         has_winner=search.winner is not None,
         others=[other for other in store.list_searches(limit=SEARCHES_PER_PAGE) if other.id != search.id],
-        score_figure=score_figure(search, rows=rows),
+        score_figure=score_figure(shown, rows=rows),
         rung_figure=rung_figure(rows=rows, rungs=rungs, progress=answer),
     )
 
@@ -82,7 +85,7 @@ def trial_page(search: SearchDep, number: TrialNumber, store: StoreDep) -> HTMLR
     trial = store.get_trial(search.id, number)
     records = store.list_rungs(search.id, trial=number, with_documents=False)
     points = store.list_points(search.id, trial=number)
-    row = next((row for row in board_rows(search, trials=[trial], rungs=records) if row.number == number), None)
+    row = next((row for row in board_rows(of_budget(search, trial.budget), trials=[trial], rungs=records) if row.number == number), None)
     answer = describe_trial(trial)
     is_active = not trial.state.is_terminal and not search.state.is_terminal
     return render(

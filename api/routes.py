@@ -91,6 +91,7 @@ def get_other(store: StoreDep, other_id: Annotated[str, Query(alias="with", desc
 
 OtherDep = Annotated[SearchRecord, Depends(get_other)]
 TrialNumber = Annotated[int, Path(ge=0, le=MAX_INTEGER, description="The trial's number within its search.")]
+BudgetIndex = Annotated[int, Query(ge=0, le=15, description="Which budget of a search that has several: 0 the first, 1 the first of `more_budgets`, ...")]
 
 
 async def read_json_body(request: Request) -> bytes:
@@ -255,9 +256,6 @@ def read_trial(search: SearchDep, number: TrialNumber, store: StoreDep) -> Trial
         attempts=[AttemptAnswer.model_validate(record) for record in store.list_attempts(search.id, trial=number)],
         points=[PointAnswer.model_validate(record) for record in store.list_points(search.id, trial=number)],
     )
-
-
-BudgetIndex = Annotated[int, Query(ge=0, le=15, description="Which budget of a search that has several: 0 the first, 1 the first of `more_budgets`, ...")]
 
 
 @router.get(

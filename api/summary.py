@@ -6,6 +6,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from api.schemas import (
@@ -24,7 +25,7 @@ from api.schemas import (
 )
 from nas.errors import NotFound
 from nas.shape import Shape
-from nas.store.records import RungRecord, SearchRecord, SearchState, TrialRecord, TrialState
+from nas.store.records import RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, all_winners
 
 SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts")
 
@@ -150,8 +151,8 @@ def _without_documents(metric: Mapping[str, Any]) -> dict[str, Any]:
     return {name: metric[name] for name in ("value", "standard_error", "higher_is_better")}
 
 
-def leaderboard(search: SearchRecord, *, budget: int = 0) -> LeaderboardAnswer:
-    """The stored board of one budget, or an empty one before the first result; its cost is that of the whole search.
+def of_budget(search: SearchRecord, budget: int) -> SearchRecord:
+    """The search as if it had only this budget: its board, plan and winner. Cost, baselines and time are of the whole search.
 
     Raises:
         NotFound: the search has no such budget.
@@ -160,7 +161,19 @@ def leaderboard(search: SearchRecord, *, budget: int = 0) -> LeaderboardAnswer:
         raise NotFound(f"budget: expected one of the search's, 0 to {more}, got {budget}")
     whole = dict(search.board or {})
     boards = [whole, *whole.pop("more_budgets", ())]
-    board = {"rows": [], **whole, **boards[budget]} if budget < len(boards) else {"rows": []}
+    board = {**whole, **boards[budget]} if budget < len(boards) else None
+    plans = search.plan.get("budgets") or [{}]
+    winner = next((winner for winner in all_winners(search) if winner["budget"] == budget), None)
+    return replace(search, board=board or None, plan={**search.plan, **plans[min(budget, len(plans) - 1)]}, winner=winner)
+
+
+def leaderboard(search: SearchRecord, *, budget: int = 0) -> LeaderboardAnswer:
+    """The stored board of one budget, or an empty one before the first result; its cost is that of the whole search.
+
+    Raises:
+        NotFound: the search has no such budget.
+    """
+    board = of_budget(search, budget).board or {"rows": []}
     cost = describe_cost(board) if "cost" in board else None
     return LeaderboardAnswer.model_validate({**board, "cost": cost, "budget": budget, "search": search.id, "state": search.state})
 

@@ -10,6 +10,7 @@ import pytest
 
 from api.rendering import format_age, format_bytes, format_count, format_seconds
 from nas.store.records import SearchState, TrialState, utc_now
+from tests.api.conftest import a_row
 
 if TYPE_CHECKING:
     from tests.api.conftest import Service
@@ -364,3 +365,17 @@ def test_confirmed_shapes_stand_beside_the_teacher_on_held_out_documents(service
 
     table = page[page.index("Confirmed on held-out documents") :]
     assert [name in table for name in ("teacher", "0.250", "median of 3 random shapes", "0.700")] == [True] * 4
+
+
+def test_the_page_of_a_family_shows_one_budget_and_links_the_others(service: Service) -> None:
+    search = service.submit(budget={"max_fraction": 0.7}, more_budgets=[{"max_fraction": 0.5}])
+    shape, parts = service.propose(search, 0, origin="sampler"), {"winner": None, "pareto": [], "agreement": [], "controls": None}
+    one = service.store.add_trial(search.id, number=1, origin="user", shape={**shape, "num_hidden_layers": 1}, choices=None, parameters=9, budget=1, fence=None)
+    service.store.save_board(search.id, {"rows": [a_row(0, shape=shape, rank=1, tie_group=1)], **parts, "more_budgets": [{"rows": [], **parts}]}, fence=None)
+
+    first, second = (service.client.get(f"/searches/{search.id}?budget={budget}").text for budget in range(2))
+
+    assert list(rows(first)) == ["trial-0"]
+    assert list(rows(second)) == [f"trial-{one.number}"]
+    assert f'/searches/{search.id}?budget=1"' in first
+    assert service.client.get(f"/searches/{search.id}?budget=2").status_code == 404
