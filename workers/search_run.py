@@ -108,6 +108,9 @@ class SearchRun:
         """Of those that wait: whose next rung was started before, and lost."""
         self._standings: list[dict[int, Standing]] = [{} for _ in range(self.last_rung)]
         """By rung: the results that count there."""
+        self._told: list[dict[int, Observation]] = [{} for _ in range(self.last_rung + 1)]
+        """By rung: what its results teach the sampler, in the order in which they came."""
+        self._out: set[int] = set()
         self._promoted: dict[int, tuple[bool, tuple[int, ...]]] = {}
         """By rung, while nothing has come that can change it: whether it was complete, and who goes on."""
         self._is_exhausted = False
@@ -137,7 +140,9 @@ class SearchRun:
             self._open.discard(number)
         else:
             self._open.add(number)
-        if trial.is_out:  # the places it held go to the next best
+        if trial.is_out:
+            self._out.add(number)
+            # The places it held go to the next best.
             for rung, standings in enumerate(self._standings):
                 if standings.pop(number, None) is not None:
                     self._promoted.pop(rung, None)
@@ -164,6 +169,10 @@ class SearchRun:
         if result.rung < self.last_rung and not self.trials[trial].is_out:
             self._standings[result.rung][trial] = self._standing(trial, result)
             self._promoted.pop(result.rung, None)
+        costs = self._costs(trial)
+        if self._is_searched(trial) and (choices := self._choices_of_trial(trial)) is not None and all(map(math.isfinite, costs)):
+            for rung in self.results[trial]:
+                self._told[rung][trial] = Observation(choices=choices, value=_value(self._projected(trial, rung=rung)), costs=costs)
 
     def _shapes_of_user(self) -> list[Shape]:
         """Those that fit this budget, and none before it."""
@@ -209,6 +218,8 @@ class SearchRun:
         Not before everything above has ended: a failure there frees a place for the best of those that wait.
         """
         found: dict[int, None] = {}
+        if not self._all_proposed():  # no rung is complete
+            return []
         for step in reversed(self._ladder()):
             if not step.complete or not all(self.trials[number].state.is_terminal or number in found for number in step.promoted):
                 break
@@ -374,24 +385,20 @@ class SearchRun:
         The value is -log KL on the held-out blocks, projected. A shape that failed or is over a measured ceiling counts as the worst seen: told as a failure,
         TPE asks for it again and again.
         """
-        searched = {number: choices for number in self.trials if self._is_searched(number) and (choices := self._choices_of_trial(number)) is not None}
         remembered: list[Observation] = []
+        told: dict[int, Observation] = {}
         for rung in reversed(range(1, self.last_rung + 1)):
-            told = {
-                number: Observation(choices=searched[number], value=_value(self._projected(number, rung=rung)), costs=self._costs(number))
-                for number, results in self.results.items()
-                if number in searched and rung in results and all(map(math.isfinite, self._costs(number)))
-            }
+            told = self._told[rung]
             remembered = self._remembered(rung, without=told)
             if len(remembered) + len(told) >= self.spec.sampler.num_startup_trials:
                 break
         known = [*remembered, *told.values()]
-        if not known:
-            return []
+        out = {number: choices for number in sorted(self._out) if self._is_searched(number) and (choices := self._choices_of_trial(number)) is not None}
+        if not known or not out:
+            return known
         worst = min(observation.value for observation in known)
         dearest = tuple(max(costs) for costs in zip(*(observation.costs for observation in known), strict=True))
-        out = [number for number in searched if self.trials[number].is_out]
-        told |= {number: Observation(choices=searched[number], value=worst, costs=dearest) for number in out}
+        told = told | {number: Observation(choices=choices, value=worst, costs=dearest) for number, choices in out.items()}
         return [*remembered, *told.values()]
 
     def _remembered(self, rung: int, *, without: Collection[int]) -> list[Observation]:
@@ -399,12 +406,13 @@ class SearchRun:
 
         Nothing where a latency is an objective: theirs are not ours.
         """
-        if not self._memory.at(self.spec.rungs.tokens(rung)):
+        at_rung = self._memory.at(self.spec.rungs.tokens(rung))
+        if not at_rung:
             return []
         evaluated = {self.shape_of(number) for number in without}
         below = {(known.search, known.trial): known.result for known in self._memory.at(self.spec.rungs.tokens(rung - 1))}
         observations = []
-        for known in self._memory.at(self.spec.rungs.tokens(rung)):
+        for known in at_rung:
             # Without the rung below there is no telling where its KL was going, which is what ours are compared by.
             if known.shape in evaluated or (under := below.get((known.search, known.trial))) is None or (choices := self._choices_of(known.shape)) is None:
                 continue
