@@ -332,6 +332,21 @@ class ControlsAnswer(Answer):
     kl: float | None
 
 
+class TaskSignalAnswer(Answer):
+    """How far the teacher stands from random weights on one task."""
+
+    task: str
+    teacher: float
+    random: float
+    z: float | None
+    """Combined standard errors by which the teacher is better; null where neither has one."""
+    clear: bool
+    in_objective: bool
+    """Clear, or the spec insists."""
+    clear_forms: list[str]
+    """Likelihood forms by which the teacher is clear: any can be the task's metric."""
+
+
 class LeaderboardAnswer(Answer):
     """The board as it stands: rows of the last rung first, by rank, then those stopped earlier."""
 
@@ -352,7 +367,9 @@ class LeaderboardAnswer(Answer):
     winner: int | None = None
     """The finalist with the best score on documents that the search did not use; null until all finalists are confirmed."""
     weak_tasks: list[str] = []
-    """Tasks on which the teacher beats random weights by less than two standard errors: their share of the score is mostly noise."""
+    """Tasks on which the teacher beats random weights by less than two standard errors: left out of the score, unless the spec insists."""
+    task_signals: list[TaskSignalAnswer] = []
+    """The teacher against random weights on every task, in the spec's order."""
     pareto: list[int] = Field(default_factory=list)
     """Trials that no other one beats in score and the costs that `objectives` names (the parameters, where it names none)."""
     agreement: list[AgreementAnswer] = Field(default_factory=list)

@@ -64,7 +64,8 @@ class TaskSpec:
     name: Name
     """Name under which the operator registered the task."""
     metric: str | None = None
-    """lm-eval metric without its filter: acc, acc_norm, bits_per_byte, ... None: the first of acc_norm, acc, exact_match, bits_per_byte that the task has."""
+    """lm-eval metric without its filter: acc, acc_norm, bits_per_byte, ..., or a likelihood form: logprob_per_byte or bits_per_byte of the right answer,
+    margin over the best wrong choice. None: the first of acc_norm, acc, exact_match, bits_per_byte that the task has."""
     weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Weight in the objective, relative to the other tasks."""
     num_fewshot: Annotated[int, Field(ge=0, le=64)] = 0
@@ -245,7 +246,7 @@ class EvaluationSpec:
     held_out_documents: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
     """Held-out documents of each task on which finalists, anchors and controls are scored, drawn once by the seed; None: all of them."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 64
-    """Requests per forward pass."""
+    """Requests per forward pass of lm-eval itself, which scores the finalists and the few tasks that have no pack; packs batch by tokens."""
     latency_prompt_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
     """Prompt length of the latency measurement of the finalists."""
     latency_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 32

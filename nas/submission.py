@@ -13,6 +13,7 @@ from nas.compress.train_plan import trunk_rate
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem
 from nas.estimate import Speed, describe_space, estimate_seconds, explain_shape, task_work, total_work
+from nas.evaluate.scores import FORMS_BY_KIND
 from nas.families import Architecture, read_architecture
 from nas.memory import TeacherMemory, Training, inference_memory, least_training_memory, preparation_disk, rung_disk, training_memory
 from nas.shape import Shape
@@ -162,10 +163,16 @@ def _scoring(spec: SearchSpec, *, tasks: list[TaskRecord]) -> list[Problem]:
     problems = []
     for index, (task, record) in enumerate(zip(spec.tasks, tasks, strict=True)):
         # Ranks come from paired differences, so a metric must be a mean, ratio or perplexity over documents.
-        metrics = [metric["name"] for metric in record.card["metrics"] if metric.get("paired", True)]
+        kind = record.card["output_type"]
+        if kind not in FORMS_BY_KIND:
+            expected = f"a task of the kinds {', '.join(FORMS_BY_KIND)}: a rung is scored by the probabilities of given answers, not by generating any"
+            problems.append(Problem(field=f"tasks.{index}.name", expected=expected, got=f"{task.name}, which is {kind}"))
+            continue
+        own = [metric["name"] for metric in record.card["metrics"] if metric.get("paired", True)]
+        metrics = list(dict.fromkeys([*own, *FORMS_BY_KIND[kind]]))
         metric = task.metric or record.card["default_metric"]
         if metric not in metrics:
-            expected = f"one of {task.name}'s metrics: {', '.join(metrics) or 'it has none that can be compared document by document'}"
+            expected = f"one of {task.name}'s metrics that can be compared document by document: {', '.join(metrics)}"
             problems.append(Problem(field=f"tasks.{index}.metric", expected=expected, got=metric))
         if task.num_fewshot > (most := record.card.get("max_fewshot", 0)):
             expected = f"at most {most}: {task.name} has " + ("no more examples" if most else "no split of its own for examples")

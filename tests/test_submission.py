@@ -43,7 +43,12 @@ def submit(
         ({"teacher": "big"}, "teacher", "a registered name (tiny)", "big"),
         ({"corpus": {**CORPUS, "parts": [{"name": "web"}]}}, "corpus.parts.0.name", "a registered name (words)", "web"),
         ({"tasks": [{"name": "choice"}, {"name": "mmlu"}]}, "tasks.1.name", "a registered name (choice)", "mmlu"),
-        ({"tasks": [{"name": "choice", "metric": "f1"}]}, "tasks.0.metric", "one of choice's metrics: acc", "f1"),
+        (
+            {"tasks": [{"name": "choice", "metric": "f1"}]},
+            "tasks.0.metric",
+            "one of choice's metrics that can be compared document by document: acc, logprob_per_byte, margin, bits_per_byte",
+            "f1",
+        ),
         ({"tasks": [{"name": "choice"}, {"name": "choice"}]}, "tasks.1.name", "each name once", "choice again"),
         ({"corpus": {**CORPUS, "parts": [{"name": "words"}] * 2}}, "corpus.parts.1.name", "each name once", "words again"),
         ({"corpus": {**CORPUS, "sequence_length": 65}}, "corpus.sequence_length", "at most the teacher's context of 64", "65"),

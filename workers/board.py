@@ -8,8 +8,8 @@ from typing import Any
 from nas.estimate import total_work
 from nas.search.confirmed import Confirmation
 from nas.search.forecast import time_left
-from nas.search.ranking import Board, board_as_dict, weak_tasks
-from nas.search.results import RungResult, trained_tokens
+from nas.search.ranking import Board, board_as_dict
+from nas.search.results import trained_tokens
 from workers.family import Family
 from workers.search_run import SearchRun
 
@@ -22,9 +22,10 @@ def make_board(family: Family, *, prepared: dict[str, Any], confirmations: Mappi
     """
     rankings = family.boards(prepared, confirmations=confirmations)
     boards = [_one_board(run, ranking=ranking) for run, ranking in zip(family.runs, rankings, strict=True)]
-    teacher, random = (RungResult.from_dict(prepared[name]) for name in ("teacher", "random"))
+    signals = family.signals(prepared)
     whole = {
-        "weak_tasks": list(weak_tasks(family.spec.tasks, teacher=teacher, random=random)),
+        "weak_tasks": [signal.task for signal in signals if not signal.clear],
+        "task_signals": [signal.as_dict() for signal in signals],
         "teacher": _baseline(prepared, "teacher"),
         "random": _baseline(prepared, "random"),
         "winners": [ranking.winner for ranking in rankings],

@@ -138,7 +138,8 @@ class Conductor:
             case SearchState.QUEUED:
                 self._move(SearchState.PREPARING)
             case SearchState.PREPARING if self.record.prepared is not None:
-                self._run.scales(self.record.prepared)  # refuses a teacher that is no better than random weights
+                self._name_weak_tasks(self.record.prepared)
+                self._run.scales(self.record.prepared)  # refuses a search without a task on which the teacher is better than random weights
                 self._move(SearchState.SEARCHING)
             case SearchState.PREPARING if not self.running and self.prepared_key not in preparing:
                 self._start("prepare", request={})
@@ -155,6 +156,13 @@ class Conductor:
                 self._end(SearchState.CANCELLED)
             case _:
                 pass
+
+    def _name_weak_tasks(self, prepared: dict[str, Any]) -> None:
+        """Tasks that can rank nothing are told at once, with the likelihood forms that could."""
+        for signal in self._run.signals(prepared):
+            if not signal.clear:
+                self._store.add_event(self.record.id, "task.weak", signal.as_dict(), fence=self._fence)
+                logger.warning("task %s ranks nothing", signal.task, extra={"action": "task_weak", "search_id": self.record.id, **signal.as_dict()})
 
     # -- what ended --------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from nas.search.confirmed import Confirmation
 from nas.search.ranking import Board, TaskScale
 from nas.search.results import RungResult
+from nas.search.task_signals import TaskSignal
 from nas.shape import Shape
 from nas.spec import parse_spec
 from nas.store.records import AttemptRecord, RungRecord, SearchRecord, TrialRecord
@@ -107,6 +108,10 @@ class Family:
     def scales(self, prepared: dict[str, object]) -> tuple[TaskScale, ...]:
         """The teacher's and random weights' scores between which the objective is measured."""
         return self.runs[0].scales(prepared)
+
+    def signals(self, prepared: dict[str, object]) -> tuple[TaskSignal, ...]:
+        """How clear of random weights the teacher stands on each task."""
+        return self.runs[0].signals(prepared)
 
     def boards(self, prepared: dict[str, object], *, confirmations: Mapping[int, Confirmation]) -> tuple[Board, ...]:
         """The leaderboard of each budget."""

@@ -22,6 +22,7 @@ from nas.search.ranking import CONTROL, Board, CompletedTrial, TaskScale, make_s
 from nas.search.results import Metric, RungResult
 from nas.search.rungs import Standing, project, projected_spread, promotable
 from nas.search.study import Observation, choose_sampler, propose
+from nas.search.task_signals import TaskSignal, read_signals
 from nas.shape import Shape
 from nas.space import Choices, build_space
 from nas.spec import parse_spec
@@ -431,6 +432,11 @@ class SearchRun:
         """The teacher's and random weights' scores between which the objective is measured."""
         teacher, random = (RungResult.from_dict(prepared[name]) for name in ("teacher", "random"))  # type: ignore[arg-type]
         return tuple(make_scales(self.spec.tasks, teacher=teacher, random=random))
+
+    def signals(self, prepared: dict[str, object]) -> tuple[TaskSignal, ...]:
+        """How clear of random weights the teacher stands on each task."""
+        teacher, random = (RungResult.from_dict(prepared[name]) for name in ("teacher", "random"))  # type: ignore[arg-type]
+        return read_signals(self.spec.tasks, teacher=teacher, random=random)
 
     def board(self, prepared: dict[str, object], *, confirmations: Mapping[int, Confirmation]) -> Board:
         """The leaderboard of all results so far."""

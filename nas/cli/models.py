@@ -228,7 +228,7 @@ def evaluate(
     import tempfile
 
     from nas.compress.teacher import load_model, load_tokenizer
-    from nas.evaluate.scoring import score
+    from nas.evaluate.scoring import score_stock
     from nas.evaluate.tasks import add_task, load_tasks
 
     _prepare_torch(threads, device=device)
@@ -246,7 +246,7 @@ def evaluate(
             tasks = load_tasks(folders, num_fewshot=dict.fromkeys(tasks, num_fewshot))
         documents = {name: range(len(loaded.eval_docs))[:limit] for name, loaded in tasks.items()}
         model = load_model(folder, dtype="float32", device=device)
-        scores = score(model, tokenizer=load_tokenizer(folder), tasks=tasks, documents=documents, batch_size=batch_size, max_length=None)
+        scores = score_stock(model, tokenizer=load_tokenizer(folder), tasks=tasks, documents=documents, batch_size=batch_size, max_length=None)
     rows = [
         {"task": name, "metric": metric, "value": value.value, "standard_error": value.standard_error, "documents": result.num_documents}
         for name, result in scores.tasks.items()

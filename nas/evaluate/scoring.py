@@ -1,131 +1,122 @@
-"""A model's scores on lm-eval tasks: lm-eval's own numbers, and the per-document values that paired comparisons need.
+"""A model's scores on lm-eval tasks: through a pack where the task has one, through lm-eval itself elsewhere, with the same numbers.
 
-Foreign results become `Scores` here and nowhere else. Ranking, ties and chance levels are not its business (`search/ranking.py`).
+What lm-eval makes of log-probabilities is lm-eval's own code in both. Ranking, ties and chance levels are not its business (`search/ranking.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
+import numpy as np
 from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
 from nas.errors import InvalidSpec, Problem, TaskUnavailable
 from nas.evaluate import harness
+from nas.evaluate.likelihoods import sequence_likelihoods
+from nas.evaluate.pack import Pack, without_trace
+from nas.evaluate.scores import Answer, DocumentValues, MetricValue, Scores, TaskScore, form_value, likelihood_forms
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricValue:
-    """One metric of one task."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedTask:
+    """A task and its pack, opened once and scored any number of times; `open_pack` makes it."""
 
-    value: float
-    standard_error: float | None
-    """Over documents: lm-eval's for means, the delta method for ratios and perplexities; None where neither has a form."""
-    higher_is_better: bool
+    task: Any
+    pack: Pack
+    documents: tuple[harness.Document, ...]
+    """In the order of the pack's ids."""
+    right_R: tuple[bool | None, ...]
+    """`harness.right_answers` of every request."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DocumentValues:
-    """What each document adds to a metric: value = sum(numerators) / sum(denominators), its exponential if `exponential`.
+def open_pack(pack: Pack, *, task: Any) -> PackedTask:
+    """A pack beside the task that it was built from."""
+    documents = tuple(harness.read_document(task, document_id) for document_id in pack.document_ids)
+    num_requests = np.bincount(pack.documents_R, minlength=len(documents)).tolist()
+    right = [harness.right_answers(task, document=document, num_requests=count) for document, count in zip(documents, num_requests, strict=True)]
+    return PackedTask(task=task, pack=pack, documents=documents, right_R=tuple(answer for answers in right for answer in answers))
 
-    An accuracy has denominators of 1. bits_per_byte has bits over bytes; perplexities have nats over words, bytes or
-    documents, and are exponentials. Two models are compared by taking the same documents of both.
+
+def score_packed(model: nn.Module, packed: Mapping[str, PackedTask], *, batch_tokens: int) -> Scores:
+    """Scores a model on all documents of some packs; it is left as it was.
+
+    Args:
+        model: a transformers causal language model with the packs' tokenizer, on its device.
+        batch_tokens: tokens of a forward pass, padding counted.
+    Raises:
+        FloatingPointError: a log-likelihood is not finite: the model has diverged.
     """
-
-    numerators: tuple[float, ...]
-    denominators: tuple[float, ...]
-    exponential: bool
-
-    @property
-    def value(self) -> float:
-        ratio = math.fsum(self.numerators) / math.fsum(self.denominators)
-        return math.exp(ratio) if self.exponential else ratio
-
-    @property
-    def standard_error(self) -> float | None:
-        """Delta method for a ratio of sums over independent documents; for a mean it is the usual formula. None below two documents.
-
-        Source: Cochran, Sampling Techniques, 3rd ed., 6.4, without the finite population correction.
-        """
-        count, total = len(self.numerators), math.fsum(self.denominators)
-        if count < 2:
-            return None
-        ratio = math.fsum(self.numerators) / total
-        residuals = math.fsum((numerator - ratio * denominator) ** 2 for numerator, denominator in zip(self.numerators, self.denominators, strict=True))
-        error = math.sqrt(count / (count - 1) * residuals) / total
-        return error * math.exp(ratio) if self.exponential else error
+    with _evaluating(model):
+        return Scores(tasks={name: _score_pack(model, task, batch_tokens=batch_tokens) for name, task in packed.items()})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskScore:
-    """One task's scores."""
-
-    name: str
-    metrics: Mapping[str, MetricValue]
-    document_ids: tuple[int, ...]
-    """Ascending; the order of every per-document tuple, so that two trials with equal ids are compared pairwise."""
-    documents: Mapping[str, DocumentValues]
-    """By metric; a metric that is no mean, ratio or perplexity over all these documents (f1, bleu) is not here."""
-    likelihood: tuple[float, ...] | None
-    """log2 of the probability of the right answer per UTF-8 byte of it, by document: bits per byte, at most 0, higher is better.
-    The right answer is the gold choice (the best one, if several), the target, or the whole document. None for generate_until."""
-    seconds: float
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.document_ids)
-
-    def metric(self, name: str) -> MetricValue:
-        """One metric by name.
-
-        Raises:
-            TaskUnavailable: the task does not report it; the message lists what it reports.
-        """
-        if name not in self.metrics:
-            raise TaskUnavailable(f"metric of task {self.name}: expected one of {', '.join(self.metrics)}, got {name!r}")
-        return self.metrics[name]
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TaskScore:
-        return cls(
-            name=values["name"],
-            metrics={name: MetricValue(**metric) for name, metric in values["metrics"].items()},
-            document_ids=tuple(values["document_ids"]),
-            documents={
-                name: DocumentValues(
-                    numerators=tuple(document["numerators"]),
-                    denominators=tuple(document["denominators"]),
-                    exponential=document["exponential"],
-                )
-                for name, document in values["documents"].items()
-            },
-            likelihood=None if values["likelihood"] is None else tuple(values["likelihood"]),
-            seconds=values["seconds"],
-        )
+def _score_pack(model: nn.Module, packed: PackedTask, *, batch_tokens: int) -> TaskScore:
+    started = time.perf_counter()
+    task, pack = packed.task, packed.pack
+    found = sequence_likelihoods(model, sequences=pack.sequences(), num_scored=pack.num_scored_Q.tolist(), batch_tokens=batch_tokens)
+    num_requests = len(pack.documents_R)
+    nats_R = np.bincount(pack.requests_Q, weights=found.nats_Q, minlength=num_requests).tolist()
+    missed_R = np.bincount(pack.requests_Q, weights=~found.is_greedy_Q, minlength=num_requests).tolist()
+    samples, answers = [], []
+    starts = np.searchsorted(pack.documents_R, np.arange(len(packed.documents) + 1)).tolist()
+    is_rolling = task.OUTPUT_TYPE == "loglikelihood_rolling"
+    _refuse_non_finite([nats_R[first:last] for first, last in itertools.pairwise(starts)], task=task)
+    for document, (first, last) in zip(packed.documents, itertools.pairwise(starts), strict=True):
+        responses = [nats if is_rolling else (nats, not missed) for nats, missed in zip(nats_R[first:last], missed_R[first:last], strict=True)]
+        samples.append(harness.process(task, document=document, responses=responses))
+        answers.append(_answers(nats_R[first:last], num_bytes=pack.bytes_R[first:last].tolist(), right=packed.right_R[first:last]))
+    metrics, values = _aggregate(samples, task=task)
+    return _with_forms(
+        TaskScore(name=pack.task, metrics=metrics, document_ids=pack.document_ids, documents=values, seconds=time.perf_counter() - started), answers=answers
+    )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """A model's scores, by task."""
+def _aggregate(samples: Sequence[Mapping[str, Any]], *, task: Any) -> tuple[dict[str, MetricValue], dict[str, DocumentValues]]:
+    """lm-eval's aggregation of what each document adds; a metric without a direction is left out."""
+    metrics: dict[str, MetricValue] = {}
+    values: dict[str, DocumentValues] = {}
+    for metric in dict.fromkeys(metric for sample in samples for metric in sample):
+        higher_is_better, aggregation = task.higher_is_better().get(metric), task.aggregation().get(metric)
+        if not isinstance(higher_is_better, bool):
+            continue
+        standard_error: float | None = None
+        if (contributions := _document_values(samples, metric=metric, aggregation=aggregation)) is not None:
+            values[metric] = contributions
+            standard_error = contributions.standard_error
+        try:
+            value = float(aggregation([sample[metric] for sample in samples if metric in sample]))
+        except OverflowError as overflow:
+            raise _too_large(task) from overflow
+        metrics[metric] = MetricValue(value=value, standard_error=standard_error, higher_is_better=higher_is_better)
+    return metrics, values
 
-    tasks: Mapping[str, TaskScore]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+def _with_forms(score: TaskScore, *, answers: Sequence[Sequence[Answer]]) -> TaskScore:
+    """A score with its likelihood forms; a metric of the task that has a form's name is that form."""
+    forms = likelihood_forms(answers)
+    return replace(
+        score,
+        metrics={form: form_value(form, values) for form, values in forms.items()} | dict(score.metrics),
+        documents=forms | dict(score.documents),
+        forms=tuple(forms),
+    )
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Scores:
-        return cls(tasks={name: TaskScore.from_dict(task) for name, task in values["tasks"].items()})
+
+def _answers(nats: Sequence[float], *, num_bytes: Sequence[int], right: Sequence[bool | None]) -> list[Answer]:
+    requests = zip(nats, num_bytes, right, strict=True)
+    return [Answer(nats=nat, num_bytes=size, is_right=is_right) for nat, size, is_right in requests if is_right is not None]
 
 
-def score(
+def score_stock(
     model: nn.Module,
     *,
     tokenizer: Any,
@@ -134,7 +125,7 @@ def score(
     batch_size: int,
     max_length: int | None,
 ) -> Scores:
-    """Scores a model with lm-eval; model, tokenizer and random state are left as they were.
+    """Scores a model with lm-eval itself; model, tokenizer and random state are left as they were.
 
     Args:
         model: a transformers causal language model, on its device.
@@ -146,40 +137,38 @@ def score(
     Raises:
         InvalidSpec: `documents` names a task that is not in `tasks`, or `batch_size` is below 1.
         TaskUnavailable: a document's target has no tokens, or more than `max_length`.
-        FloatingPointError: a log-likelihood is not finite: the model has diverged. lm-eval itself would go on, and its argmax
-            over NaN picks the first choice, which is the right one throughout BLiMP.
+        FloatingPointError: a log-likelihood is not finite: the model has diverged.
     """
     problems = [Problem(field=f"documents.{name}", expected="a task of " + ", ".join(tasks), got=repr(name)) for name in documents if name not in tasks]
     if batch_size < 1:
         problems.append(Problem(field="batch_size", expected="an integer of at least 1", got=str(batch_size)))
     if problems:
         raise InvalidSpec(*problems)
-    with _left_as_it_was(model, tokenizer), harness.isolated():
+    with _evaluating(model), without_trace(tokenizer), harness.isolated():
         # In bfloat16 log-probabilities tie, and lm-eval counts a tie for the first choice.
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, softmax_dtype="float32")
-        return Scores(tasks={name: _score_task(lm, task=tasks[name], documents=documents[name]) for name in documents})
+        return Scores(tasks={name: _score_stock_task(lm, task=tasks[name], documents=documents[name]) for name in documents})
 
 
 @contextlib.contextmanager
-def _left_as_it_was(model: nn.Module, tokenizer: Any) -> Iterator[None]:
-    """HFLM switches the model to evaluation and gives the tokenizer a padding token, which would end up in a saved checkpoint."""
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode for a while."""
     training = [module for module in model.modules() if module.training]
-    padding = tokenizer.pad_token
     try:
+        model.eval()
         yield
     finally:
         for module in training:
             module.training = True
-        tokenizer.pad_token = padding
 
 
-def _score_task(lm: HFLM, *, task: Any, documents: Sequence[int]) -> TaskScore:
+def _score_stock_task(lm: HFLM, *, task: Any, documents: Sequence[int]) -> TaskScore:
     started = time.perf_counter()
     name = harness.task_name(task)
     try:
         result = harness.run(lm, task=task, documents=documents)
     except OverflowError as overflow:
-        raise FloatingPointError(f"task {name}: the perplexity is too large for a number: the model has diverged") from overflow
+        raise _too_large(task) from overflow
     except AssertionError as refusal:
         raise TaskUnavailable(
             f"task {name}: expected targets of 1 to {lm.max_length} tokens behind a context, got another (lm-eval refuses it without a word); "
@@ -191,16 +180,11 @@ def _score_task(lm: HFLM, *, task: Any, documents: Sequence[int]) -> TaskScore:
         samples.setdefault(sample["filter"], []).append(sample)
     first_filter = next(iter(samples.values()))
     assert tuple(sample["doc_id"] for sample in first_filter) == document_ids
-    _refuse_non_finite(first_filter, task=task)
+    if task.OUTPUT_TYPE != "generate_until":
+        _refuse_non_finite([_log_probabilities(sample, task=task) for sample in first_filter], task=task)
     metrics, values = _read_metrics(result, samples=samples, task=task)
-    return TaskScore(
-        name=name,
-        metrics=metrics,
-        document_ids=document_ids,
-        documents=values,
-        likelihood=_likelihood(first_filter, task=task),
-        seconds=time.perf_counter() - started,
-    )
+    score = TaskScore(name=name, metrics=metrics, document_ids=document_ids, documents=values, seconds=time.perf_counter() - started)
+    return score if task.OUTPUT_TYPE == "generate_until" else _with_forms(score, answers=[_sample_answers(sample, task=task) for sample in first_filter])
 
 
 def _read_metrics(
@@ -250,13 +234,16 @@ def _document_values(samples: Sequence[Mapping[str, Any]], *, metric: str, aggre
     return None
 
 
-def _refuse_non_finite(samples: Sequence[Mapping[str, Any]], *, task: Any) -> None:
-    if task.OUTPUT_TYPE == "generate_until":
-        return
-    broken = sum(not all(math.isfinite(nats) for nats in _log_probabilities(sample, task=task)) for sample in samples)
+def _too_large(task: Any) -> FloatingPointError:
+    return FloatingPointError(f"task {harness.task_name(task)}: the perplexity is too large for a number: the model has diverged")
+
+
+def _refuse_non_finite(nats: Sequence[Sequence[float]], *, task: Any) -> None:
+    """By document, one for each request. lm-eval itself would go on, and its argmax over NaN picks the first choice, the right one throughout BLiMP."""
+    broken = sum(not all(map(math.isfinite, document)) for document in nats)
     if broken:
         raise FloatingPointError(
-            f"task {harness.task_name(task)}: the log-likelihood is not finite on {broken} of {len(samples)} documents: the model has diverged"
+            f"task {harness.task_name(task)}: the log-likelihood is not finite on {broken} of {len(nats)} documents: the model has diverged"
         )
 
 
@@ -266,27 +253,8 @@ def _log_probabilities(sample: Mapping[str, Any], *, task: Any) -> list[float]:
     return [float(response if task.OUTPUT_TYPE == "loglikelihood_rolling" else response[0]) for response in responses]
 
 
-def _likelihood(samples: Sequence[Mapping[str, Any]], *, task: Any) -> tuple[float, ...] | None:
-    if task.OUTPUT_TYPE == "generate_until":
-        return None
-    per_document = []
-    for sample in samples:
-        # Everything scored stands last among a request's arguments: the choice, the target, the document.
-        lengths = [len(arguments[-1].encode()) for arguments in sample["arguments"]]
-        rates = [nats / math.log(2) / max(1, length) for nats, length in zip(_log_probabilities(sample, task=task), lengths, strict=True)]
-        right = [rates[index] for index in _right_answers(sample, task=task) if 0 <= index < len(rates)]
-        if not right:
-            return None  # the task has no gold for this document
-        per_document.append(max(right))
-    return tuple(per_document)
-
-
-def _right_answers(sample: Mapping[str, Any], *, task: Any) -> list[int]:
-    """Indices of the requests that hold the right answer, read as lm-eval reads them in `process_results`."""
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return [0]
-    gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
-    if isinstance(gold, str):
-        choices = task.doc_to_choice(sample["doc"])
-        return [choices.index(gold)] if gold in choices else []
-    return list(gold) if isinstance(gold, list) else [gold]
+def _sample_answers(sample: Mapping[str, Any], *, task: Any) -> list[Answer]:
+    # Everything scored stands last among a request's arguments: the choice, the target, the document.
+    sizes = [len(arguments[-1].encode()) for arguments in sample["arguments"]]
+    right = harness.right_answers(task, document=sample["doc"], num_requests=len(sizes))
+    return _answers(_log_probabilities(sample, task=task), num_bytes=sizes, right=right)

@@ -308,6 +308,7 @@ def _build_task(name: str, *, folder: Path, num_fewshot: int | None) -> Any:
             # lm-eval processes all documents again on every look at them, five times in one evaluation.
             task.config.process_docs = functools.cache(task.config.process_docs)
             task.eval_docs  # noqa: B018 (processed here, once and silently)
+        harness.remember(task)
         if shots and not _has_own_examples(config):
             expected = "0: the task has no split of its own for examples, so they would be documents that are scored"
             raise InvalidSpec(Problem(field=f"num_fewshot.{name}", expected=expected, got=str(shots)))

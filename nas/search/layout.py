@@ -13,7 +13,8 @@ from nas.families import read_architecture
 from nas.space import build_spaces
 from nas.spec import SearchSpec, dump_spec, objective_metrics
 
-PREPARED, BLOCKS, SORTED, SPLITS, SIGNALS, CORRECTED, MOMENTS = "prepared.json", "blocks", "sorted", "splits.json", "signals", "teacher", "moments"
+PREPARED, BLOCKS, SORTED, SPLITS, PACKS = "prepared.json", "blocks", "sorted", "splits.json", "packs"
+SIGNALS, CORRECTED, MOMENTS = "signals", "teacher", "moments"
 """Names inside a prepared folder."""
 STUDENT, PROBE, RECONSTRUCTION = "student", "probe", "reconstruction.json"
 """Names inside a trial's folder: the model of the last rung, its logits, which a fresh process must reproduce, and how the trial's start was reconstructed."""

@@ -273,9 +273,7 @@ def _by_task(
 ) -> Damage:
     """What sets of layers cost on the tasks; the models are cut out of a sorted teacher that has selected no layers yet."""
     save(folder / WHOLE, {})
-    splits = json.loads((folder / SPLITS).read_text(encoding="utf-8"))
-    documents = {name: split["search"] for name, split in splits.items()}
-    return task_damage(spec, inputs=inputs, sorting=load_sorting(folder / WHOLE), documents=documents, kl=kl, device=device)
+    return task_damage(spec, inputs=inputs, prepared=folder, sorting=load_sorting(folder / WHOLE), kl=kl, device=device)
 
 
 def _split_tasks(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path) -> dict[str, dict[str, int]]:

@@ -16,19 +16,16 @@ from typing import Any
 
 from scipy.stats import kendalltau
 
-from nas.errors import InvalidSpec, Problem
 from nas.search.confirmed import Confirmation, decide_finals
 from nas.search.pareto import fronts
 from nas.search.results import Metric, RungResult
 from nas.search.rungs import TIE_Z, last_rung, paired_difference
+from nas.search.task_signals import check_signals, read_signals
 from nas.shape import Shape
 from nas.spec import RungSpec, TaskSpec
 
 CONTROL = "control"
 """Origin of the random shapes that show what the search was worth; they are ranked but never win."""
-
-WEAK_Z = 2.0
-"""A task is weak when the teacher beats random weights by fewer than this many combined standard errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,31 +179,25 @@ class Board:
 
 
 def make_scales(tasks: Sequence[TaskSpec], *, teacher: RungResult, random: RungResult) -> tuple[TaskScale, ...]:
-    """The scale of each task of the spec, weights normalised.
+    """The scale of each task of the objective, weights normalised: a task on which the teacher does not stand clear of random weights is left out.
 
     Raises:
-        InvalidSpec: on some task the teacher does not beat random weights; the objective would divide by zero, or reward
-            shapes for being worse.
+        InvalidSpec: no task is left, or one that the spec insists on cannot be part of an objective (`task_signals.check_signals`).
     """
-    total = math.fsum(task.weight for task in tasks)
-    scales, problems = [], []
-    for index, task in enumerate(tasks):
-        high, low = teacher.tasks[task.name], random.tasks[task.name]
-        if not _gain(high, low) > 0:
-            expected = "a task on which the teacher beats random weights"
-            problems.append(Problem(field=f"tasks.{index}", expected=expected, got=f"{task.name}: teacher {high.value:.6g}, random weights {low.value:.6g}"))
-        scales.append(
-            TaskScale(name=task.name, weight=task.weight / total, teacher=high.value, random=low.value, higher_is_better=high.higher_is_better),
+    signals = read_signals(tasks, teacher=teacher, random=random)
+    check_signals(signals)
+    kept = [task for task, signal in zip(tasks, signals, strict=True) if signal.in_objective]
+    total = math.fsum(task.weight for task in kept)
+    return tuple(
+        TaskScale(
+            name=task.name,
+            weight=task.weight / total,
+            teacher=teacher.tasks[task.name].value,
+            random=random.tasks[task.name].value,
+            higher_is_better=teacher.tasks[task.name].higher_is_better,
         )
-    if problems:
-        raise InvalidSpec(*problems)
-    return tuple(scales)
-
-
-def weak_tasks(tasks: Sequence[TaskSpec], *, teacher: RungResult, random: RungResult) -> tuple[str, ...]:
-    """Names of the tasks on which the teacher is hardly better than random weights: their share of the score is noise."""
-    pairs = {task.name: (teacher.tasks[task.name], random.tasks[task.name]) for task in tasks}
-    return tuple(name for name, (high, low) in pairs.items() if _gain(high, low) < WEAK_Z * math.hypot(high.standard_error, low.standard_error))
+        for task in kept
+    )
 
 
 def objective(result: RungResult, *, scales: Sequence[TaskScale]) -> Score:
@@ -300,12 +291,6 @@ def board_as_dict(board: Board) -> dict[str, Any]:
     values = _plain(board)
     assert isinstance(values, dict)
     return values
-
-
-def _gain(teacher: Metric, random: Metric) -> float:
-    """By how much the teacher is better."""
-    gain = teacher.value - random.value
-    return gain if teacher.higher_is_better else -gain
 
 
 def _tie_groups(trials: Sequence[CompletedTrial], *, scales: Sequence[TaskScale]) -> list[list[CompletedTrial]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nas.compress.corpus import load_blocks
 from nas.compress.hidden_states import TeacherStates
@@ -25,11 +25,11 @@ from nas.compress.reconstruction import stream_map
 from nas.compress.second_moments import SecondMoments, load_moments
 from nas.compress.signals import StoredSignals, StoredTeacher, StoredTopK, build_signals
 from nas.compress.sorting import SORTING, load_sorting
-from nas.compress.teacher import WEIGHTS_FILE, load_model, load_tokenizer
+from nas.compress.teacher import WEIGHTS_FILE, load_model
 from nas.compress.teacher_outputs import RunningTeacher, TeacherOutputs
 from nas.cost import SignalChoice, SignalKind, choose_signals
-from nas.evaluate.tasks import load_tasks
-from nas.search.layout import BLOCKS, CORRECTED, MOMENTS, SIGNALS, SORTED, SPLITS
+from nas.search.layout import BLOCKS, CORRECTED, MOMENTS, SIGNALS, SORTED
+from nas.search.task_scoring import TaskScorer
 from nas.shape import Shape
 from nas.spec import SearchSpec
 
@@ -60,12 +60,9 @@ class Shared:
         self._top_k = spec.distillation.top_k
         self._teacher_folder = teacher_folder(spec, inputs=inputs, prepared=prepared)
         self._stored: dict[str, StoredSignals] = {}
-        self.tokenizer = load_tokenizer(self._teacher_folder)
         self.sorting = load_sorting(prepared / SORTED)
         self.blocks = load_blocks(prepared / BLOCKS)
-        self.tasks = load_tasks([Path(task["folder"]) for task in inputs["tasks"]], num_fewshot={task.name: task.num_fewshot for task in spec.tasks})
-        self.splits: dict[str, dict[str, list[int]]] = json.loads((prepared / SPLITS).read_text(encoding="utf-8"))
-        self.max_length: int = AutoConfig.from_pretrained(self._teacher_folder, trust_remote_code=False, local_files_only=True).max_position_embeddings
+        self.tasks = TaskScorer(spec, inputs=inputs, prepared=prepared, teacher=self._teacher_folder, device=device)
 
     @cached_property
     def teacher(self) -> PreTrainedModel:

@@ -6,7 +6,7 @@ Source: arXiv 2408.11796, figures 8 and 9 (Winogrande). The bare cut is scored, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,34 +17,32 @@ from transformers import PreTrainedModel
 from nas.compress.depth import Damage
 from nas.compress.slicing import build_student
 from nas.compress.sorting import Sorting
-from nas.compress.teacher import load_tokenizer
-from nas.evaluate.scoring import MetricValue, score
-from nas.evaluate.tasks import load_tasks
+from nas.evaluate.scores import MetricValue
 from nas.search.shared import teacher_dtype
+from nas.search.task_scoring import TaskScorer
 from nas.spec import SearchSpec, objective_metrics
 
 TIE_WEIGHT = 1e-6
 """Of the KL: accuracies on a few hundred documents tie, and then it decides. Far below what one document changes."""
 
 
-def task_damage(spec: SearchSpec, *, inputs: Mapping[str, Any], sorting: Sorting, documents: Mapping[str, Sequence[int]], kl: Damage, device: str) -> Damage:
+def task_damage(spec: SearchSpec, *, inputs: Mapping[str, Any], prepared: Path, sorting: Sorting, kl: Damage, device: str) -> Damage:
     """A function kept layers -> what is lost of the teacher's metrics, as a share of them, weighted as in the objective.
 
     NaN where the cut model's scores are not finite.
 
     Args:
+        prepared: has the split of the documents, and keeps the packs.
         sorting: of the whole teacher; whatever layers it has selected are not read.
-        documents: ids by task.
         kl: decides ties.
     """
-    tasks = load_tasks([Path(task["folder"]) for task in inputs["tasks"]], num_fewshot={task.name: task.num_fewshot for task in spec.tasks})
-    tokenizer, metrics = load_tokenizer(sorting.folder), objective_metrics(spec, inputs=inputs)
+    scorer = TaskScorer(spec, inputs=inputs, prepared=prepared, teacher=sorting.folder, device=device)
+    metrics = objective_metrics(spec, inputs=inputs)
     total = math.fsum(task.weight for task in spec.tasks)
 
     def values(kept: tuple[int, ...]) -> dict[str, MetricValue]:
         model = _cut(sorting, kept=kept, dtype=teacher_dtype(spec, device=device), device=device)
-        context = model.config.max_position_embeddings
-        scores = score(model, tokenizer=tokenizer, tasks=tasks, documents=documents, batch_size=spec.evaluation.batch_size, max_length=context)
+        scores = scorer.score(model)
         return {name: scores.tasks[name].metric(metric) for name, metric in metrics.items()}
 
     whole = values(tuple(range(sorting.architecture.shape.num_hidden_layers)))

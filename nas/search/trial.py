@@ -27,7 +27,7 @@ from nas.compress.teacher import write_checkpoint
 from nas.compress.train_plan import TrainPlan, trunk_rate
 from nas.compress.train_state import TrainState, load_trunk, sound_checkpoint
 from nas.errors import CorruptFile, NotFound, TaskUnavailable
-from nas.evaluate.scoring import MetricValue, TaskScore, score
+from nas.evaluate.scores import MetricValue, TaskScore
 from nas.memory import TeacherMemory, rung_disk
 from nas.search.costs import closed_costs, measured_costs
 from nas.search.layout import PROBE, RECONSTRUCTION, STUDENT, rung_folder
@@ -193,7 +193,7 @@ def measure(
     with_tasks: bool,
     budget: int = 0,
 ) -> RungResult:
-    """KL and loss on the validation blocks, and lm-eval on the tasks: on the rungs' documents, or on those that no rung sees."""
+    """KL and loss on the validation blocks, and the tasks: on the rungs' documents, or, by lm-eval itself, on those that no rung sees."""
     shared = load_shared(spec, inputs=inputs, prepared=prepared, device=device)
     batch_size = spec.distillation.micro_batch_size or spec.distillation.batch_size
     likelihood = evaluate_kl(model, teacher=shared.validation_outputs(held_out=held_out), blocks_NT=shared.validation(held_out=held_out), batch_size=batch_size)
@@ -203,19 +203,29 @@ def measure(
     if not torch.isfinite(torch.tensor([kl.value, loss.value])).all():
         raise Diverged(step=0, tokens=tokens, what="KL or loss on the validation blocks")
     tasks: dict[str, Metric] = {}
+    likelihoods: dict[str, dict[str, Metric]] = {}
     details: dict[str, Any] = {}
     if with_tasks:
-        documents = {name: split["held_out" if held_out else "search"] for name, split in shared.splits.items()}
-        scores = score(
-            model, tokenizer=shared.tokenizer, tasks=shared.tasks, documents=documents, batch_size=spec.evaluation.batch_size, max_length=shared.max_length
-        )
+        scores = shared.tasks.score_held_out(model) if held_out else shared.tasks.score(model)
         for name, metric in objective_metrics(spec, inputs=inputs).items():
             tasks[name] = paired_metric(scores.tasks[name], name=metric)
             if not math.isfinite(tasks[name].value):
                 raise Diverged(step=0, tokens=tokens, what=f"{metric} of task {name}")
+        likelihoods = {name: {form: paired_metric(task, name=form) for form in task.forms} for name, task in scores.tasks.items()}
         details = {name: {key: _finite(value) for key, value in task.metrics.items()} for name, task in scores.tasks.items()}
     costs = closed_costs(model, workload=spec.budgets[budget].workload)
-    return RungResult(rung=rung, tokens=tokens, kl=kl, loss=loss, tasks=tasks, parameters=_count(model), seconds={}, details=details, costs=costs)
+    return RungResult(
+        rung=rung,
+        tokens=tokens,
+        kl=kl,
+        loss=loss,
+        tasks=tasks,
+        parameters=_count(model),
+        seconds={},
+        details=details,
+        costs=costs,
+        likelihoods=likelihoods,
+    )
 
 
 def _finite(value: MetricValue) -> dict[str, Any]:

@@ -20,14 +20,13 @@ from nas.search.ranking import (
     make_scales,
     objective,
     rank,
-    weak_tasks,
 )
 from nas.search.results import Metric, RungResult
 from nas.shape import Shape
 from nas.spec import RungSpec, TaskSpec
 
 SPEC = RungSpec(num_trained=2)
-TASKS = (TaskSpec(name="ending", weight=3.0), TaskSpec(name="bits", metric="bits_per_byte", weight=1.0))
+TASKS = (TaskSpec(name="ending", weight=3.0, insist=True), TaskSpec(name="bits", metric="bits_per_byte", weight=1.0))
 
 
 def shape(depth: int) -> Shape:
@@ -368,15 +367,18 @@ def test_a_task_on_which_the_teacher_does_not_beat_random_weights_is_refused_by_
     worse = result(ending=RANDOM.tasks["ending"].documents, bits=(3.5, 3.5, 3.5, 3.5))
 
     with pytest.raises(InvalidSpec) as caught:
-        make_scales(TASKS, teacher=worse, random=RANDOM)
+        make_scales([replace(task, insist=True) for task in TASKS], teacher=worse, random=RANDOM)
 
     assert [problem.field for problem in caught.value.problems] == ["tasks.0", "tasks.1"]
     assert "ending: teacher 0.25, random weights 0.25" in str(caught.value)
     assert "bits: teacher 3.5, random weights 3" in str(caught.value)
 
 
-def test_a_task_within_two_standard_errors_of_random_weights_is_weak():
-    assert weak_tasks(TASKS, teacher=TEACHER, random=RANDOM) == ("ending",)
+def test_a_task_that_is_not_clear_of_random_weights_is_left_out_unless_the_spec_insists():
+    (scale,) = make_scales((TaskSpec(name="ending", weight=3.0), TASKS[1]), teacher=TEACHER, random=RANDOM)
+
+    assert (scale.name, scale.weight) == ("bits", 1.0)
+    assert [scale.name for scale in SCALES] == ["ending", "bits"]
 
 
 def test_weights_are_shares():

@@ -18,12 +18,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nas.compress.sorting import load_sorting
-from nas.evaluate.scoring import MetricValue, Scores, TaskScore
+from nas.evaluate.scores import MetricValue, Scores, TaskScore
 from nas.registration import register_corpus, register_tasks, register_teacher
 from nas.search import task_damage as task_damage_module
-from nas.search.layout import PREPARED, SORTED, SPLITS
+from nas.search.layout import PREPARED, SORTED
 from nas.search.prepare import WHOLE, prepare
 from nas.search.task_damage import TIE_WEIGHT, task_damage
+from nas.search.task_scoring import TaskScorer
 from nas.settings import Settings
 from nas.spec import SearchSpec, parse_spec
 from nas.store.store import Store
@@ -39,9 +40,7 @@ class Case:
     folder: Path
 
     def damage(self, *, kl: Callable[[tuple[int, ...]], float] = lambda kept: 0.0) -> Callable[[tuple[int, ...]], float]:
-        splits = json.loads((self.folder / SPLITS).read_text())
-        documents = {name: split["search"] for name, split in splits.items()}
-        return task_damage(self.spec, inputs=self.inputs, sorting=load_sorting(self.folder / SORTED), documents=documents, kl=kl, device="cpu")
+        return task_damage(self.spec, inputs=self.inputs, prepared=self.folder, sorting=load_sorting(self.folder / SORTED), kl=kl, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def scores(accuracy: float, bits: float) -> Scores:
         "acc": MetricValue(value=accuracy, standard_error=None, higher_is_better=True),
         "bits": MetricValue(value=bits, standard_error=None, higher_is_better=False),
     }
-    return Scores(tasks={"choice": TaskScore(name="choice", metrics=values, document_ids=(), documents={}, likelihood=None, seconds=0.0)})
+    return Scores(tasks={"choice": TaskScore(name="choice", metrics=values, document_ids=(), documents={})})
 
 
 @pytest.mark.parametrize(("metric", "expected"), [("acc", (0.8 - 0.6) / 0.8), ("bits", (3.0 - 2.0) / 2.0)])
@@ -80,7 +79,7 @@ def test_what_is_lost_is_a_share_of_the_teachers_metric_whichever_its_direction(
     case: Case, monkeypatch: pytest.MonkeyPatch, metric: str, expected: float
 ) -> None:
     answers = iter([scores(0.8, 2.0), scores(0.6, 3.0)])
-    monkeypatch.setattr(task_damage_module, "score", lambda *_, **__: next(answers))
+    monkeypatch.setattr(TaskScorer, "score", lambda *_: next(answers))
     monkeypatch.setattr(task_damage_module, "objective_metrics", lambda *_, **__: {"choice": metric})
     assert case.damage()((0,)) == pytest.approx(expected)
 
@@ -89,7 +88,7 @@ def test_the_likelihood_decides_ties_and_nothing_else(case: Case, monkeypatch: p
     accuracies = {(0, 1): 0.5, (0, 2): 0.5, (1, 2): 0.51}
     asked = [*accuracies]
     answers = iter([scores(0.8, 2.0), *(scores(accuracy, 2.0) for accuracy in accuracies.values())])
-    monkeypatch.setattr(task_damage_module, "score", lambda *_, **__: next(answers))
+    monkeypatch.setattr(TaskScorer, "score", lambda *_: next(answers))
     damage = case.damage(kl={(0, 1): 3.0, (0, 2): 1.0, (1, 2): 100.0}.__getitem__)
     first, second, better = (damage(kept) for kept in asked)
     assert better < second < first
@@ -102,7 +101,7 @@ def test_a_cut_whose_scores_are_not_finite_is_not_a_number(case: Case, monkeypat
     def diverged(*_: Any, **__: Any) -> Scores:
         raise FloatingPointError
 
-    monkeypatch.setattr(task_damage_module, "score", diverged)
+    monkeypatch.setattr(TaskScorer, "score", diverged)
     assert math.isnan(damage((0,)))
 
 

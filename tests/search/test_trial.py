@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nas.compress import fitting
 from nas.compress.distillation import Diverged, Stopped
 from nas.errors import DoesNotFit, TaskUnavailable
-from nas.evaluate.scoring import DocumentValues, MetricValue, TaskScore
+from nas.evaluate.scores import DocumentValues, MetricValue, TaskScore
 from nas.memory import Capacity
 from nas.search import shared as shared_module
 from nas.search.layout import PROBE, RECONSTRUCTION, SIGNALS, STUDENT, clear_below
@@ -238,7 +238,7 @@ def test_a_model_that_is_not_a_number_has_diverged(case: Case) -> None:
 def a_score(values: DocumentValues) -> TaskScore:
     metric = MetricValue(value=values.value, standard_error=values.standard_error, higher_is_better=False)
     ids = tuple(range(len(values.numerators)))
-    return TaskScore(name="task", metrics={"metric": metric, "f1": metric}, document_ids=ids, documents={"metric": values}, likelihood=None, seconds=0.0)
+    return TaskScore(name="task", metrics={"metric": metric, "f1": metric}, document_ids=ids, documents={"metric": values})
 
 
 @given(st.integers(2, 30), st.booleans(), st.booleans(), st.integers(0, 10**6))
