@@ -72,6 +72,8 @@ class Method:
     objective: Callable[[Subject, Shape, Start], Objective]
     plan: Mapping[str, Any] = field(default_factory=dict)
     """Of the TrainPlan, beside length, rate, batch and seed."""
+    recipes: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """Teacher -> (learning rate, blocks a step), where it is not the best of the grid's (campaign.py)."""
 
     @property
     def distilled(self) -> bool:
@@ -122,7 +124,13 @@ _PLAIN = {"warmup_tokens": 2_000, "beta1": 0.9}
 _SCRATCH = {"warmup_tokens": 50_000, "beta1": 0.9}
 METHODS: dict[str, Method] = {
     "ours": Method(choices="ours", start=_reconstructed("energy"), objective=_final_state, plan={"rate_follows_loss": True}),
-    "ours-all": Method(choices="ours", start=_reconstructed("energy"), objective=_all_states, plan={"rate_follows_loss": True, "optimizer": "muon"}),
+    "ours-all": Method(
+        choices="ours",
+        start=_reconstructed("teacher"),
+        objective=_all_states,
+        plan={"rate_follows_loss": True, "optimizer": "muon"},
+        recipes={"stories260K": (0.0025, 4)},
+    ),
     "ours-logits": Method(choices="ours", start=_reconstructed("energy"), objective=_logits, plan={"rate_follows_loss": True}),
     "plain": Method(choices="plain", start=_sliced, objective=_logits, plan=_PLAIN),
     "plain-bridged": Method(choices="ours", start=_sliced, objective=_logits, plan=_PLAIN),
@@ -131,7 +139,9 @@ METHODS: dict[str, Method] = {
     "scratch-wide": Method(choices="ours", start=_random(0.1), objective=_next_token, plan=_SCRATCH),
 }
 """ours: the defaults: reconstructed, forward KL and the final hidden state, AdamW at a rate that follows the loss (the learning rate is that at one nat per
-token). ours-all: the streams behind all layers and Muon, the most that a token can give here. ours-logits: reconstruction and rate alone.
+token). ours-all: the streams behind all layers, Muon and the teacher's gains, the most that a token can give here; its rate on stories260K is the one that
+a search takes by itself, since a grid on two far cuts picks one that is too high for students near their teacher (LOG.md).
+ours-logits: reconstruction and rate alone.
 plain: sliced, with our importance and the layers of the least damage; plain-bridged: and the layers of our default. minitron: sliced, with the published
 importance and depth. All three: forward KL, AdamW at a constant rate.
 scratch: the shape with random weights of the family's usual spread, and of a wider one, on the text alone."""
