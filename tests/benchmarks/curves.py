@@ -13,8 +13,9 @@ from rich.table import Table
 from tests.benchmarks.campaign import CURVE_SHAPES, CURVE_TOKENS, DATA
 from tests.benchmarks.learning import Curve, Run, read_curves, tokens_to_reach
 
-OURS = ("ours-all", "ours")
-"""With everything that makes a token teach more, and the defaults, which need no teacher beside the student (recipes.py)."""
+OURS = ("ours-gains", "ours-all", "ours")
+"""With everything that makes a token teach more, at the search's own rate and at the grid's, and the defaults, which need no teacher beside the student
+(recipes.py)."""
 BASELINES = {
     "plain": ("plain", "plain-bridged"),
     "minitron": ("minitron",),

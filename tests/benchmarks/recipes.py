@@ -121,16 +121,12 @@ def _next_token(subject: Subject, shape: Shape, start: Start) -> Objective:
 
 
 _PLAIN = {"warmup_tokens": 2_000, "beta1": 0.9}
+_MUON = {"rate_follows_loss": True, "optimizer": "muon"}
 _SCRATCH = {"warmup_tokens": 50_000, "beta1": 0.9}
 METHODS: dict[str, Method] = {
     "ours": Method(choices="ours", start=_reconstructed("energy"), objective=_final_state, plan={"rate_follows_loss": True}),
-    "ours-all": Method(
-        choices="ours",
-        start=_reconstructed("teacher"),
-        objective=_all_states,
-        plan={"rate_follows_loss": True, "optimizer": "muon"},
-        recipes={"stories260K": (0.0025, 4)},
-    ),
+    "ours-all": Method(choices="ours", start=_reconstructed("energy"), objective=_all_states, plan=_MUON),
+    "ours-gains": Method(choices="ours", start=_reconstructed("teacher"), objective=_all_states, plan=_MUON, recipes={"stories260K": (0.0025, 4)}),
     "ours-logits": Method(choices="ours", start=_reconstructed("energy"), objective=_logits, plan={"rate_follows_loss": True}),
     "plain": Method(choices="plain", start=_sliced, objective=_logits, plan=_PLAIN),
     "plain-bridged": Method(choices="ours", start=_sliced, objective=_logits, plan=_PLAIN),
@@ -139,9 +135,8 @@ METHODS: dict[str, Method] = {
     "scratch-wide": Method(choices="ours", start=_random(0.1), objective=_next_token, plan=_SCRATCH),
 }
 """ours: the defaults: reconstructed, forward KL and the final hidden state, AdamW at a rate that follows the loss (the learning rate is that at one nat per
-token). ours-all: the streams behind all layers, Muon and the teacher's gains, the most that a token can give here; its rate on stories260K is the one that
-a search takes by itself, since a grid on two far cuts picks one that is too high for students near their teacher (LOG.md).
-ours-logits: reconstruction and rate alone.
+token). ours-all: the streams behind all layers and Muon. ours-gains: norms with the teacher's gains as well, and on stories260K the rate that a search takes
+by itself, since a grid on two far cuts picks one that is too high for students near their teacher (LOG.md). ours-logits: reconstruction and rate alone.
 plain: sliced, with our importance and the layers of the least damage; plain-bridged: and the layers of our default. minitron: sliced, with the published
 importance and depth. All three: forward KL, AdamW at a constant rate.
 scratch: the shape with random weights of the family's usual spread, and of a wider one, on the text alone."""
