@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nas.cli.estimate import budget_facts
 from nas.cost import count_parameters
 from nas.errors import BudgetInfeasible, InvalidSpec
 from nas.families import read_architecture
@@ -175,3 +176,15 @@ def test_a_named_shape_needs_to_fit_one_budget(submit: Callable[..., Submission]
     assert submit(budget=small, more_budgets=[large], shapes=shapes).plan["max_trials"]
     with pytest.raises(InvalidSpec, match=r"shapes\.0\.parameters: expected at most"):
         submit(budget=small, shapes=shapes)
+
+
+def test_a_terminal_shows_the_ceilings_of_every_kind_of_budget(submit: Callable[..., Submission]) -> None:
+    chat = {"name": "chat", "prompt_tokens": 4, "new_tokens": 2, "max_decode_ms": 1.5}
+    budgets = [{"max_fraction": 0.7, "min_use": 0.5}, {"max_memory_bytes": 40_000, "max_flops_per_token": 40_000}, {"latency": [chat]}]
+    plan = submit(budget=budgets[0], more_budgets=budgets[1:]).plan
+
+    facts = [budget_facts(budget) for budget in plan["budgets"]]
+
+    assert facts[0]["at least"] == f"{plan['min_parameters']:,} total parameters"
+    assert (facts[1]["at most memory bytes"], facts[1]["at most flops per token"]) == ("40,000", "40,000")
+    assert facts[2]["at most decode_ms:chat"] == "1.5, measured at rung 0"

@@ -44,16 +44,28 @@ def estimate(
         _print(preview)
 
 
-def _print(preview: Mapping[str, Any]) -> None:
-    plan, took = preview["plan"], preview["time"]
+def budget_facts(plan: Mapping[str, Any]) -> dict[str, str]:
+    """One budget of the plan: its ceilings and the legal shapes under them."""
     space = plan["space"]
     described = {"smallest": space["smallest"], "largest": space["largest"], **{f"anchor {name}": anchor for name, anchor in plan["anchors"].items()}}
     described |= {f"example {number}": example for number, example in enumerate(space["examples"], start=1)}
-    facts = {
-        "teacher": f"{plan['teacher_parameters']:,} parameters",
-        "budget": f"{plan['min_parameters']:,} to {plan['max_parameters']:,} {plan['counting']} parameters",
-        "legal shapes": space["count"],
+    ceilings = {f"at most {name.replace('_', ' ')}": f"{most:,}" for name, most in plan["ceilings"].items()}
+    ceilings |= {f"at most {name}": f"{most:g}, measured at rung 0" for name, most in plan["latency_ceilings"].items()}
+    return {
+        **ceilings,
+        **({"at least": f"{plan['min_parameters']:,} {plan['counting']} parameters"} if plan["min_parameters"] else {}),
+        "legal shapes": f"{space['count']:,}",
         **{name: f"{shown(shape['shape'], name='')}  ({shape['parameters']:,} parameters)" for name, shape in described.items()},
+    }
+
+
+def _print(preview: Mapping[str, Any]) -> None:
+    plan, took = preview["plan"], preview["time"]
+    facts = {"teacher": f"{plan['teacher_parameters']:,} parameters"}
+    for number, budget in enumerate(plan["budgets"], start=1):
+        prefix = f"budget {number}: " if len(plan["budgets"]) > 1 else ""
+        facts |= {prefix + name: value for name, value in budget_facts(budget).items()}
+    facts |= {
         "distillation tokens": f"{plan['expected_distillation_tokens']:,} expected, {plan['max_distillation_tokens']:,} if every trial went all the way",
         "memory of a trial": f"{plan['memory']['training']['device_bytes'] / 2**20:,.0f} MiB",
         "disk": f"{plan['disk']['prepared_bytes'] / 2**20:,.0f} MiB prepared, {plan['disk']['trial_bytes'] / 2**20:,.0f} MiB a trial",
