@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nas.families import read_architecture
-from tests.benchmarks import ground_truth, truth
+from tests.benchmarks import ground_truth, reproduce, truth
 from tests.benchmarks.ground_truth import GRIDS, Cell, Row
 from tests.benchmarks.proxies import Proxy, bootstrap, proxies_of, regret, seed_ceiling, tau_b, tau_of_separated
 from tests.benchmarks.replay import Chance, GridSpace, replay_baselines, replay_ours, search_spec, summarise
@@ -179,3 +179,15 @@ def test_chance_draws_every_shape_the_same_blocks(monkeypatch: pytest.MonkeyPatc
     ratio = documents[5] / documents[0]
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio.mean(axis=1, keepdims=True), ratio.shape), rtol=2e-3)
     assert not np.allclose(documents, Chance.draw(table, seed=4).documents)
+
+
+def test_a_cell_computed_again_is_judged_at_the_point_that_lies_farthest() -> None:
+    rows, _ = make_rows()
+    table = make_table(seeds=dict.fromkeys(range(12), 3), seed_noise=0.05)
+    kl = list(rows[0].kl[:3])
+    apart, allowed, _ = reproduce.farthest(rows[0], kl, truth=table)
+    assert apart == 0.0 < allowed
+    kl[2] *= 1.5
+    apart, allowed, tokens = reproduce.farthest(rows[0], kl, truth=table)
+    assert tokens == TOKENS[2]
+    assert apart > allowed

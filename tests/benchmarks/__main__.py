@@ -2,7 +2,7 @@
 
     headline    how many times more tokens training from scratch needs
     curves      how many tokens our students need for plain slicing's loss
-    reproduce   a few random cells of those two tables' data, computed again (with NAS_REFERENCE)
+    reproduce   a few random cells of those two tables' data and of the ground truth, computed again (with NAS_REFERENCE)
     proxies     what parameters, loss, KL and task scores after few tokens say of the final result, on the ground truth
     replay      whole searches replayed on the ground truth: regret and tokens of ours, random, the largest, zero-shot and Minitron's
     training    tokens per second of our training loop against the loop that one writes with the transformers Trainer
