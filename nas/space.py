@@ -300,6 +300,12 @@ def build_spaces(spec: SearchSpec, *, architecture: Architecture) -> tuple[Searc
     return tuple(SearchSpace(architecture, space=spec.space, budget=budget, field=name) for name, budget in zip(names, spec.budgets, strict=True))
 
 
+def forced_anchors(spec: SearchSpec, *, anchors: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The anchors that reach the last rung whatever their results: the board compares with them at equal tokens."""
+    order = ("uniform", "width_only", "depth_only", "experts_only")
+    return {name: anchors[name] for name in sorted(anchors, key=order.index)[: spec.controls.num_forced_anchors]}
+
+
 def build_space(spec: SearchSpec, *, inputs: Mapping[str, Any], budget: int = 0) -> SearchSpace:
     """The search space of a stored search, under one of its budgets; `inputs` is the snapshot that the submission took."""
     return SearchSpace(read_architecture(inputs["teacher"]["config"]), space=spec.space, budget=spec.budgets[budget])

@@ -198,7 +198,10 @@ class ControlSpec:
     """Shapes that are not proposed by the sampler, so that the board can show what the search was worth."""
 
     anchors: bool = True
-    """Evaluate the width-only, depth-only and uniform shapes of the budget first; they always reach the last rung."""
+    """Evaluate the width-only, depth-only and uniform shapes of the budget first."""
+    num_forced_anchors: Annotated[int, Field(ge=0, le=4)] = 1
+    """So many of them, the uniform one first, reach the last rung whatever their results; the others compete. Each takes the tokens of a whole trial:
+    three of them are two fifths of what the replayed searches spend (LOG.md)."""
     num_random: Annotated[int, Field(ge=0, le=1000)] = 0
     """Legal shapes drawn at random after the search, taken to the last rung: the honest baseline."""
 
@@ -213,15 +216,15 @@ class RungSpec:
     """Tokens grow by this from rung to rung."""
     num_trained: Annotated[int, Field(ge=1, le=10)] = 3
     """Trained rungs."""
-    keep_untrained: Share = 0.5
+    keep_untrained: Share = 0.4
     """Share of each depth class that goes on from rung 0. Its order says nothing between depths (arXiv 2407.14679, table 1), something within one (LOG.md)."""
-    keep: Share = 0.2
+    keep: Share = 0.15
     """Share of a trained rung that goes on to the next; shapes tied with its last one go on too. Chosen by replayed searches (LOG.md)."""
     keep_depth: Annotated[float, Field(ge=0, le=1)] = 0.5
     """At the first trained rung each depth class has this part of its proportional places for sure, beside the best share. 0: none."""
     max_tie_growth: Annotated[float, Field(ge=1, le=10)] = 2.0
     """Depth classes and ties may enlarge the promoted share at most by this."""
-    projection: Annotated[float, Field(ge=0, le=2)] = 0.4
+    projection: Annotated[float, Field(ge=0, le=2)] = 0.5
     """Decades of tokens by which a rung's KL is drawn on along its last step before students are compared; the ground truth found 0.3 to 0.5 best
     (LOG.md). 0: the KL as it is."""
     seed_spread: Annotated[float, Field(ge=0, le=1)] = 0.01

@@ -17,7 +17,7 @@ from nas.evaluate.scores import FORMS_BY_KIND
 from nas.families import Architecture, read_architecture
 from nas.memory import TeacherMemory, Training, inference_memory, least_training_memory, preparation_disk, rung_disk, training_memory
 from nas.shape import Shape
-from nas.space import SearchSpace, build_spaces
+from nas.space import SearchSpace, build_spaces, forced_anchors
 from nas.spec import SearchSpec
 from nas.store.records import CorpusRecord, SpeedRecord, TaskRecord, TeacherRecord
 from nas.store.store import Store
@@ -243,7 +243,7 @@ def _describe_budget(spec: SearchSpec, *, space: SearchSpace, named: list[Shape]
         "anchors": {name: _described(space.architecture, shape) for name, shape in anchors.items()},
         "space": describe_space(space),
         "searched": max(min(spec.sampler.max_trials, space.count() + at_least), at_least),
-        "forced": len({*anchors.values(), *named}),
+        "forced": len({*forced_anchors(spec, anchors=anchors).values(), *named}),
     }
 
 

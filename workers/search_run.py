@@ -24,15 +24,15 @@ from nas.search.rungs import Standing, project, projected_spread, promotable
 from nas.search.study import Observation, choose_sampler, propose
 from nas.search.task_signals import TaskSignal, read_signals
 from nas.shape import Shape
-from nas.space import Choices, build_space
+from nas.space import Choices, build_space, forced_anchors
 from nas.spec import parse_spec
 from nas.store.records import AttemptRecord, RungRecord, SearchRecord, TrialRecord, TrialState
 from nas.warm_start import Known, Memory
 
 EndReason = Literal["max_trials", "space_exhausted"]
 
-FORCED_ORIGINS = ("anchor", "user", CONTROL)
-"""They reach the last rung whatever their results: the board compares with them at equal tokens."""
+FORCED_ORIGINS = ("user", CONTROL)
+"""They reach the last rung whatever their results, as the spec's forced anchors do: the board compares with them at equal tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +90,7 @@ class SearchRun:
         self.space = build_space(self.spec, inputs=record.inputs, budget=budget)
         self._memory = memory or Memory()
         anchors = self.space.anchors() if self.spec.controls.anchors else {}
+        self._forced_anchors = {shape.key for shape in forced_anchors(self.spec, anchors=anchors).values()}
         self._named = [*((f"anchor:{name}", shape) for name, shape in anchors.items()), *(("user", shape) for shape in self._shapes_of_user())]
         self._trials: dict[int, TrialRecord] = {}
         self.trials: Mapping[int, TrialRecord] = MappingProxyType(self._trials)
@@ -293,7 +294,8 @@ class SearchRun:
         return self._known_costs[number]
 
     def _is_forced(self, number: int) -> bool:
-        return self.trials[number].origin.split(":")[0] in FORCED_ORIGINS
+        origin = self.trials[number].origin.split(":")[0]
+        return origin in FORCED_ORIGINS or (origin == "anchor" and self.shape_of(number).key in self._forced_anchors)
 
     def known_result(self, action: Advance) -> Known | None:
         """What this rung would measure, where an earlier search knows it. Costs are those under this search's workload; a latency is measured here."""
