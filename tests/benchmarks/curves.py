@@ -17,12 +17,12 @@ OURS = ("ours-gains", "ours-all", "ours")
 """With everything that makes a token teach more, at the search's own rate and at the grid's, and the defaults, which need no teacher beside the student
 (recipes.py)."""
 BASELINES = {
-    "plain": ("plain", "plain-bridged"),
+    "plain": ("plain", "plain-slow", "plain-bridged"),
     "minitron": ("minitron",),
 }
 """What ours is compared with: for each shape the method that ends lowest, since which layers suit a plain slice depends on how much else is cut."""
 WORDS = {
-    "plain": "plain slicing with our importance, and for each shape the better of two depth rules",
+    "plain": "plain slicing with our importance, and for each shape the best of two depth rules and two rates",
     "minitron": "the published recipe: plain slicing, (L2, mean) and block influence",
 }
 GOAL = 0.5

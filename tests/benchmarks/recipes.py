@@ -129,6 +129,7 @@ METHODS: dict[str, Method] = {
     "ours-gains": Method(choices="ours", start=_reconstructed("teacher"), objective=_all_states, plan=_MUON, recipes={"stories260K": (0.0025, 4)}),
     "ours-logits": Method(choices="ours", start=_reconstructed("energy"), objective=_logits, plan={"rate_follows_loss": True}),
     "plain": Method(choices="plain", start=_sliced, objective=_logits, plan=_PLAIN),
+    "plain-slow": Method(choices="plain", start=_sliced, objective=_logits, plan=_PLAIN, recipes={"stories260K": (0.0005, 1)}),
     "plain-bridged": Method(choices="ours", start=_sliced, objective=_logits, plan=_PLAIN),
     "minitron": Method(choices="minitron", start=_sliced, objective=_logits, plan=_PLAIN),
     "scratch": Method(choices="ours", start=_random(0.02), objective=_next_token, plan=_SCRATCH),
@@ -137,7 +138,8 @@ METHODS: dict[str, Method] = {
 """ours: the defaults: reconstructed, forward KL and the final hidden state, AdamW at a rate that follows the loss (the learning rate is that at one nat per
 token). ours-all: the streams behind all layers and Muon. ours-gains: norms with the teacher's gains as well, and on stories260K the rate that a search takes
 by itself, since a grid on two far cuts picks one that is too high for students near their teacher (LOG.md). ours-logits: reconstruction and rate alone.
-plain: sliced, with our importance and the layers of the least damage; plain-bridged: and the layers of our default. minitron: sliced, with the published
+plain: sliced, with our importance and the layers of the least damage; plain-slow: at half the grid's rate, which suits shapes near the teacher better;
+plain-bridged: with the layers of our default. minitron: sliced, with the published
 importance and depth. All three: forward KL, AdamW at a constant rate.
 scratch: the shape with random weights of the family's usual spread, and of a wider one, on the text alone."""
 
