@@ -23,7 +23,8 @@ from nas.store.records import RungRecord, SearchRecord, SearchState, TrialRecord
 from tests.simulation.cluster import Clock, measure
 from tests.simulation.simulator import INPUTS, check, make_simulation, make_spec
 from workers.board import make_board
-from workers.search_run import NewTrial, SearchRun
+from workers.family import Family
+from workers.search_run import NewTrial
 
 FINISHED = (100, 1_000, 10_000)
 NUM_PROPOSALS = 20
@@ -63,7 +64,7 @@ def _speeds(num_finished: int) -> tuple[float, float, float]:
         run.next_action()
         decisions.append(time.process_time() - started)
         run.set_trial(replace(run.trials[number], state=TrialState.STOPPED))
-    teacher = measure(run.space.architecture.shape, rung=0, tokens=0, tasks=["one", "two"]).as_dict()
+    teacher = measure(run.runs[0].space.architecture.shape, rung=0, tokens=0, tasks=["one", "two"]).as_dict()
     random = json.loads(json.dumps(teacher), parse_float=lambda text: float(text) * 0.5)
     prepared = {"teacher": teacher, "teacher_held_out": teacher, "random": random, "random_held_out": random, "seconds": {}}
     started = time.process_time()
@@ -71,12 +72,12 @@ def _speeds(num_finished: int) -> tuple[float, float, float]:
     return proposals, NUM_PROPOSALS / sum(decisions), time.process_time() - started
 
 
-def _finished_run(num_finished: int) -> SearchRun:
+def _finished_run(num_finished: int) -> Family:
     """A search with so many trials that were stopped after the first trained rung, some after the next."""
     spec = dump_spec(parse_spec(json.dumps(make_spec(num_trials=2 * num_finished, num_workers=100, controls={"anchors": False}))))
     empty = {"plan": {}, "prepared": None, "board": None, "winner": None, "error": None, "started_at": None, "finished_at": None}
     record = SearchRecord(id="srch", label="", state=SearchState.SEARCHING, spec=spec, inputs=INPUTS, created_at=_NOW, updated_at=_NOW, version=1, **empty)
-    space = SearchRun(record, trials=[], rungs=[], attempts=[]).space
+    space = Family(record, trials=[], rungs=[], attempts=[]).runs[0].space
     generator = np.random.default_rng(0)
     shapes = {}
     while len(shapes) < num_finished:
@@ -89,7 +90,7 @@ def _finished_run(num_finished: int) -> SearchRun:
         for rung in range(last + 1):
             result = measure(shape, rung=rung, tokens=0, tasks=[]).as_dict()
             rungs.append(RungRecord(search_id="srch", trial=number, rung=rung, sequence=len(rungs) + 1, result=result, finished_at=_NOW))
-    return SearchRun(record, trials=trials, rungs=rungs, attempts=[])
+    return Family(record, trials=trials, rungs=rungs, attempts=[])
 
 
 _NOW = utc_now()

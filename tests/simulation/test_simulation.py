@@ -30,7 +30,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_nothing_is_lost_and_nothing_done_twice(make: Make, seed: int) -> None:
-    simulation = make(num_trials=80, num_workers=16, seed=seed)
+    simulation = make(num_trials=60, num_workers=12, seed=seed)
 
     simulation.to_end()
 
@@ -38,7 +38,7 @@ def test_nothing_is_lost_and_nothing_done_twice(make: Make, seed: int) -> None:
 
 
 def test_a_controller_that_takes_over_goes_on_as_the_one_that_died_would_have(make: Make) -> None:
-    simulation, generator = make(num_trials=60, num_workers=12, seed=2), random.Random(2)
+    simulation, generator = make(num_trials=40, num_workers=8, seed=2), random.Random(2)
     restarts = 0
     while simulation.tick():
         if simulation.conductor.record.state is not SearchState.SEARCHING or generator.random() > 0.06:
