@@ -376,6 +376,9 @@ class LeaderboardAnswer(Answer):
     controls: ControlsAnswer | None = None
     """Null while no control has reached the last rung."""
     cost: Cost | None = None
+    importances: dict[str, float] = {}
+    """Share of the spread of log KL that each choice explains among the shapes measured at one rung (fANOVA), once the search has its winner;
+    empty where too few were measured."""
 
 
 class GapAnswer(Answer):

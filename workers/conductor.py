@@ -44,6 +44,8 @@ PROGRESS_SECONDS = 0.5
 """Between two looks at the running steps' progress files: a thousand of them on a shared folder are not looked at with every outcome."""
 BOARD_SECONDS_PER_TRIAL = 0.005
 """Between two leaderboards stored. One costs the controller about a twentieth of that for every trial on it (LOG), so at most 5 % of its time."""
+MAX_FOR_IMPORTANCE = 200
+"""Observations from which the importance of each dimension is worked out, in the bundle step: seconds there, minutes for a thousand (LOG.md)."""
 WORKING = (SearchState.QUEUED, SearchState.PREPARING, SearchState.SEARCHING, SearchState.CONFIRMING)
 
 
@@ -213,6 +215,7 @@ class Conductor:
                 assert number is not None
                 self._record_winner(number, result)
                 self._store.finish_attempt(attempt.id, state=AttemptState.SUCCEEDED, reason=None, fence=self._fence)
+                self._board_is_old = True
         if attempt.stage in ("prepare", "bundle"):
             self.record = self._store.get_search(search_id)
 
@@ -434,6 +437,7 @@ class Conductor:
             "result": run.results[number][run.last_rung].as_dict(),
             "confirmation": run.trials[number].confirmation,
             "board": self._board(),
+            "observations": [{"choices": told.choices.as_dict(), "value": told.value} for told in run.observations(most=MAX_FOR_IMPORTANCE)],
         }
 
     def _start(self, stage: Stage, *, request: dict[str, Any], trial: int | None = None, rung: int | None = None) -> None:
@@ -492,7 +496,8 @@ class Conductor:
         """The leaderboard now; None before there is anything to compare with."""
         if self.record.prepared is None:
             return None
-        return make_board(self._run, prepared=self.record.prepared, confirmations=self._confirmations)
+        board = make_board(self._run, prepared=self.record.prepared, confirmations=self._confirmations)
+        return {**board, "importances": (self.record.winner or {}).get("importances", {})}
 
     def _move(self, to: SearchState, *, error: dict[str, Any] | None = None, data: dict[str, Any] | None = None) -> None:
         """Change the search's state. It may have been cancelled since the tick began: the next tick sees that."""

@@ -425,6 +425,12 @@ class SearchRun:
                 observations.append(Observation(choices=choices, value=_value(kl), costs=tuple(costs[name] for name in self.spec.objectives)))
         return observations
 
+    def observations(self, *, most: int) -> list[Observation]:
+        """What the sampler was last told, evenly thinned out to at most so many."""
+        told = self._observations()
+        step = -(-len(told) // most) or 1
+        return told[::step]
+
     def _is_searched(self, number: int) -> bool:
         return self.trials[number].origin != CONTROL
 

@@ -97,8 +97,10 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
     from nas.compress.speed import probe_speed
     from nas.search.confirm import confirm
     from nas.search.prepare import prepare
+    from nas.search.study import Observation, dimension_importances
     from nas.search.trial import run_rung
     from nas.shape import Shape
+    from nas.space import Choices
     from nas.spec import parse_spec
 
     transformers_logging.disable_progress_bar()
@@ -146,7 +148,8 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
                 with_reload = request["with_reload"]
                 return confirm(spec, inputs=inputs, prepared=prepared, shape=shape, folder=trial_folder, device=device, with_reload=with_reload)
             case "bundle":
-                return write_bundle(request, spec=spec)
+                observations = [Observation(choices=Choices(**told["choices"]), value=told["value"]) for told in request["observations"]]
+                return {**write_bundle(request, spec=spec), "importances": dimension_importances(observations)}
             case unknown:
                 raise ValueError(f"stage: expected prepare, rung, confirm or bundle, got {unknown!r}")
 

@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,7 +18,11 @@ from nas.cli.options import Json, SearchId, Url
 from nas.client import TERMINAL_STATES, Client
 from nas.errors import InvalidSpec, Problem
 from nas.settings import Settings
+from nas.shape import Shape
 from nas.terminal import board_facts, comparison_tables, event_line, leaderboard_table, out, print_facts, print_json, print_rows, say, status_line
+
+if TYPE_CHECKING:
+    from nas.search.study import ExportedTrial
 
 commands = typer.Typer()
 
@@ -193,3 +198,40 @@ def _follow(client: Client, search_id: str, *, show: bool) -> str:
 def _exit_unless_well(state: str) -> None:
     if state in TERMINAL_STATES and state != "succeeded":
         raise typer.Exit(FAILED)
+
+
+@commands.command("export-optuna")
+def export_optuna(
+    search_id: SearchId,
+    file: Annotated[Path, typer.Argument(help="New file: SQLite, or an Optuna journal where the name ends in .log or .journal.")],
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Write a search as an Optuna study, which optuna-dashboard opens."""
+    from nas.search.study import export_study
+
+    with make_client(url) as client:
+        search, rows = client.search(search_id), {row["number"]: row for row in client.leaderboard(search_id)["rows"]}
+        objectives = ("score", *search["spec"]["objectives"])
+        trials = [
+            _exported(client.trial(search_id, trial["number"]), row=rows.get(trial["number"]), objectives=objectives) for trial in client.trials(search_id)
+        ]
+    export_study(trials, path=file, name=search_id, objectives=objectives)
+    print_facts({"file": str(file), "study": search_id, "trials": len(trials)}, as_json=as_json)
+
+
+def _exported(trial: Mapping[str, Any], *, row: Mapping[str, Any] | None, objectives: Sequence[str]) -> ExportedTrial:
+    """A trial of the API with its row of the board. One that reached the last rung, but is not on the board yet, is still running there."""
+    from nas.search.study import ExportedTrial
+
+    ranked = row if row is not None and row["rank"] is not None else None
+    names = ("rank", "tie_group", "standard_error", "verified", "probability_best")
+    return ExportedTrial(
+        number=trial["number"],
+        origin=trial["origin"],
+        shape=Shape.from_dict({name: value for name, value in trial["shape"].items() if value is not None}),
+        state="running" if trial["state"] == "completed" and ranked is None else trial["state"],
+        values=[] if ranked is None else [ranked["score"], *(ranked["costs"][name] for name in objectives[1:])],
+        kl_by_tokens={rung["tokens"]: rung["kl"]["value"] for rung in trial["rungs"]},
+        attributes={"parameters": trial["parameters"], **{name: row[name] for name in names if row is not None}},
+    )
