@@ -161,14 +161,18 @@ def _keys(value: Any) -> Iterator[str]:
 
 
 def test_what_each_decision_cost_adds_up(service: Service) -> None:
-    search = service.run(service.submit(sampler={"name": "random", "max_trials": 3}, controls={"anchors": False, "num_random": 0}))
+    sampler = {"name": "random", "max_trials": 8, "num_startup_trials": 2}
+    rungs = {"first_tokens": 512, "factor": 2, "num_trained": 1, "keep": 0.5, "keep_untrained": 1.0}
+    search = service.run(service.submit(sampler=sampler, rungs=rungs, controls={"anchors": False, "num_random": 0}))
 
     assert search.board is not None
+    assert sum(search.board["importances"].values()) == pytest.approx(1.0)
+    assert "mlp_fill" in search.board["importances"]
     cost = search.board["cost"]
     decisions = cost["decisions"]
     spec = parse_spec(json.dumps(search.spec))
     assert [decision["decision"] for decision in decisions] == [*(f"rung {rung}" for rung in range(spec.rungs.num_trained + 1)), "confirm"]
-    assert [decision["trials"] for decision in decisions[:1]] == [3]
+    assert [decision["trials"] for decision in decisions[:1]] == [8]
     assert [decision["chosen"] for decision in decisions[:-2]] == [decision["trials"] for decision in decisions[1:-1]]
     assert decisions[-1]["chosen"] == 1
     assert cost["tokens"] == sum(decision["tokens"] for decision in decisions) > 0
