@@ -437,7 +437,7 @@ class Conductor:
             "result": run.results[number][run.last_rung].as_dict(),
             "confirmation": run.trials[number].confirmation,
             "board": self._board(),
-            "observations": [{"choices": told.choices.as_dict(), "value": told.value} for told in run.observations(most=MAX_FOR_IMPORTANCE)],
+            "observations": [{"choices": told.choices.as_dict(), "value": told.value} for told in run.observations(number, most=MAX_FOR_IMPORTANCE)],
         }
 
     def _start(self, stage: Stage, *, request: dict[str, Any], trial: int | None = None, rung: int | None = None) -> None:

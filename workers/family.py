@@ -13,6 +13,7 @@ from types import MappingProxyType
 from nas.search.confirmed import Confirmation
 from nas.search.ranking import Board, TaskScale
 from nas.search.results import RungResult
+from nas.search.study import Observation
 from nas.search.task_signals import TaskSignal
 from nas.shape import Shape
 from nas.spec import parse_spec
@@ -78,6 +79,10 @@ class Family:
     @property
     def last_rung(self) -> int:
         return self.spec.rungs.num_trained
+
+    def observations(self, trial: int, *, most: int) -> list[Observation]:
+        """What the sampler of a trial's budget was last told, at most so many."""
+        return self._run_of(trial).observations(most=most)
 
     def shape_of(self, trial: int) -> Shape:
         return self._run_of(trial).shape_of(trial)
