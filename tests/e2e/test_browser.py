@@ -93,7 +93,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     now = utc_now()
     store.add_teacher(TeacherRecord(name="tiny", digest="a" * 64, path="/t", config=CONFIG, parameters=200000, added_at=now))
     store.add_corpus(CorpusRecord(name="stories", digest="b" * 64, files=(), num_documents=10, num_bytes=1000, added_at=now))
-    card = {"name": "pairs", "default_metric": "acc", "metrics": [{"name": "acc", "higher_is_better": True}]}
+    card = {"name": "pairs", "output_type": "multiple_choice", "default_metric": "acc", "metrics": [{"name": "acc", "higher_is_better": True}]}
     store.add_task(TaskRecord(name="pairs", digest="c" * 64, folder="/t", card=card, added_at=now))
     spec = parse_spec(json.dumps(SPEC))
     submission = check_submission(spec, store=store)
