@@ -210,8 +210,10 @@ def service(tmp_path: Path, migrated_file: Path) -> Iterator[Service]:
     now = utc_now()
     store.add_teacher(TeacherRecord(name="tiny", digest="a" * 64, path="/secret/tiny", config=TEACHER_CONFIG, parameters=200000, added_at=now))
     store.add_corpus(CorpusRecord(name="stories", digest="b" * 64, files=("/secret/s.txt",), num_documents=10, num_bytes=1000, added_at=now))
-    for name, metric, higher_is_better in (("pairs", "acc", True), ("bits", "bits_per_byte", False)):
-        card = {"name": name, "num_documents": 50, "default_metric": metric, "metrics": [{"name": metric, "higher_is_better": higher_is_better}]}
+    kinds = (("pairs", "acc", "multiple_choice"), ("bits", "bits_per_byte", "loglikelihood_rolling"))
+    for name, metric, kind in kinds:
+        metrics = [{"name": metric, "higher_is_better": metric == "acc"}]
+        card = {"name": name, "output_type": kind, "num_documents": 50, "default_metric": metric, "metrics": metrics}
         store.add_task(TaskRecord(name=name, digest="c" * 64, folder="/secret/tasks", card=card, added_at=now))
     # raise_server_exceptions: a bug is an answer here, as it is to a user.
     client = TestClient(create_app(store=store, settings=settings), base_url="http://127.0.0.1", raise_server_exceptions=False)
