@@ -12,6 +12,7 @@
     slicing     what a student costs before its first step: time, memory, and a teacher that workers share
     simulation  proposals per second at up to 10,000 finished trials, idle workers, and every promise of a search on pretended workers
     dispatch    what it costs to hand a step to a worker, on a local Ray cluster of several nodes; one-thread training on all cores
+    scoring     stock tasks through evaluation packs, against lm-eval's own path at its best batch size (with NAS_REFERENCE)
     search      seconds per trial by step, in a search through the running service
 
 Every number is a ratio against a baseline in the same run, or a held-out loss; the goal stands beside it. Speed is printed and never fails
@@ -39,6 +40,7 @@ SECTIONS = {
     "slicing": "slicing",
     "simulation": "simulation",
     "dispatch": "dispatch",
+    "scoring": "scoring",
     "search": "search_cost",
 }
 """Section -> module beside this one. Its `bench()` prints, and returns False where a claim does not hold."""
