@@ -105,8 +105,8 @@ def _with_forms(score: TaskScore, *, answers: Sequence[Sequence[Answer]]) -> Tas
     forms = likelihood_forms(answers)
     return replace(
         score,
-        metrics={form: form_value(form, values) for form, values in forms.items()} | dict(score.metrics),
-        documents=forms | dict(score.documents),
+        metrics=dict(score.metrics) | {form: form_value(form, values) for form, values in forms.items() if form not in score.metrics},
+        documents=dict(score.documents) | {form: values for form, values in forms.items() if form not in score.documents},
         forms=tuple(forms),
     )
 

@@ -566,7 +566,9 @@ def test_a_teacher_no_better_than_random_weights_is_refused_before_any_trial(ser
     assert search.state is SearchState.FAILED
     assert search.error is not None
     assert search.error["reason"] == "spec_refused"
-    assert "a task on which the teacher beats random weights" in search.error["message"]
+    assert "a task on which the teacher is better than random weights by 2 standard errors" in search.error["message"]
+    (weak,) = [event.data for event in service.store.list_events(search_id) if event.type == "task.weak"]
+    assert (weak["task"], weak["in_objective"]) == ("choice", False)
     assert service.store.list_trials(search_id) == []
 
 
