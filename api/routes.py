@@ -153,7 +153,7 @@ def submit_search(
     spec = parse_spec(body)
     submission = check_submission(spec, store=store)
     search, created = store.create_search(
-        spec=dump_spec(spec),
+        spec=dump_spec(submission.spec),
         inputs=submission.inputs,
         plan=submission.plan,
         label=spec.label,
@@ -188,7 +188,7 @@ def preview_search(
         spec=dump_spec(spec),
         plan=submission.plan,
         inputs=describe_inputs(submission.inputs),
-        time=estimate_time(submission, spec=spec, speed=speed),
+        time=estimate_time(submission, spec=submission.spec, speed=speed),
         asked=[ask_about(submission, shape, spec=spec) for shape in asked],
     )
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from nas.cost import flops_per_token
+from nas.errors import InvalidSpec, Problem
 from nas.families import Architecture
 from nas.shape import Shape
 from nas.space import SearchSpace
@@ -58,7 +59,7 @@ class RungWork:
 
     rung: int
     expected: int
-    """Trials, where nobody is tied."""
+    """Trials, where nobody is tied and no depth class needs a place of its own."""
     at_most: int
     tokens: int
     """That one trial is trained on here: the decay branch of the rung below is trained again."""
@@ -70,10 +71,10 @@ def rung_work(spec: SearchSpec, *, searched: int, forced: int) -> list[RungWork]
     Args:
         searched: shapes proposed in all; forced: those among them that always go on (anchors, named shapes). Controls come on top, forced too.
     """
-    free, most, controls = searched - forced, searched - forced, spec.controls.num_random
+    free, most = searched - forced, searched - forced
+    extra = forced + spec.controls.num_random
     work = []
     for rung in range(spec.rungs.num_trained + 1):
-        extra = forced + controls
         work.append(RungWork(rung=rung, expected=free + extra, at_most=most + extra, tokens=spec.trained_tokens(rung)))
         free, most = (
             _promoted(free, rung=rung, spec=spec.rungs),
@@ -97,6 +98,42 @@ def _promoted(trials: int, *, rung: int, spec: RungSpec) -> int:
 
 def _growth(rung: int, *, spec: RungSpec) -> float:
     return 1.0 if rung == 0 else spec.max_tie_growth
+
+
+def likely_tokens(work: Sequence[RungWork]) -> int:
+    """Tokens that a whole search trains, with half of what ties and depth classes may add (LOG.md, rungs on the ground truth)."""
+    return sum((step.expected + step.at_most) * step.tokens for step in work) // 2
+
+
+def with_first_tokens(spec: SearchSpec, *, plans: Sequence[Mapping[str, Any]]) -> SearchSpec:
+    """The spec with the largest `rungs.first_tokens`, in whole steps, whose likely tokens are at most `rungs.total_tokens`; unchanged without one.
+
+    Args:
+        plans: each budget with what it searches, as in `total_work`.
+    Raises:
+        InvalidSpec: it does not pay for two steps in the first rung; the message says what would.
+    """
+    total = spec.rungs.total_tokens
+    if total is None:
+        return spec
+    step = spec.distillation.batch_size * spec.corpus.sequence_length
+
+    def tokens(num_steps: int) -> int:
+        return likely_tokens(total_work(_with_steps(spec, num_steps, step=step), plans=plans))
+
+    # Linear in the steps but for the rounding of the decay's share.
+    num_steps = max(2, total * 1000 // max(tokens(1000), 1) + 1)
+    while num_steps > 2 and tokens(num_steps) > total:
+        num_steps -= 1
+    if tokens(num_steps) > total:
+        expected = f"at least {tokens(2)}, which trains the first rung for two steps of batch_size x sequence_length = {step}"
+        raise InvalidSpec(Problem(field="rungs.total_tokens", expected=expected, got=str(total)))
+    return _with_steps(spec, num_steps, step=step)
+
+
+def _with_steps(spec: SearchSpec, num_steps: int, *, step: int) -> SearchSpec:
+    whole, rungs = cast(Any, spec), cast(Any, spec.rungs)  # pydantic's dataclasses are none to the type checker
+    return cast(SearchSpec, replace(whole, rungs=replace(rungs, first_tokens=num_steps * step)))
 
 
 def describe_space(space: SearchSpace) -> dict[str, Any]:

@@ -212,6 +212,9 @@ class RungSpec:
 
     first_tokens: Count = 2_000_000
     """Tokens of the first trained rung."""
+    total_tokens: Count | None = None
+    """Tokens that the whole search is expected to train, anchors, controls and ties paid for: first_tokens is worked out from it at submit,
+    whatever it says here. A failed trial, or a promotion while others are still training, comes on top. None: first_tokens decides."""
     factor: Annotated[int, Field(ge=2, le=64)] = 4
     """Tokens grow by this from rung to rung."""
     num_trained: Annotated[int, Field(ge=1, le=10)] = 3
@@ -228,8 +231,10 @@ class RungSpec:
     """Decades of tokens by which a rung's KL is drawn on along its last step before students are compared; the ground truth found 0.3 to 0.5 best
     (LOG.md). 0: the KL as it is."""
     seed_spread: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Standard deviation of the held-out KL of a shape between training seeds, relative to the KL, data order in common taken out; part of every tie
-    test. Measured .003 to .010 on stories260K from 50k tokens on, .005 on tales4M (LOG.md)."""
+    """Standard deviation of the held-out KL of a shape between training seeds, relative to the KL, beyond what the blocks show and without what one data
+    order does to all shapes alike; part of every tie test. On the ground truth .012 at 12,500 tokens, .007 at 25,000, below .004 from 50,000 on (LOG.md)."""
+    stop_losers: bool = True
+    """Do not train to the last rung whoever is certain to lose there, by a margin of 5 % of its KL (`nas/search/rungs.py`). Not with several objectives."""
 
     def tokens(self, rung: int) -> int:
         """Tokens that a shape has seen at a rung."""

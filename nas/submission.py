@@ -12,7 +12,7 @@ from nas.budget import limits
 from nas.compress.train_plan import trunk_rate
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem
-from nas.estimate import Speed, describe_space, estimate_seconds, explain_shape, task_work, total_work
+from nas.estimate import Speed, describe_space, estimate_seconds, explain_shape, likely_tokens, task_work, total_work, with_first_tokens
 from nas.evaluate.scores import FORMS_BY_KIND
 from nas.families import Architecture, read_architecture
 from nas.memory import TeacherMemory, Training, inference_memory, least_training_memory, preparation_disk, rung_disk, training_memory
@@ -33,6 +33,8 @@ _Record = TypeVar("_Record", TeacherRecord, CorpusRecord, TaskRecord)
 class Submission:
     """A spec that can be run: what it refers to, and what it will cost."""
 
+    spec: SearchSpec
+    """As it is stored and run: `rungs.first_tokens` follows from `rungs.total_tokens`, where that is given."""
     inputs: dict[str, Any]
     """Snapshot of the registered teacher, corpora and tasks (name, digest, place), so that a later change of the registry changes nothing."""
     plan: dict[str, Any]
@@ -69,7 +71,9 @@ def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
     }
     if problems := check_warm_start(spec, inputs=inputs, store=store):
         raise InvalidSpec(*problems)
-    return Submission(inputs=inputs, plan=_plan(spec, spaces=spaces))
+    budgets = _describe_budgets(spec, spaces=spaces)
+    spec = with_first_tokens(spec, plans=budgets)
+    return Submission(spec=spec, inputs=inputs, plan=_plan(spec, spaces=spaces, budgets=budgets))
 
 
 def estimate_time(submission: Submission, *, spec: SearchSpec, speed: SpeedRecord) -> dict[str, Any]:
@@ -136,11 +140,11 @@ def _lengths(spec: SearchSpec, *, context: object) -> list[Problem]:
         expected = f"at least two blocks of sequence_length={corpus.sequence_length}, whose spread is the standard error"
         problems.append(Problem(field="corpus.validation_tokens", expected=expected, got=str(corpus.validation_tokens)))
     step, last = spec.distillation.batch_size * corpus.sequence_length, spec.rungs.tokens(spec.rungs.num_trained)
-    if spec.rungs.first_tokens < 2 * step:
+    if spec.rungs.total_tokens is None and spec.rungs.first_tokens < 2 * step:
         problems.append(
             Problem(field="rungs.first_tokens", expected=f"at least two steps of batch_size x sequence_length = {step}", got=str(spec.rungs.first_tokens))
         )
-    if last > MAX_TOKENS:
+    if spec.rungs.total_tokens is None and last > MAX_TOKENS:
         problems.append(Problem(field="rungs.factor", expected=f"a last rung of at most {MAX_TOKENS} tokens", got=str(last)))
     return problems
 
@@ -196,15 +200,19 @@ def _duplicates(field: str, names: list[str]) -> list[Problem]:
     return [Problem(field=f"{field}.{index}.name", expected="each name once", got=f"{name} again") for index, name in enumerate(names) if name in names[:index]]
 
 
-def _plan(spec: SearchSpec, *, spaces: tuple[SearchSpace, ...]) -> dict[str, Any]:
-    architecture: Architecture = spaces[0].architecture
-    teacher = count_parameters(architecture, architecture.shape)
-    rungs = [spec.rungs.tokens(rung) for rung in range(spec.rungs.num_trained + 1)]
+def _describe_budgets(spec: SearchSpec, *, spaces: tuple[SearchSpace, ...]) -> list[dict[str, Any]]:
+    """Each budget with the teacher known, and what it searches. A shape of the user's belongs to the first budget that it fits."""
     named = [next(index for index, space in enumerate(spaces) if not space.explain(shape)) for shape in spec.shapes]
-    budgets = [
+    return [
         _describe_budget(spec, space=space, named=[shape for shape, of in zip(spec.shapes, named, strict=True) if of == index])
         for index, space in enumerate(spaces)
     ]
+
+
+def _plan(spec: SearchSpec, *, spaces: tuple[SearchSpace, ...], budgets: list[dict[str, Any]]) -> dict[str, Any]:
+    architecture: Architecture = spaces[0].architecture
+    teacher = count_parameters(architecture, architecture.shape)
+    rungs = [spec.rungs.tokens(rung) for rung in range(spec.rungs.num_trained + 1)]
     work = total_work(spec, plans=budgets)
     trials = sum(budget["searched"] for budget in budgets) + len(budgets) * spec.controls.num_random
     learning_rate, rate_follows_loss = trunk_rate(spec.distillation.learning_rate, teacher_hidden_size=architecture.shape.hidden_size)
@@ -219,7 +227,7 @@ def _plan(spec: SearchSpec, *, spaces: tuple[SearchSpace, ...]) -> dict[str, Any
         "learning_rate": learning_rate,
         "rate_follows_loss": rate_follows_loss,
         "rungs": [asdict(step) for step in work],
-        "expected_distillation_tokens": sum(step.expected * step.tokens for step in work),
+        "expected_distillation_tokens": likely_tokens(work),
         "max_trials": trials,
         "max_distillation_tokens": trained * trials,
         **_needs(spec, spaces=spaces, trials=trials),

@@ -4,16 +4,16 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec
-from nas.estimate import Speed, TaskWork, describe_space, estimate_seconds, explain_shape, rung_work, task_work
+from nas.estimate import Speed, TaskWork, describe_space, estimate_seconds, explain_shape, likely_tokens, rung_work, task_work, with_first_tokens
 from nas.families import Architecture
 from nas.shape import Shape
 from nas.space import SearchSpace
-from nas.spec import BudgetSpec, ControlSpec, CorpusPart, CorpusSpec, EvaluationSpec, ResourceSpec, RungSpec, SearchSpec, SpaceSpec, TaskSpec
+from nas.spec import BudgetSpec, ControlSpec, CorpusPart, CorpusSpec, DistillationSpec, EvaluationSpec, ResourceSpec, RungSpec, SearchSpec, SpaceSpec, TaskSpec
 
 TEACHER = Shape(num_hidden_layers=5, hidden_size=64, intermediate_size=172, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
 ARCHITECTURE = Architecture(model_type="llama", shape=TEACHER, vocab_size=512, tie_word_embeddings=True, attention_bias=False, mlp_bias=False)
@@ -94,6 +94,64 @@ def test_no_rung_sees_more_trials_than_the_one_below_and_ties_only_add(
     for below, above in pairwise(work):
         assert forced + controls <= above.expected <= above.at_most <= below.at_most
         assert above.expected <= below.expected
+
+
+def test_twenty_shapes_and_three_anchors_by_hand() -> None:
+    wanted = spec(rungs=RungSpec(num_trained=3, keep_untrained=0.75, keep=0.34, max_tie_growth=2.0))
+    work = rung_work(wanted, searched=23, forced=3)
+
+    assert [(step.expected, step.at_most) for step in work] == [(23, 23), (18, 18), (9, 15), (6, 13)]
+
+
+def plans(fields: list[tuple[int, int]]) -> list[dict[str, int]]:
+    return [{"searched": searched, "forced": forced} for searched, forced in fields]
+
+
+def long_tokens(wanted: SearchSpec, *, first_tokens: int, fields: list[tuple[int, int]]) -> int:
+    rungs = RungSpec(first_tokens=first_tokens, **{name: getattr(wanted.rungs, name) for name in ("factor", "num_trained", "keep", "max_tie_growth")})
+    longer = spec(rungs=rungs, distillation=wanted.distillation)
+    return sum(likely_tokens(rung_work(longer, searched=searched, forced=forced)) for searched, forced in fields)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    fields=st.lists(st.tuples(st.integers(1, 200), st.integers(0, 10)).filter(lambda pair: pair[0] >= pair[1]), min_size=1, max_size=3),
+    factor=st.integers(2, 8),
+    trained=st.integers(1, 4),
+    keep=st.floats(0.05, 1.0),
+    growth=st.floats(1.0, 3.0),
+    total=st.integers(10**6, 10**12),
+)
+def test_the_derived_rungs_fit_the_total_and_one_more_step_would_not(
+    fields: list[tuple[int, int]], factor: int, trained: int, keep: float, growth: float, total: int
+) -> None:
+    step = 4 * 128
+    rungs = RungSpec(factor=factor, num_trained=trained, keep=keep, max_tie_growth=growth, total_tokens=total)
+    wanted = spec(rungs=rungs, distillation=DistillationSpec(batch_size=4))
+    try:
+        derived = with_first_tokens(wanted, plans=plans(fields))
+    except InvalidSpec:
+        assert long_tokens(wanted, first_tokens=2 * step, fields=fields) > total
+        return
+
+    assert derived.rungs.first_tokens % step == 0
+    assert long_tokens(derived, first_tokens=derived.rungs.first_tokens, fields=fields) <= total
+    assert long_tokens(derived, first_tokens=derived.rungs.first_tokens + step, fields=fields) > total
+    assert with_first_tokens(derived, plans=plans(fields)) == derived
+
+
+def test_a_total_below_two_steps_is_refused_with_what_would_do() -> None:
+    with pytest.raises(InvalidSpec, match=r"rungs\.total_tokens: expected at least") as refused:
+        with_first_tokens(spec(rungs=RungSpec(total_tokens=1000)), plans=plans([(12, 2)]))
+    least = int(str(refused.value).split("at least ")[1].split(",")[0])
+
+    assert with_first_tokens(spec(rungs=RungSpec(total_tokens=least)), plans=plans([(12, 2)])).rungs.first_tokens == 2 * 16 * 128
+
+
+def test_without_a_total_the_first_rung_stays() -> None:
+    wanted = spec(rungs=RungSpec(first_tokens=12345))
+
+    assert with_first_tokens(wanted, plans=plans([(5, 0)])) == wanted
 
 
 @given(flops=st.floats(1e5, 1e9), tokens=st.floats(1, 1e12))

@@ -62,6 +62,7 @@ ROWS = (
     "nas.search.task_signals",
     "nas.search.pareto",
     "nas.search.study",
+    "nas.search.seeds",
     "nas.search.rungs",
     "nas.search.confirmed",
     "nas.search.ranking",

@@ -15,7 +15,7 @@ from nas.errors import BudgetInfeasible, InvalidSpec
 from nas.families import read_architecture
 from nas.settings import Settings
 from nas.shape import Shape
-from nas.spec import parse_spec
+from nas.spec import dump_spec, parse_spec
 from nas.store.store import Store
 from nas.submission import Submission, check_submission
 
@@ -125,6 +125,15 @@ def test_the_plan_prices_the_search(submit: Callable[..., Submission]) -> None:
     for anchor in plan["anchors"].values():
         assert anchor["parameters"] == count_parameters(architecture, Shape.from_dict(anchor["shape"])).total <= plan["max_parameters"]
     json.dumps(plan, allow_nan=False)
+
+
+def test_a_total_of_tokens_becomes_the_first_rung_of_the_spec_that_is_stored(submit: Callable[..., Submission]) -> None:
+    submission = submit(sampler={"max_trials": 12}, rungs={"total_tokens": 3_000_000, "factor": 2, "num_trained": 2})
+    spent = submission.plan["expected_distillation_tokens"]
+
+    assert submission.plan["rung_tokens"] == [0, submission.spec.rungs.first_tokens, 2 * submission.spec.rungs.first_tokens]
+    assert 0.98 * 3_000_000 < spent <= 3_000_000
+    assert parse_spec(json.dumps(dump_spec(submission.spec))) == submission.spec
 
 
 def test_named_shapes_beyond_max_trials_are_priced(submit: Callable[..., Submission]) -> None:

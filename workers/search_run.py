@@ -20,7 +20,7 @@ from nas.cost import COSTS, count_parameters
 from nas.search.confirmed import Confirmation
 from nas.search.ranking import CONTROL, Board, CompletedTrial, TaskScale, make_scales, rank
 from nas.search.results import Metric, RungResult
-from nas.search.rungs import Standing, project, projected_spread, promotable
+from nas.search.rungs import Standing, certain_losers, project, projected_spread, promotable
 from nas.search.study import Observation, choose_sampler, propose
 from nas.search.task_signals import TaskSignal, read_signals
 from nas.shape import Shape
@@ -113,6 +113,8 @@ class SearchRun:
         self._told: list[dict[int, Observation]] = [{} for _ in range(self.last_rung + 1)]
         """By rung: what its results teach the sampler, in the order in which they came."""
         self._out: set[int] = set()
+        self._finished: dict[int, tuple[float, float]] = {}
+        """What the rung below the last and the last one are compared by, of the trials that finished it."""
         self._promoted: dict[int, tuple[bool, tuple[int, ...]]] = {}
         """By rung, while nothing has come that can change it: whether it was complete, and who goes on."""
         self._is_exhausted = False
@@ -168,6 +170,10 @@ class SearchRun:
         """Must be called in finish order: the sampler is fed in it."""
         self.results.setdefault(trial, {})[result.rung] = result
         self._known_costs.pop(trial, None)
+        if result.rung == self.last_rung and self.last_rung - 1 in self.results[trial]:
+            below, last = (self._projected(trial, rung=rung).value for rung in (self.last_rung - 1, self.last_rung))
+            if below > 0:
+                self._finished[trial] = below, last
         if result.rung < self.last_rung and not self.trials[trial].is_out:
             self._standings[result.rung][trial] = self._standing(trial, result)
             self._promoted.pop(result.rung, None)
@@ -247,6 +253,8 @@ class SearchRun:
         for rung in range(self.last_rung):
             complete = complete and all(self._has_arrived(number, rung=rung) for number in coming)
             promoted = self._goes_on(rung, complete=complete)
+            if rung == self.last_rung - 1:
+                promoted = self._without_losers(promoted)
             ladder.append(_Step(rung=rung, complete=complete, promoted=promoted))
             coming = [number for number in promoted if self._may_arrive(number) and self.trials[number].state is not TrialState.STOPPED] if complete else ()
         return ladder
@@ -269,6 +277,18 @@ class SearchRun:
             early = sorted(number for number in standings.keys() - set(best) if self.reached.get(number, 0) > rung)
             self._promoted[rung] = complete, (*best, *early)
         return self._promoted[rung][1]
+
+    def _without_losers(self, promoted: tuple[int, ...]) -> tuple[int, ...]:
+        """Those promoted to the last rung but for the certain losers that have not begun it."""
+        below = self.last_rung - 1
+        if below == 0 or not self.spec.rungs.stop_losers or self.spec.objectives:
+            return promoted
+        standings = self._standings[below]
+        candidates = {number: standings[number].kl.value for number in promoted if self.reached.get(number, 0) <= below and not self._is_forced(number)}
+        if not candidates:
+            return promoted
+        losers = certain_losers(candidates, finished=list(self._finished.values()))
+        return tuple(number for number in promoted if number not in losers)
 
     def _standing(self, number: int, result: RungResult) -> Standing:
         kl, costs = self._projected(number, rung=result.rung), self._costs(number)
@@ -464,6 +484,7 @@ class SearchRun:
             num_finalists=self.spec.num_finalists,
             confirmations=confirmations,
             objectives=self.spec.objectives,
+            seed_spread=self.spec.rungs.seed_spread,
         )
 
     def to_confirm(self, board: Board) -> list[int]:

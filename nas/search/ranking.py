@@ -2,14 +2,14 @@
 
 Only trials at the last rung have a rank. They are compared pairwise over the same documents; rows that this cannot tell
 apart share a rank, and inside such a tie group the held-out KL orders: what the user's metric cannot separate, the
-likelihood does. The errors are those over documents; the spread between seeds is not among them.
+likelihood does. Every error of a score holds both parts: over documents, and between training seeds (`nas/search/seeds.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -20,6 +20,7 @@ from nas.search.confirmed import Confirmation, decide_finals
 from nas.search.pareto import fronts
 from nas.search.results import Metric, RungResult
 from nas.search.rungs import TIE_Z, last_rung, paired_difference
+from nas.search.seeds import score_error
 from nas.search.task_signals import check_signals, read_signals
 from nas.shape import Shape
 from nas.spec import RungSpec, TaskSpec
@@ -38,6 +39,8 @@ class TaskScale:
     teacher: float
     random: float
     higher_is_better: bool
+    seed_error: float = 0.0
+    """Its part of the standard deviation of the objective between training seeds. The parts of all scales add up: one seed moves all tasks together."""
 
     @property
     def slope(self) -> float:
@@ -47,7 +50,8 @@ class TaskScale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """A weighted mean over tasks. The error treats tasks as independent, and teacher and random weights as exact."""
+    """A weighted mean over tasks. The error is that over documents, tasks taken as independent, and that between training seeds; teacher and random
+    weights count as exact."""
 
     value: float
     standard_error: float
@@ -176,6 +180,10 @@ class Board:
     """Ranked trials that no other beats on score and costs (`pareto_front`); the cheapest first."""
     agreement: tuple[Agreement, ...]
     controls: ControlSummary | None
+    seed_spread: float = 0.0
+    """Standard deviation of KL between training seeds, relative to KL (`rungs.seed_spread`)."""
+    seed_error: float = 0.0
+    """That of the score, which every error of a score contains beside that over documents; 0 where too few trials tell how the score follows the KL."""
 
 
 def make_scales(tasks: Sequence[TaskSpec], *, teacher: RungResult, random: RungResult) -> tuple[TaskScale, ...]:
@@ -203,15 +211,26 @@ def make_scales(tasks: Sequence[TaskSpec], *, teacher: RungResult, random: RungR
 def objective(result: RungResult, *, scales: Sequence[TaskScale]) -> Score:
     """Weighted mean over tasks of (metric - random) / (teacher - random): 0 for random weights, 1 for the teacher."""
     value = math.fsum(scale.slope * (result.tasks[scale.name].value - scale.random) for scale in scales)
-    return Score(value=value, standard_error=math.hypot(*(scale.slope * result.tasks[scale.name].standard_error for scale in scales)))
+    of_documents = (scale.slope * result.tasks[scale.name].standard_error for scale in scales)
+    return Score(value=value, standard_error=math.hypot(_seed_error(scales), *of_documents))
+
+
+def with_seed_error(scales: Sequence[TaskScale], *, results: Sequence[RungResult], seed_spread: float) -> tuple[TaskScale, ...]:
+    """The scales with the objective's spread between seeds, by how the objective follows the KL among these results of one rung (`seeds.score_error`)."""
+    error = score_error([(result.kl.value, objective(result, scales=scales).value) for result in results], seed_spread=seed_spread)
+    return tuple(replace(scale, seed_error=scale.weight * error) for scale in scales)
+
+
+def _seed_error(scales: Sequence[TaskScale]) -> float:
+    return math.fsum(scale.seed_error for scale in scales)
 
 
 def difference(result: RungResult, other: RungResult, *, scales: Sequence[TaskScale]) -> Score:
-    """objective(result) - objective(other), paired over the documents of each task: a far smaller error than that of either."""
+    """objective(result) - objective(other), paired over the documents of each task: a far smaller error than that of either. Seeds are not paired."""
     pairs = [(scale.slope, paired_difference(result.tasks[scale.name], other.tasks[scale.name])) for scale in scales]
     return Score(
         value=math.fsum(slope * paired.value for slope, paired in pairs),
-        standard_error=math.hypot(*(slope * paired.standard_error for slope, paired in pairs)),
+        standard_error=math.hypot(math.sqrt(2) * _seed_error(scales), *(slope * paired.standard_error for slope, paired in pairs)),
     )
 
 
@@ -224,6 +243,7 @@ def rank(
     num_finalists: int = 1,
     confirmations: Mapping[int, Confirmation] | None = None,
     objectives: Sequence[str] = (),
+    seed_spread: float = 0.0,
 ) -> Board:
     """The leaderboard; the order of the trials does not matter.
 
@@ -233,15 +253,18 @@ def rank(
         num_finalists: most trials of the first tie group that are confirmed.
         confirmations: by trial, what the confirm step found so far.
         objectives: names of the costs of the Pareto front; without any the parameters.
+        seed_spread: standard deviation of KL between training seeds, relative to KL.
     """
     confirmations = confirmations or {}
     last = last_rung(spec)
+    scales = with_seed_error(scales, results=[trial.deepest for trial in trials if trial.rung == last], seed_spread=seed_spread)
     groups = _tie_groups([trial for trial in trials if trial.rung == last], scales=scales)
     finals = decide_finals(
         [[trial.number for trial in members if trial.origin != CONTROL] for members in groups],
         num_finalists=num_finalists,
         confirmations=confirmations,
         slopes={scale.name: scale.slope for scale in scales},
+        seed_error=_seed_error(scales),
     )
     best = max(groups[0], key=lambda trial: (objective(trial.deepest, scales=scales).value, -trial.number)) if groups else None
     make_row = partial(_row, scales=scales, teacher_parameters=teacher_parameters, confirmations=confirmations, probabilities=finals.probabilities)
@@ -260,6 +283,8 @@ def rank(
         pareto=pareto_front([trial for trial in trials if trial.rung == last], scales=scales, objectives=objectives or ("parameters",)),
         agreement=_agreement(trials, scales=scales, last=last),
         controls=_summarise_controls(ranked),
+        seed_spread=seed_spread,
+        seed_error=_seed_error(scales),
     )
 
 

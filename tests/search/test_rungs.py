@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 
 from nas.search.pareto import fronts
 from nas.search.results import Metric
-from nas.search.rungs import Standing, is_tied, last_rung, paired_difference, project, projected_spread, promotable, steepness
+from nas.search.rungs import (
+    MARGIN,
+    MIN_FINISHED,
+    Standing,
+    certain_losers,
+    is_tied,
+    last_rung,
+    paired_difference,
+    project,
+    projected_spread,
+    promotable,
+    steepness,
+)
 from nas.spec import RungSpec
 
 SPEC = RungSpec(num_trained=3, keep_untrained=0.75, keep=0.34)
@@ -219,13 +231,14 @@ def test_the_promoted_come_best_first(field, spec, rung, complete):
 
 
 @properties
-@given(standings(), specs)
-def test_every_depth_class_keeps_its_share_of_the_untrained_rung(field, spec):
-    promoted = set(promotable(0, field, spec=spec, complete=False))
+@given(standings(), specs, st.booleans())
+def test_every_depth_class_keeps_its_share_of_the_untrained_rung(field, spec, complete):
+    promoted = set(promotable(0, field, spec=spec, complete=complete))
 
     for depth in {standing.depth for standing in field}:
         members = {standing.trial for standing in field if standing.depth == depth and not standing.forced}
-        assert len(promoted & members) == math.ceil(spec.keep_untrained * len(members) - 1e-9)
+        share = spec.keep_untrained * len(members)
+        assert len(promoted & members) == (math.ceil(share - 1e-9) if complete else math.floor(share + 1e-9))
 
 
 def test_a_depth_class_that_is_worse_throughout_still_goes_on_untrained():
@@ -326,3 +339,34 @@ def test_a_projection_spreads_over_seeds_by_both_of_its_rungs():
     drawn = [project(kl(here, here), below=kl(2 * below, 2 * below), rung=2, spec=spec).value for here, below in noise.T]
     assert np.std(drawn) / np.mean(drawn) == pytest.approx(projected_spread(0.01, rung=2, spec=spec), rel=0.1)
     assert steep > steepness(1, spec=spec), "an untrained student's KL says less of its slope"
+
+
+kls = st.floats(0.01, 5.0)
+pairs = st.lists(st.tuples(kls, kls), min_size=MIN_FINISHED, max_size=8)
+
+
+@properties
+@given(st.dictionaries(st.integers(0, 20), kls, max_size=8), pairs, st.data())
+def test_nobody_who_could_end_lowest_is_a_certain_loser(candidates, finished, data):
+    """Under the stated assumption: a fall of at most the largest seen, and MARGIN."""
+    losers = certain_losers(candidates, finished=finished)
+
+    for number, value in candidates.items():
+        fall = data.draw(st.floats(min(above / below for below, above in finished) * (1 - MARGIN), 1e4))
+        if value * fall < min(above for _, above in finished) * (1 - 1e-9):
+            assert number not in losers
+
+
+@properties
+@given(st.dictionaries(st.integers(0, 20), kls, min_size=1, max_size=8), pairs, st.floats(0.0, 1.0))
+def test_a_lower_kl_makes_nobody_a_certain_loser(candidates, finished, share):
+    better = {number: value * share for number, value in candidates.items()}
+
+    assert certain_losers(better, finished=finished) <= certain_losers(candidates, finished=finished)
+
+
+def test_before_some_have_finished_nobody_is_certain_to_lose():
+    finished = [(1.0, 0.6), (1.1, 0.65), (1.2, 0.8)]
+
+    assert certain_losers({7: 1.05, 8: 9.0}, finished=finished) == {8}
+    assert certain_losers({8: 9.0}, finished=finished[: MIN_FINISHED - 1]) == set()

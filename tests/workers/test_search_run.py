@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,6 +74,7 @@ class Simulation:
     """What the controller does to a SearchRun, with results out of the air."""
 
     record: SearchRecord
+    result_of: Callable[[SearchRun, int, int], RungResult] = make_result
     run: SearchRun = field(init=False)
     rungs: list[RungRecord] = field(default_factory=list)
     attempts: list[AttemptRecord] = field(default_factory=list)
@@ -132,7 +133,7 @@ class Simulation:
         if fails:
             self.set_state(step.trial, state=TrialState.FAILED)
         else:
-            result = make_result(self.run, step.trial, step.rung)
+            result = self.result_of(self.run, step.trial, step.rung)
             sequence = len(self.rungs) + 1
             self.rungs.append(RungRecord(search_id="srch_1", trial=step.trial, rung=step.rung, sequence=sequence, result=result.as_dict(), finished_at=NOW))
             state = TrialState.COMPLETED if step.rung == self.run.last_rung else TrialState.WAITING
@@ -364,7 +365,8 @@ def up_to_date(simulation: Simulation, rung: int) -> set[int]:
 @settings(max_examples=25, deadline=None)
 def test_in_the_end_every_place_is_taken_by_one_that_did_not_fail(parallel: int, seed: int, failure_rate: float, keep: float) -> None:
     """Whatever the order of arrival and whenever trials fail."""
-    record = make_record(rungs={"num_trained": 3, "keep": keep}, sampler={"name": "random", "max_trials": 12}, controls={"anchors": False}, seed=seed)
+    rungs = {"num_trained": 3, "keep": keep, "stop_losers": False}
+    record = make_record(rungs=rungs, sampler={"name": "random", "max_trials": 12}, controls={"anchors": False}, seed=seed)
 
     simulation = Simulation(record).to_end(parallel=parallel, seed=seed, failure_rate=failure_rate)
 
@@ -375,12 +377,29 @@ def test_in_the_end_every_place_is_taken_by_one_that_did_not_fail(parallel: int,
 @given(seed=st.integers(0, 2**16), keep=st.sampled_from([0.1, 0.34, 0.5]))
 @settings(max_examples=20, deadline=None)
 def test_one_worker_promotes_from_trained_rungs_only_whom_the_whole_rung_would(seed: int, keep: float) -> None:
-    record = make_record(rungs={"num_trained": 3, "keep": keep}, sampler={"name": "random", "max_trials": 12}, seed=seed)
+    record = make_record(rungs={"num_trained": 3, "keep": keep, "stop_losers": False}, sampler={"name": "random", "max_trials": 12}, seed=seed)
 
     simulation = Simulation(record).to_end(parallel=1)
 
     for rung in (1, 2):
         assert up_to_date(simulation, rung) == reached(simulation, rung + 1)
+
+
+@pytest.mark.parametrize("stop_losers", [True, False])
+def test_a_certain_loser_is_not_trained_to_the_last_rung(stop_losers: bool) -> None:
+    """Every KL halves at the last rung: with three results there, who is more than 5 % above the best cannot catch up."""
+
+    def halving(run: SearchRun, trial: int, rung: int) -> RungResult:
+        level = (1 + trial / 10) * 0.5**rung
+        return replace(make_result(run, trial, rung), kl=Metric.from_documents((level, level), higher_is_better=False))
+
+    rungs = {"num_trained": 2, "keep": 1.0, "keep_untrained": 1.0, "stop_losers": stop_losers}
+    record = make_record(rungs=rungs, sampler={"name": "random", "max_trials": 8}, controls={"anchors": False})
+
+    simulation = Simulation(record, result_of=halving).to_end()
+
+    assert len(reached(simulation, 2)) == (3 if stop_losers else 8)
+    assert all(trial.state.is_terminal for trial in simulation.run.trials.values())
 
 
 def test_a_worker_that_would_wait_for_a_straggler_promotes_instead() -> None:
