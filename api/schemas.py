@@ -375,6 +375,10 @@ class LeaderboardAnswer(Answer):
     agreement: list[AgreementAnswer] = Field(default_factory=list)
     controls: ControlsAnswer | None = None
     """Null while no control has reached the last rung."""
+    seed_spread: float | None = None
+    """Standard deviation of the held-out KL between training seeds, relative to the KL."""
+    seed_error: float | None = None
+    """That of the score: every standard error and interval of a score holds it, beside the error over documents."""
     cost: Cost | None = None
     importances: dict[str, float] = {}
     """Share of the spread of log KL that each choice explains among the shapes measured at one rung (fANOVA), once the search has its winner;

@@ -281,12 +281,12 @@ def test_the_error_of_the_objective_propagates_the_errors_of_the_tasks():
 
 def test_a_score_that_another_seed_could_swap_is_tied() -> None:
     """The score rises by .1 where the KL halves. Exact over documents, so that only the seeds, 5 % of KL, make ties."""
-    field = [trial(number, at_score(0.9 - 0.1 * number), kl=2.0**number) for number in range(4)]
+    field = [trial(number, last=at_score(0.9 - 0.1 * number, kl=2.0**number)) for number in range(4)]
     exact, unsure = board(*field), board(*field, seed_spread=1.0)
 
     assert [row.rank for row in exact.rows] == [1, 2, 3, 4]
     assert exact.seed_error == 0.0
-    assert unsure.seed_error == pytest.approx(0.1 / math.log(2))
+    assert unsure.seed_error == pytest.approx((exact.rows[0].score - exact.rows[1].score) / math.log(2))
     assert [row.rank for row in unsure.rows] == [1, 1, 1, 1]
     assert [row.standard_error for row in unsure.rows] == pytest.approx([unsure.seed_error] * 4)
     assert unsure.rows[3].difference.standard_error == pytest.approx(math.sqrt(2) * unsure.seed_error)
