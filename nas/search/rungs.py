@@ -77,7 +77,7 @@ def promotable(rung: int, standings: Sequence[Standing], *, spec: RungSpec, comp
         return ()
     sampled = _in_order([standing for standing in standings if not standing.forced])
     if rung == 0:
-        kept = _best_of_each_depth(sampled, share=spec.keep_untrained, complete=complete)
+        kept = _best_of_each_depth(sampled, share=spec.keep_untrained, complete=True)  # at once: the sampler learns from what is trained
     else:
         spread = spec.seed_spread if seed_spread is None else seed_spread
         kept = _best_and_tied(sampled, rung=rung, spec=spec, complete=complete, seed_spread=spread)

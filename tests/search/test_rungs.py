@@ -237,8 +237,7 @@ def test_every_depth_class_keeps_its_share_of_the_untrained_rung(field, spec, co
 
     for depth in {standing.depth for standing in field}:
         members = {standing.trial for standing in field if standing.depth == depth and not standing.forced}
-        share = spec.keep_untrained * len(members)
-        assert len(promoted & members) == (math.ceil(share - 1e-9) if complete else math.floor(share + 1e-9))
+        assert len(promoted & members) == math.ceil(spec.keep_untrained * len(members) - 1e-9)
 
 
 def test_a_depth_class_that_is_worse_throughout_still_goes_on_untrained():

@@ -250,7 +250,7 @@ def test_controls_come_after_everything_else_has_ended(parallel: int, seed: int,
 @few
 def test_no_more_go_up_than_the_share_and_its_ties(parallel: int, seed: int, failure_rate: float, keep: float, num_trained: int) -> None:
     """An asynchronous promotion is made on fewer results than there are in the end, so each may add to the final share."""
-    record = make_record(rungs={"num_trained": num_trained, "keep": keep, "max_tie_growth": 1.0}, controls={"anchors": False}, seed=seed)
+    record = make_record(rungs={"num_trained": num_trained, "keep": keep, "max_tie_growth": 1.0, "stop_losers": False}, controls={"anchors": False}, seed=seed)
 
     simulation = Simulation(record).to_end(parallel=1, seed=seed)
 
