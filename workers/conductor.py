@@ -42,6 +42,8 @@ WAITING_SECONDS = 60.0
 """A step that shows no sign of life for so long is said to wait for resources: on a cluster that grows, this may take any time."""
 PROGRESS_SECONDS = 0.5
 """Between two looks at the running steps' progress files: a thousand of them on a shared folder are not looked at with every outcome."""
+PROGRESS_SECONDS_PER_STEP = 0.002
+"""And for every running step at least this, so that looking takes about a hundredth of the controller's time however many run."""
 BOARD_SECONDS_PER_TRIAL = 0.005
 """Between two leaderboards stored. One costs the controller about a twentieth of that for every trial on it (LOG), so at most 5 % of its time."""
 MAX_FOR_IMPORTANCE = 200
@@ -130,7 +132,7 @@ class Conductor:
         Args:
             preparing: prepared folders that other searches are filling now; two never fill one together.
         """
-        if self._clock() - self._looked >= PROGRESS_SECONDS:
+        if self._clock() - self._looked >= max(PROGRESS_SECONDS, PROGRESS_SECONDS_PER_STEP * len(self.running)):
             self._looked = self._clock()
             self._pass_on_progress(self.running.values())
         self._enforce_limits()

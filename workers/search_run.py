@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from types import MappingProxyType
 from typing import Literal
 
@@ -20,8 +21,8 @@ from nas.cost import COSTS, count_parameters
 from nas.search.confirmed import Confirmation
 from nas.search.ranking import CONTROL, Board, CompletedTrial, TaskScale, make_scales, rank
 from nas.search.results import Metric, RungResult
-from nas.search.rungs import Standing, certain_losers, project, projected_spread, promotable
-from nas.search.study import Observation, choose_sampler, propose
+from nas.search.rungs import Standing, Standings, certain_losers, project, projected_spread
+from nas.search.study import MAX_PENDING_TOLD, Observation, choose_sampler, propose
 from nas.search.task_signals import TaskSignal, read_signals
 from nas.shape import Shape
 from nas.space import Choices, build_space, forced_anchors
@@ -64,6 +65,15 @@ class _Step:
     promoted: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Promoted:
+    """Who goes on from a rung, as long as nothing comes that can change it."""
+
+    complete: bool
+    order: tuple[int, ...]
+    members: frozenset[int]
+
+
 class SearchRun:
     """One budget of a search between two decisions (`workers/family.py` holds all); `set_trial`, `add_start` and `add_result` keep it in step with the store.
 
@@ -98,7 +108,10 @@ class SearchRun:
         self.results: dict[int, dict[int, RungResult]] = {}
         self.reached: dict[int, int] = {}
         """Deepest rung of a trial that was ever started, however it ended."""
+        self._begun: list[set[int]] = [set() for _ in range(self.last_rung)]
+        """By rung: trials of which a deeper one was ever started."""
         self._shapes: dict[int, Shape] = {}
+        self._forced: set[int] = set()
         self._seen = seen if seen is not None else set()
         self._choices: dict[Shape, Choices | None] = {}
         self._num_searched = 0
@@ -108,15 +121,17 @@ class SearchRun:
         """Trials that wait, by their deepest finished rung."""
         self._lost: set[int] = set()
         """Of those that wait: whose next rung was started before, and lost."""
-        self._standings: list[dict[int, Standing]] = [{} for _ in range(self.last_rung)]
+        self._standings = [Standings(rung) for rung in range(self.last_rung)]
         """By rung: the results that count there."""
+        self._behind: list[set[int]] = [set() for _ in range(self.last_rung)]
+        """By rung: trials that have not finished it and might, if they go on from the one below; forced ones, which nobody waits for, are not among them."""
         self._told: list[dict[int, Observation]] = [{} for _ in range(self.last_rung + 1)]
         """By rung: what its results teach the sampler, in the order in which they came."""
         self._out: set[int] = set()
         self._finished: dict[int, tuple[float, float]] = {}
         """What the rung below the last and the last one are compared by, of the trials that finished it."""
-        self._promoted: dict[int, tuple[bool, tuple[int, ...]]] = {}
-        """By rung, while nothing has come that can change it: whether it was complete, and who goes on."""
+        self._promoted: dict[int, _Promoted] = {}
+        """By rung, while nothing has come that can change it."""
         self._is_exhausted = False
         self._known_costs: dict[int, tuple[float, ...]] = {}
         for trial in trials:
@@ -134,12 +149,16 @@ class SearchRun:
             self._shapes[number] = Shape.from_dict(trial.shape)
             self._seen.add(self._shapes[number].key)
             self._num_searched += trial.origin != CONTROL
+            origin = trial.origin.split(":")[0]
+            if origin in FORCED_ORIGINS or (origin == "anchor" and self._shapes[number].key in self._forced_anchors):
+                self._forced.add(number)
         else:
             self._waiting[before.rung].discard(number)
         self._trials[number] = trial
         if trial.state is TrialState.WAITING:
             self._waiting[trial.rung].add(number)
         self._note_lost(number)
+        self._note_behind(number)
         if trial.state.is_terminal:
             self._open.discard(number)
         else:
@@ -148,7 +167,7 @@ class SearchRun:
             self._out.add(number)
             # The places it held go to the next best.
             for rung, standings in enumerate(self._standings):
-                if standings.pop(number, None) is not None:
+                if standings.remove(number):
                     self._promoted.pop(rung, None)
 
     def add_start(self, trial: int, *, rung: int) -> None:
@@ -156,7 +175,8 @@ class SearchRun:
         self.reached[trial] = max(rung, self.reached.get(trial, 0))
         self._note_lost(trial)
         for below in range(rung):
-            if below in self._promoted and trial not in self._promoted[below][1]:
+            self._begun[below].add(trial)
+            if below in self._promoted and trial not in self._promoted[below].members:
                 del self._promoted[below]
 
     def _note_lost(self, number: int) -> None:
@@ -175,7 +195,7 @@ class SearchRun:
             if below > 0:
                 self._finished[trial] = below, last
         if result.rung < self.last_rung and not self.trials[trial].is_out:
-            self._standings[result.rung][trial] = self._standing(trial, result)
+            self._standings[result.rung].add(self._standing(trial, result))
             self._promoted.pop(result.rung, None)
         costs = self._costs(trial)
         if self._is_searched(trial) and (choices := self._choices_of_trial(trial)) is not None and all(map(math.isfinite, costs)):
@@ -249,34 +269,37 @@ class SearchRun:
         """Every rung below the last: who goes on from it (those that already did among them), and whether more may still reach it."""
         ladder: list[_Step] = []
         complete = self._all_proposed()
-        coming: Sequence[int] = [number for number in self.trials if self._may_arrive(number)] if complete else ()
         for rung in range(self.last_rung):
-            complete = complete and all(self._has_arrived(number, rung=rung) for number in coming)
+            behind = self._behind[rung]
+            complete = complete and (not behind if rung == 0 else behind.isdisjoint(ladder[-1].promoted))
             promoted = self._goes_on(rung, complete=complete)
             if rung == self.last_rung - 1:
                 promoted = self._without_losers(promoted)
             ladder.append(_Step(rung=rung, complete=complete, promoted=promoted))
-            coming = [number for number in promoted if self._may_arrive(number) and self.trials[number].state is not TrialState.STOPPED] if complete else ()
         return ladder
 
-    def _may_arrive(self, number: int) -> bool:
-        trial = self.trials[number]
-        return not (self._is_forced(number) or trial.is_out or trial.state is TrialState.CANCELLED)
-
-    def _has_arrived(self, number: int, *, rung: int) -> bool:
-        deepest = self.trials[number].rung
-        return deepest is not None and deepest >= rung
+    def _note_behind(self, number: int) -> None:
+        trial = self._trials[number]
+        may_arrive = not (trial.is_out or trial.state in (TrialState.STOPPED, TrialState.CANCELLED) or self._is_forced(number))
+        for rung, behind in enumerate(self._behind):
+            if may_arrive and (trial.rung is None or trial.rung < rung):
+                behind.add(number)
+            else:
+                behind.discard(number)
 
     def _goes_on(self, rung: int, *, complete: bool) -> tuple[int, ...]:
         """Who goes on from a rung, those that already did among them."""
-        if self._promoted.get(rung, (None,))[0] is not complete:
+        known = self._promoted.get(rung)
+        if known is None or known.complete is not complete:
             standings = self._standings[rung]
             spread = projected_spread(self.spec.rungs.seed_spread, rung=rung, spec=self.spec.rungs)
-            best = promotable(rung, list(standings.values()), spec=self.spec.rungs, complete=complete, seed_spread=spread)
+            best = standings.promotable(spec=self.spec.rungs, complete=complete, seed_spread=spread)
             # Better ones may have come since an early promotion; it holds all the same, also while its rung is tried again.
-            early = sorted(number for number in standings.keys() - set(best) if self.reached.get(number, 0) > rung)
-            self._promoted[rung] = complete, (*best, *early)
-        return self._promoted[rung][1]
+            above = self._begun[rung]
+            early = sorted(number for number in above.difference(best) if number in standings)
+            members = (*best, *early)
+            known = self._promoted[rung] = _Promoted(complete=complete, order=members, members=frozenset(members))
+        return known.order
 
     def _without_losers(self, promoted: tuple[int, ...]) -> tuple[int, ...]:
         """Those promoted to the last rung but for the certain losers that have not begun it."""
@@ -314,8 +337,7 @@ class SearchRun:
         return self._known_costs[number]
 
     def _is_forced(self, number: int) -> bool:
-        origin = self.trials[number].origin.split(":")[0]
-        return origin in FORCED_ORIGINS or (origin == "anchor" and self.shape_of(number).key in self._forced_anchors)
+        return number in self._forced
 
     def known_result(self, action: Advance) -> Known | None:
         """What this rung would measure, where an earlier search knows it. Costs are those under this search's workload; a latency is measured here."""
@@ -362,13 +384,18 @@ class SearchRun:
             self.space,
             sampler=choose_sampler(self.spec.sampler, space_size=self.space.count()),
             observations=self._observations(),
-            pending=[choices for number in sorted(self._open) if self._is_searched(number) and (choices := self._choices_of_trial(number)) is not None],
+            pending=self._pending(),
             seen=self._seen,
             number=self._num_searched,
             seed=self.spec.seed,
             num_startup_trials=self.spec.sampler.num_startup_trials,
         )
         return NewTrial(origin="sampler", shape=proposal.shape, choices=proposal.choices, budget=self._budget) if proposal else None
+
+    def _pending(self) -> list[Choices]:
+        """Choices of the latest trials that run or wait, as many as the sampler is told of, in the order of their numbers."""
+        latest = (self._choices_of_trial(number) for number in sorted(self._open, reverse=True) if self._is_searched(number))
+        return list(islice((choices for choices in latest if choices is not None), MAX_PENDING_TOLD))[::-1]
 
     def _next_named(self) -> NewTrial | None:
         """The next anchor or shape of the user's; they are evaluated even where they are more than max_trials."""

@@ -23,9 +23,11 @@ subtracts those already up from `promotable`, and does not expect them to be in 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from nas.search.pareto import best_first, fronts
 from nas.search.results import Metric
@@ -75,14 +77,69 @@ def promotable(rung: int, standings: Sequence[Standing], *, spec: RungSpec, comp
     """
     if rung >= last_rung(spec):
         return ()
-    sampled = _in_order([standing for standing in standings if not standing.forced])
-    if rung == 0:
-        kept = _best_of_each_depth(sampled, share=spec.keep_untrained, complete=True)  # at once: the sampler learns from what is trained
-    else:
-        spread = spec.seed_spread if seed_spread is None else seed_spread
-        kept = _best_and_tied(sampled, rung=rung, spec=spec, complete=complete, seed_spread=spread)
-    forced = [standing for standing in standings if standing.forced]
-    return tuple(standing.trial for standing in sorted([*forced, *kept], key=_by_kl))
+    return Standings(rung, standings).promotable(spec=spec, complete=complete, seed_spread=seed_spread)
+
+
+class Standings:
+    """The results that count at one rung, kept in order as they come and go: ten thousand are not sorted again for every one that comes."""
+
+    def __init__(self, rung: int, standings: Iterable[Standing] = ()) -> None:
+        self.rung = rung
+        self._of: dict[int, Standing] = {}
+        self._forced: list[Standing] = []
+        self._sampled: list[Standing] = []
+        self._of_depth: defaultdict[int, list[Standing]] = defaultdict(list)
+        """The sampled ones again. Every list is sorted by KL and number."""
+        for standing in standings:
+            self.add(standing)
+
+    def __contains__(self, trial: int) -> bool:
+        return trial in self._of
+
+    def __getitem__(self, trial: int) -> Standing:
+        return self._of[trial]
+
+    def add(self, standing: Standing) -> None:
+        """In place of what the trial had there, if anything."""
+        self.remove(standing.trial)
+        self._of[standing.trial] = standing
+        for members in self._lists_of(standing):
+            insort(members, standing, key=_by_kl)
+
+    def remove(self, trial: int) -> bool:
+        """Whether it had a result there."""
+        standing = self._of.pop(trial, None)
+        if standing is None:
+            return False
+        for members in self._lists_of(standing):
+            del members[bisect_left(members, _by_kl(standing), key=_by_kl)]
+        return True
+
+    def _lists_of(self, standing: Standing) -> tuple[list[Standing], ...]:
+        return (self._forced,) if standing.forced else (self._sampled, self._of_depth[standing.depth])
+
+    def promotable(self, *, spec: RungSpec, complete: bool, seed_spread: float | None = None) -> tuple[int, ...]:
+        """As the function `promotable`, of what is there now."""
+        if self.rung >= last_rung(spec):
+            return ()
+        sampled, classes = self._best_first()
+        if self.rung == 0:
+            kept = _best_of_each(classes, share=spec.keep_untrained, complete=True)  # at once: the sampler learns from what is trained
+        else:
+            of_depths = _best_of_each(classes, share=spec.keep * spec.keep_depth, complete=complete) if self.rung == 1 else []
+            spread = spec.seed_spread if seed_spread is None else seed_spread
+            kept = _best_and_tied(sampled, of_depths=of_depths, spec=spec, complete=complete, seed_spread=spread)
+        return tuple(standing.trial for standing in sorted([*self._forced, *kept], key=_by_kl))
+
+    def _best_first(self) -> tuple[Sequence[Standing], Iterable[Sequence[Standing]]]:
+        """The sampled ones and those of each depth: by KL, or by front and loneliness (of all of them) where there are costs."""
+        if not any(standing.costs for standing in self._sampled):
+            return self._sampled, self._of_depth.values()
+        ordered = [self._sampled[index] for index in best_first([_point(standing) for standing in self._sampled])]
+        classes: defaultdict[int, list[Standing]] = defaultdict(list)
+        for standing in ordered:
+            classes[standing.depth].append(standing)
+        return ordered, classes.values()
 
 
 def project(kl: Metric, *, below: Metric, rung: int, spec: RungSpec) -> Metric:
@@ -160,40 +217,28 @@ def _by_kl(standing: Standing) -> tuple[float, int]:
     return standing.kl.value, standing.trial
 
 
-def _in_order(sampled: Sequence[Standing]) -> list[Standing]:
-    """Best first: by KL, or by front and loneliness where there are costs."""
-    ordered = sorted(sampled, key=_by_kl)
-    if not any(standing.costs for standing in ordered):
-        return ordered
-    return [ordered[index] for index in best_first([_point(standing) for standing in ordered])]
-
-
 def _point(standing: Standing) -> tuple[float, ...]:
     return standing.kl.value, *standing.costs
 
 
-def _best_of_each_depth(ordered: Sequence[Standing], *, share: float, complete: bool) -> list[Standing]:
-    classes: defaultdict[int, list[Standing]] = defaultdict(list)
-    for standing in ordered:
-        classes[standing.depth].append(standing)
+def _best_of_each(classes: Iterable[Sequence[Standing]], *, share: float, complete: bool) -> list[Standing]:
     round_ = _ceil if complete else _floor
-    return [standing for members in classes.values() for standing in members[: round_(share * len(members))]]
+    return [standing for members in classes for standing in members[: round_(share * len(members))]]
 
 
-def _best_and_tied(ordered: Sequence[Standing], *, rung: int, spec: RungSpec, complete: bool, seed_spread: float) -> list[Standing]:
-    """The best share; then, within the growth, the best of each depth at the first trained rung, and those tied with the last of the share."""
+def _best_and_tied(ordered: Sequence[Standing], *, of_depths: Sequence[Standing], spec: RungSpec, complete: bool, seed_spread: float) -> list[Standing]:
+    """The best share; then, within the growth, those of the depths' shares, and those tied with the last of the share."""
     share = spec.keep * len(ordered)
     num_best = max(1, _ceil(share)) if complete else _floor(share)
     best, rest = list(ordered[:num_best]), ordered[num_best:]
     if not best:
         return []
     num_more = _floor(spec.max_tie_growth * num_best) - num_best
-    of_depths = _best_of_each_depth(ordered, share=spec.keep * spec.keep_depth, complete=complete) if rung == 1 else []
     # By number: a standing is compared by value, blocks and all.
     seats = {standing.trial for standing in of_depths}
-    seated = [standing for standing in rest if standing.trial in seats][:num_more]
+    seated = list(islice((standing for standing in rest if standing.trial in seats), num_more)) if seats else []
     taken = {standing.trial for standing in seated}
-    others = [standing for standing in rest if standing.trial not in taken][: num_more - len(seated)]
+    others = list(islice((standing for standing in rest if standing.trial not in taken), num_more - len(seated)))
     return best + seated + others[: _num_tied(others, best=best, seed_spread=seed_spread)]
 
 

@@ -14,6 +14,7 @@ from nas.search.rungs import (
     MARGIN,
     MIN_FINISHED,
     Standing,
+    Standings,
     certain_losers,
     is_tied,
     last_rung,
@@ -61,6 +62,28 @@ specs = st.builds(
     seed_spread=st.sampled_from([0.0, 0.01, 0.1]),
 )
 properties = settings(max_examples=60, deadline=None)
+
+
+@properties
+@given(standings(), standings(), specs, st.integers(0, 2), st.booleans(), st.booleans(), st.randoms())
+def test_results_that_came_and_went_leave_no_trace(field, gone, spec, rung, complete, has_costs, random):
+    def costs(standing):
+        return replace(standing, costs=(float(standing.depth),)) if has_costs else standing
+
+    kept = Standings(rung)
+    arrivals = [*(("add", costs(one)) for one in field), *(("try", costs(replace(one, trial=one.trial + 100))) for one in gone)]
+    random.shuffle(arrivals)
+    for what, standing in arrivals:
+        kept.add(standing if what == "add" else replace(standing, kl=kl(*reversed(standing.kl.documents))))
+    for what, standing in arrivals:
+        if what == "try":
+            kept.add(standing)
+            assert kept.remove(standing.trial)
+            assert not kept.remove(standing.trial)
+
+    ordered = sorted(map(costs, field), key=lambda standing: (standing.kl.value, standing.trial))
+    assert kept.promotable(spec=spec, complete=complete) == promotable(rung, ordered, spec=spec, complete=complete)
+    assert [standing.trial for standing in ordered if standing.trial not in kept] == []
 
 
 @properties

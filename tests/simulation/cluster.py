@@ -10,6 +10,7 @@ import json
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,12 @@ class Clock:
         return self.seconds
 
     def charge(self) -> None:
-        """Someone waits from now on: what passed on the real clock since `resume` has passed here too."""
+        """Someone waits from now on: the controller's processor time since `resume` has passed here too. (Not the wall's: other programs of a busy machine are not its own.)"""
         if self.is_charged and self._returned is not None:
-            self.seconds += time.perf_counter() - self._returned
+            self.seconds += time.process_time() - self._returned
 
     def resume(self) -> None:
-        self._returned = time.perf_counter()
+        self._returned = time.process_time()
 
 
 @dataclass(kw_only=True)
@@ -94,6 +95,7 @@ class FakeCluster:
     """Every step that was ever accepted."""
     busy_seconds: float = 0.0
     most_at_once: int = 0
+    _heeded: float = float("-inf")
     _running: dict[str, Run] = field(default_factory=dict)
     _waiting: deque[Run] = field(default_factory=deque)
     _ends: list[tuple[float, str]] = field(default_factory=list)
@@ -189,6 +191,10 @@ class FakeCluster:
         heapq.heappush(self._ends, (run.began + run.seconds, key))
 
     def _heed_stops(self) -> None:
+        """Once a second, as a step that trains looks for the file now and then."""
+        if self.clock() - self._heeded < 1.0:
+            return
+        self._heeded = self.clock()
         for key, run in list(self._running.items()):
             if (Path(run.step.folder) / STOP).exists():
                 self._end_early(key, Outcome(succeeded=False, reason="stopped", message="asked to"))
@@ -230,7 +236,7 @@ def pretended_result(step: Step, *, is_verified: bool = True) -> dict[str, Any]:
     """What a step would have returned."""
     request = step.request
     tasks = [task["name"] for task in request["spec"]["tasks"]]
-    spec = parse_spec(json.dumps(request["spec"]))
+    spec = _parse(json.dumps(request["spec"]))
     last = spec.rungs.num_trained
     match step.stage:
         case "prepare":
@@ -245,6 +251,10 @@ def pretended_result(step: Step, *, is_verified: bool = True) -> dict[str, Any]:
             return {"verified": is_verified, "reason": reason, "reloaded": True, "parameters": 1, "held_out": held_out, "latency": {}}
         case _:
             return {"bundle": str(Path(request["bundle_folder"]) / "bundle.json"), "trial": request["trial"]}
+
+
+_parse = lru_cache(maxsize=8)(parse_spec)
+"""Every step carries the whole spec, and nobody changes one."""
 
 
 def measure(shape: Shape, *, rung: int, tokens: int, tasks: list[str]) -> RungResult:

@@ -19,6 +19,7 @@ from nas.cost import count_parameters
 from nas.search import study
 from nas.search.results import Metric, RungResult
 from nas.search.rungs import Standing, project, projected_spread, promotable
+from nas.space import forced_anchors
 from nas.spec import dump_spec, parse_spec
 from nas.store.records import OVER_BUDGET, AttemptRecord, AttemptState, RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, utc_now
 from nas.warm_start import Known, Memory
@@ -278,6 +279,41 @@ def test_without_training_a_share_of_every_depth_goes_on() -> None:
     for depth in set(depths.values()):
         members = {number for number, its in depths.items() if its == depth}
         assert members & reached(simulation, 1)
+
+
+def computed_again(run: SearchRun) -> list[tuple[bool, set[int]]]:
+    """Of each rung whether more may reach it and who goes on from it, by their definition: from all trials and results, without an index."""
+    ladder: list[tuple[bool, set[int]]] = []
+    complete = run._all_proposed()
+    coming = set(run.trials)
+    for rung in range(run.last_rung):
+        waited = [run.trials[number] for number in coming if number not in forced_of(run)]
+        waited = [trial for trial in waited if not trial.is_out and trial.state not in (TrialState.STOPPED, TrialState.CANCELLED)]
+        complete = complete and all(trial.rung is not None and trial.rung >= rung for trial in waited)
+        results = {number: found for number, found in run.results.items() if rung in found and not run.trials[number].is_out}
+        standings = [run._standing(number, found[rung]) for number, found in results.items()]
+        spread = projected_spread(run.spec.rungs.seed_spread, rung=rung, spec=run.spec.rungs)
+        best = promotable(rung, standings, spec=run.spec.rungs, complete=complete, seed_spread=spread)
+        coming = {*best, *(number for number in results if run.reached.get(number, 0) > rung)}
+        ladder.append((complete, coming))
+    return ladder
+
+
+def forced_of(run: SearchRun) -> set[int]:
+    anchors = run.space.anchors() if run.spec.controls.anchors else {}
+    keys = {shape.key for shape in forced_anchors(run.spec, anchors=anchors).values()}
+    return {
+        number for number, trial in run.trials.items() if trial.origin in ("user", "control") or ("anchor" in trial.origin and run.shape_of(number).key in keys)
+    }
+
+
+@interleavings
+@few
+def test_who_goes_on_is_what_all_results_say_however_they_came(parallel: int, seed: int, failure_rate: float, keep: float, num_trained: int) -> None:
+    simulation = Simulation(make_record(rungs={"num_trained": num_trained, "keep": keep, "stop_losers": False}, controls={"num_random": 1}))
+
+    for _ in simulation.rounds(parallel=parallel, seed=seed, failure_rate=failure_rate):
+        assert [(step.complete, set(step.promoted)) for step in simulation.run._ladder()] == computed_again(simulation.run)
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "enumerate"])
