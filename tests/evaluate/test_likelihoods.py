@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from nas.evaluate.likelihoods import sequence_likelihoods
 from nas.families import FAMILIES
-from tests.compress.family_models import KINDS, random_model
+from tests.compress.family_models import KINDS, PLAIN, random_model
 
 
 def model_of(kind: str) -> PreTrainedModel:
@@ -48,8 +49,11 @@ def one_by_one(model: PreTrainedModel, sequences: list[np.ndarray], scored: list
     return nats, greedy
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_tokens", [12, 30])
+FEW = {(kind, 30) for kind in PLAIN}
+"""What every change is tested on: each family once, with sequences longer than a window."""
+
+
+@pytest.mark.parametrize(("kind", "num_tokens"), [pytest.param(*one, marks=() if one in FEW else pytest.mark.slow) for one in product(KINDS, (12, 30))])
 def test_likelihoods_are_those_of_one_pass_per_sequence(kind: str, num_tokens: int) -> None:
     model = model_of(kind)
     sequences, scored = questions(num_tokens=num_tokens)

@@ -57,7 +57,7 @@ class Clock:
         return self.seconds
 
     def charge(self) -> None:
-        """Someone waits from now on: the controller's processor time since `resume` has passed here too. (Not the wall's: other programs of a busy machine are not its own.)"""
+        """Someone waits from now on: the processor time since `resume` has passed here too. (Not the wall's: a busy machine's other programs are not ours.)"""
         if self.is_charged and self._returned is not None:
             self.seconds += time.process_time() - self._returned
 
