@@ -247,7 +247,7 @@ class EvaluationSpec:
 
     tasks_at: Literal["last_rung", "trained_rungs"] = "last_rung"
     """Rungs at which the tasks are scored. Only the last one ranks by them, the others promote on held-out KL; scoring all trained
-    rungs took 2.7 times the distillation on the 260K-parameter reference (LOG.md)."""
+    rungs by lm-eval took 2.7 times the distillation on the 260K-parameter reference, and packs are 2 to 4 times as fast (LOG.md)."""
     documents_per_task: Annotated[int, Field(ge=2, le=10_000_000)] = 200
     """Documents of each task on which the rungs are scored, the same for every trial; at most half of the task.
     The others are held out: no rung sees them, and the finalists are scored on them."""

@@ -49,6 +49,8 @@ DOCUMENTS_PER_TASK = 800
 NUM_CONTROLS = 8
 SEARCH_TOKENS = 12_500
 FULL_RUN_TOKENS = 400_000
+_TABLE_WIDTH = 200
+"""Columns of the leaderboard; what says least is left out of a narrower one."""
 MIN_SIGNAL = 5.0
 """Standard errors by which the teacher must beat random weights on every task."""
 MIN_LOSS_RATIO = 2.0
@@ -165,7 +167,7 @@ def _search(client: Client, *, parallel: int) -> str:
     state = client.search(search["id"])
     if state["state"] != "succeeded":
         raise RuntimeError(f"the search ended as {state['state']}: {state['error']}; see {ROOT / 'serve.log'}")
-    Console(width=200).print(leaderboard_table(client.leaderboard(search["id"])))
+    Console(width=_TABLE_WIDTH).print(leaderboard_table(client.leaderboard(search["id"]), width=_TABLE_WIDTH))
     return str(search["id"])
 
 
