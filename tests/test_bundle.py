@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from nas.bundle import write_bundle
 from nas.compress.corpus import check_corpus
 from nas.compress.teacher import check_teacher
 from nas.full_run import distil_fully
+from nas.pruning import prune_teacher
 from nas.recipe import Recipe, RecipeInputs
+from nas.registration import register_teacher
 from nas.search.confirm import confirm
 from nas.search.prepare import prepare
 from nas.search.trial import run_rung
@@ -155,6 +158,34 @@ def test_the_recipe_is_distilled_as_it_is(bundle: Path, tiny_sources: dict[str, 
         device="cpu",
         expected_teacher=inputs.teacher,
     )
+    assert summary["held_out_after"]["kl"] < summary["held_out_before"]["kl"]
+
+
+def test_the_winner_is_a_teacher_to_cut_a_smaller_one_out_of_which_the_first_teacher_distils(
+    bundle: Path, tiny_sources: dict[str, Path], tmp_path: Path, register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]]
+) -> None:
+    settings = Settings.from_environment({"NAS_DATA": str(tmp_path / "data")})
+    store = Store.open(settings.database_url, migrate=True)
+    register_tiny(store=store, settings=settings)
+    register_teacher(str(bundle), name="half", store=store, settings=settings)
+    submission = check_submission(parse_spec(json.dumps(tiny_spec(teacher="half", budget={"max_fraction": 0.8}))), store=store)
+    store.close()
+    assert submission.plan["space"]["count"] > 0
+
+    smaller = replace(SHAPE, num_hidden_layers=1)
+    prune_teacher(
+        teacher=bundle, shape=smaller, corpus=[tiny_sources["corpus"]], out=tmp_path / "cut", device="cpu", sequence_length=32, calibration_tokens=512
+    )
+    recipe = Recipe(tokens=4096, batch_size=4, sequence_length=32, validation_tokens=128)
+    summary = distil_fully(
+        recipe,
+        student=tmp_path / "cut",
+        teacher=tiny_sources["teacher"],
+        corpora=[(check_corpus([tiny_sources["corpus"]]), 1.0)],
+        out=tmp_path / "out",
+        device="cpu",
+    )
+    assert check_teacher(tmp_path / "out").architecture.shape == smaller
     assert summary["held_out_after"]["kl"] < summary["held_out_before"]["kl"]
 
 
