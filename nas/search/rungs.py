@@ -133,7 +133,7 @@ class Standings:
 
     def _best_first(self) -> tuple[Sequence[Standing], Iterable[Sequence[Standing]]]:
         """The sampled ones and those of each depth: by KL, or by front and loneliness (of all of them) where there are costs."""
-        if not any(standing.costs for standing in self._sampled):
+        if not self._sampled or not self._sampled[0].costs:  # all have them, or none
             return self._sampled, self._of_depth.values()
         ordered = [self._sampled[index] for index in best_first([_point(standing) for standing in self._sampled])]
         classes: defaultdict[int, list[Standing]] = defaultdict(list)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
 
 from nas.errors import Conflict, InvalidSpec, NotFound, Problem
 from nas.store.database import Database
 from nas.store.records import EventRecord, Json, SearchRecord, SearchState, TrialState, new_id, utc_now
-from nas.store.tables import events, searches, trials
+from nas.store.tables import boards, events, searches, trials
 
 _WORKING = (SearchState.PREPARING, SearchState.SEARCHING, SearchState.CONFIRMING)
-_COLUMNS = [column for column in searches.c if column.name not in ("idempotency_key", "body_digest")]
+_COLUMNS = [*(column for column in searches.c if column.name not in ("idempotency_key", "body_digest")), boards.c.board]
+_WITH_BOARD = searches.outerjoin(boards, boards.c.search_id == searches.c.id)
 
 
 class Searches(Database):
@@ -59,7 +60,7 @@ class Searches(Database):
 
     def list_searches(self, *, state: SearchState | None = None, after: str | None = None, limit: int = 50) -> list[SearchRecord]:
         """Newest first. `after` is the id of the last one already seen: pages stay stable while searches arrive."""
-        query = select(*_COLUMNS).order_by(searches.c.id.desc()).limit(limit)
+        query = select(*_COLUMNS).select_from(_WITH_BOARD).order_by(searches.c.id.desc()).limit(limit)
         if state is not None:
             query = query.where(searches.c.state == state)
         if after is not None:
@@ -123,7 +124,10 @@ class Searches(Database):
 
     def save_board(self, search_id: str, board: Json, *, fence: int | None, data: Json | None = None) -> None:
         """Replace the leaderboard; event `leaderboard.changed` with the (small) data."""
-        self._save(search_id, {"board": board}, event="leaderboard.changed", data=data or {}, fence=fence)
+        with self.write(fence=fence) as connection:
+            write_event(connection, search_id, "leaderboard.changed", data or {})
+            connection.execute(delete(boards).where(boards.c.search_id == search_id))
+            connection.execute(insert(boards).values(search_id=search_id, board=board))
 
     def save_winner(self, search_id: str, winner: Json, *, fence: int | None) -> None:
         """Keep the winner; event `search.winner`."""
@@ -187,8 +191,8 @@ def _same_request(connection: Connection, idempotency_key: str | None, body_dige
 
 
 def _get(connection: Connection, search_id: str, *, lock: bool = False) -> SearchRecord:
-    query = select(*_COLUMNS).where(searches.c.id == search_id)
-    row = connection.execute(query.with_for_update(key_share=True) if lock else query).mappings().one_or_none()
+    query = select(*_COLUMNS).select_from(_WITH_BOARD).where(searches.c.id == search_id)
+    row = connection.execute(query.with_for_update(key_share=True, of=searches) if lock else query).mappings().one_or_none()
     if row is None:
         raise _not_found(search_id)
     return _search(row)

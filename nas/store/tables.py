@@ -139,10 +139,17 @@ searches = Table(
     Column("inputs", _JSON, nullable=False),
     Column("plan", _JSON, nullable=False),
     Column("prepared", _JSON),
-    Column("board", _JSON),
     Column("winner", _JSON),
     Column("error", _JSON),
     Index(None, "state", "id"),
+)
+
+boards = Table(
+    "boards",
+    metadata,
+    # Apart from its search: SQLite copies a whole row at every change, megabytes of it with every event of a search of thousands of trials.
+    _search_id(primary_key=True),
+    Column("board", _JSON, nullable=False),
 )
 
 trials = Table(

@@ -89,3 +89,22 @@ def test_trials_that_are_there_belong_to_the_first_budget_after_the_upgrade(empt
 
     assert [(trial.budget, trial.parameters) for trial in store.list_trials("srch_1")] == [(0, 5)]
     store.close()
+
+
+def test_a_board_that_is_there_stays_its_searchs_after_the_upgrade(empty_url: str) -> None:
+    old = Database(empty_url)
+    config = Config()
+    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
+    with old.write(fence=None) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0004")
+        columns, now = "id, label, state, num_events, created_at, updated_at, spec, inputs, plan, board", "'2026-01-01 00:00:00.000000'"
+        for number, board in ((1, """'{"winner": 3}'"""), (2, "NULL")):
+            values = f"'srch_{number}', '', 'queued', 0, {now}, {now}, '{{}}', '{{}}', '{{}}', {board}"
+            connection.exec_driver_sql(f"INSERT INTO searches ({columns}) VALUES ({values})")
+    old.close()
+
+    store = Store.open(empty_url, migrate=True)
+
+    assert [store.get_search(name).board for name in ("srch_1", "srch_2")] == [{"winner": 3}, None]
+    store.close()
