@@ -61,6 +61,7 @@ def search_page(search: SearchDep, store: StoreDep, budget: BudgetIndex = 0) -> 
         board=leaderboard(search, budget=budget).model_dump(),
         budgets=[of_budget(search, index).plan for index in range(1 + len(search.spec.get("more_budgets", ())))],
         tasks=task_columns(search),
+        costs=[name for name in search.spec.get("objectives", ()) if name not in ("parameters", "memory_bytes")],
         show={"memory": any(row.memory_bytes for row in rows), "latency": any(row.latency for row in rows)},
         held_out=held_out_rows(shown),
         failures=group_failures(trials),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from statistics import median
 from typing import Any
@@ -45,6 +45,8 @@ class Row:
     kl_standard_error: float | None = None
     probability_best: float | None = None
     memory_bytes: float | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
+    """Everything that may be an objective, by its name in the spec."""
     latency: Mapping[str, Any] | None = None
     """Of a trial that was confirmed: prefill_seconds, decode_seconds_per_token, and what was measured where."""
     tasks: Mapping[str, Mapping[str, Any]]
@@ -64,6 +66,7 @@ def board_rows(search: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Se
             difference=row.get("difference"),
             probability_best=row.get("probability_best"),
             memory_bytes=row.get("costs", {}).get("memory_bytes"),
+            costs=row.get("costs", {}),
             latency=(row.get("confirmation") or {}).get("latency"),
             shape=Shape.from_dict(row["shape"]),
             tie_group=row["tie_group"] if sizes[row["tie_group"]] > 1 else None,

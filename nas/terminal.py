@@ -115,6 +115,13 @@ def event_line(event: Mapping[str, Any]) -> str | None:
             return f"{at}  attempt of {data['stage']} {kind.split('.')[1]}: {(data.get('reason') or '')[:200]}"
         case "attempt.waiting":
             return f"{at}  {data['stage']}" + (f" of trial {data['trial']}" if data.get("trial") is not None else "") + f": {data['reason']}"
+        case "task.weak":
+            forms = f"; clear by {', '.join(data['clear_forms'])}" if data["clear_forms"] else ""
+            verdict = "kept, as the spec insists" if data["in_objective"] else "left out of the objective"
+            z = "" if data["z"] is None else f", {data['z']:.2f} standard errors"
+            return f"{at}  task {data['task']} ranks nothing, {verdict}: teacher {data['teacher']:.4g}, random weights {data['random']:.4g}{z}{forms}"
+        case "search.confirming" if data.get("reason") == "space_exhausted":
+            return f"{at}  search confirming: the space is exhausted, all {data['legal_shapes']:,} legal shapes have been tried"
         case "search.winner":
             return f"{at}  winner: trial {data['trial']}" if "trial" in data else f"{at}  winner chosen"
         case _ if kind.startswith("search."):
@@ -124,8 +131,9 @@ def event_line(event: Mapping[str, Any]) -> str | None:
             return None
 
 
-def leaderboard_table(board: Mapping[str, Any], *, width: int | None = None) -> Table:
-    """The board for a terminal. Where it is narrow, the columns that say least are left out; --csv and --json have them all."""
+def leaderboard_table(board: Mapping[str, Any], *, width: int | None = None, objectives: Sequence[str] = ()) -> Table:
+    """The board for a terminal, with the costs that are objectives and who is on their front. Where it is narrow, the columns that say least are
+    left out; --csv and --json have them all."""
     rows = board["rows"]
     tasks = sorted({task for row in rows for task in row["tasks"]})
     ties = Counter(row["tie_group"] for row in rows if row["rank"] is not None)
@@ -139,6 +147,8 @@ def leaderboard_table(board: Mapping[str, Any], *, width: int | None = None) -> 
         "tokens": [f"{row['tokens']:,}" for row in rows],
         "score": [_plus_minus(row["score"], row["standard_error"]) for row in rows],
         "to the best": [_interval(row.get("difference")) for row in rows],
+        **{name: [_cost(row.get("costs", {}).get(name)) for row in rows] for name in objectives if name != "parameters"},
+        **({"front": ["yes" if row["number"] in board["pareto"] else "" for row in rows]} if objectives else {}),
         "KL": [f"{row['kl']:.4f}" for row in rows],
         **{task: [_plus_minus(row["tasks"].get(task, {}).get("value"), row["tasks"].get(task, {}).get("standard_error")) for row in rows] for task in tasks},
         "ms/token": [_milliseconds(row.get("confirmation")) for row in rows],
@@ -183,7 +193,7 @@ def board_facts(board: Mapping[str, Any]) -> dict[str, Any]:
     for name, share in (board.get("importances") or {}).items():
         facts[f"importance of {name}"] = f"{100 * share:.0f}%"
     if board.get("weak_tasks"):
-        facts["weak tasks"] = ", ".join(board["weak_tasks"])
+        facts["weak tasks"] = f"{', '.join(board['weak_tasks'])}: no part of the score, unless the spec insists; the teacher is not clear of random weights"
     return facts
 
 
@@ -232,6 +242,13 @@ def _interval(difference: Mapping[str, Any] | None) -> str:
     if difference is None or difference["low"] is None:
         return ""
     return "best" if difference["low"] == difference["high"] == 0 else f"{difference['low']:+.3f} .. {difference['high']:+.3f}"
+
+
+def _cost(value: float | None) -> str:
+    """Bytes and FLOPs are whole numbers; milliseconds have as many digits as a measurement."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _milliseconds(confirmation: Mapping[str, Any] | None) -> str:

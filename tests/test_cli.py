@@ -10,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
 from nas import cli, terminal
@@ -256,6 +259,46 @@ def test_the_board_fits_the_terminal_and_cuts_no_cell(width: int) -> None:
     assert "0.500 ± 0.010" in lines[1]
 
 
+def test_the_board_has_the_costs_that_are_objectives_and_their_front() -> None:
+    rows = [a_row(0, costs={"decode_ms:chat": 4.2324, "memory_bytes": 507264.0}), a_row(1, costs={"memory_bytes": 9.0}, tasks={})]
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(terminal.leaderboard_table({"rows": rows, "pareto": [0]}, objectives=("decode_ms:chat", "memory_bytes")))
+    head, first, second = captured.get().splitlines()
+    assert "decode_ms:chat  memory_bytes  front" in head
+    assert first[head.index("decode_ms") : head.index("KL")].split() == ["4.23", "507,264", "yes"]
+    assert second[head.index("decode_ms") : head.index("KL")].split() == ["9"]
+
+
+def test_an_export_has_the_trials_of_every_budget(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Service:
+        """A search with two budgets, a ranked trial in each."""
+
+        def __enter__(self) -> Service:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def search(self, _: str) -> dict[str, Any]:
+            return {"spec": {"objectives": [], "more_budgets": [{}]}}
+
+        def trials(self, _: str) -> list[dict[str, Any]]:
+            return [{"number": 0}, {"number": 1}]
+
+        def trial(self, _: str, number: int) -> dict[str, Any]:
+            kl = {"tokens": 10, "kl": {"value": 1.0}}
+            return {"number": number, "origin": "sampler", "shape": SHAPE, "state": "completed", "rungs": [kl], "parameters": 9, "budget": number}
+
+        def leaderboard(self, _: str, *, budget: int = 0) -> dict[str, Any]:
+            return {"rows": [a_row(budget, score=0.5 + budget, verified=None, probability_best=None)]}
+
+    monkeypatch.setattr("nas.cli.searches.make_client", lambda _: Service())
+    answer = nas("export-optuna", "srch_1", tmp_path / "study.journal")
+    assert answer.code == 0
+    study = optuna.load_study(study_name="srch_1", storage=JournalStorage(JournalFileBackend(str(tmp_path / "study.journal"))))
+    assert [(trial.value, trial.user_attrs["budget"]) for trial in study.trials] == [(0.5, 0), (1.5, 1)]
+
+
 def test_ties_the_winner_and_what_was_verified_are_marked() -> None:
     tied = {"difference": {"value": -0.01, "low": -0.05, "high": 0.03}, "verified": True, "probability_best": 0.25}
     best = {"difference": {"value": 0.0, "low": 0.0, "high": 0.0}, "verified": False}
@@ -298,6 +341,16 @@ def test_a_narrow_board_leaves_out_tasks_before_scores() -> None:
         ("trial.confirmed", {"trial": 1, "verified": False, "reason": "reload: ..."}, "trial 1 NOT verified: reload: ..."),
         ("search.failed", {"error": {"reason": "unavailable", "message": "gone"}}, "search failed: unavailable: gone"),
         ("search.winner", {}, "winner chosen"),
+        (
+            "search.confirming",
+            {"reason": "space_exhausted", "legal_shapes": 3, "trials": 3},
+            "search confirming: the space is exhausted, all 3 legal shapes have been tried",
+        ),
+        (
+            "task.weak",
+            {"task": "pairs", "teacher": 0.42, "random": 0.34, "z": 0.8186, "in_objective": False, "clear_forms": ["margin"]},
+            "task pairs ranks nothing, left out of the objective: teacher 0.42, random weights 0.34, 0.82 standard errors; clear by margin",
+        ),
         ("something.new", {}, None),
     ],
 )

@@ -63,7 +63,7 @@
 
   // The event types that the API sends; EventSource has no way to listen to all of them at once.
   const TYPES = ["search.created", "search.preparing", "search.searching", "search.confirming", "search.cancelling", "search.prepared", "search.winner",
-    "leaderboard.changed",
+    "leaderboard.changed", "task.weak",
     "trial.proposed", "trial.started", "trial.rung_finished", "trial.waiting", "trial.completed", "trial.stopped", "trial.failed", "trial.cancelled", "trial.confirmed",
     "attempt.started", "attempt.waiting", "attempt.succeeded", "attempt.failed", "attempt.lost", "attempt.cancelled"];
   const LAST_TYPES = ["search.succeeded", "search.failed", "search.cancelled"];

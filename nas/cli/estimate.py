@@ -62,7 +62,7 @@ def budget_facts(plan: Mapping[str, Any]) -> dict[str, str]:
 def _print(preview: Mapping[str, Any]) -> None:
     plan, took = preview["plan"], preview["time"]
     facts = {"teacher": f"{plan['teacher_parameters']:,} parameters"}
-    for number, budget in enumerate(plan["budgets"], start=1):
+    for number, budget in enumerate(plan["budgets"]):
         prefix = f"budget {number}: " if len(plan["budgets"]) > 1 else ""
         facts |= {prefix + name: value for name, value in budget_facts(budget).items()}
     facts |= {
@@ -77,7 +77,7 @@ def _print(preview: Mapping[str, Any]) -> None:
         [
             {
                 "rung": rung["rung"],
-                "tokens of a trial": rung["tokens"],
+                "tokens added": rung["tokens"],
                 "trials expected": rung["expected"],
                 "at most": rung["at_most"],
                 **({"a trial takes": _duration(seconds[rung["rung"]]["seconds_per_trial"])} if seconds else {}),

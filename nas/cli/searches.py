@@ -121,14 +121,18 @@ def leaderboard(
             sys.stdout.write(client.leaderboard_csv(search_id, budget=budget))
             return
         board = client.leaderboard(search_id, budget=budget)
+        spec = client.search(search_id)["spec"]
+    num_budgets = 1 + len(spec["more_budgets"])
+    if num_budgets > 1 and not as_json:
+        say(f"budget {budget} of this search's 0 to {num_budgets - 1}; --budget N shows another")
     if as_json:
         print_json(board)
     elif not board["rows"]:
         say("no trial has been measured yet")
     else:
-        table = leaderboard_table(board, width=out.width)
+        table = leaderboard_table(board, width=out.width, objectives=spec["objectives"])
         out.print(table)
-        if hidden := len(leaderboard_table(board).columns) - len(table.columns):
+        if hidden := len(leaderboard_table(board, objectives=spec["objectives"]).columns) - len(table.columns):
             say(f"{hidden} columns are left out, as the terminal is narrow; --csv and --json have all")
         print_facts(board_facts(board), as_json=False)
 
@@ -211,7 +215,9 @@ def export_optuna(
     from nas.search.study import export_study
 
     with make_client(url) as client:
-        search, rows = client.search(search_id), {row["number"]: row for row in client.leaderboard(search_id)["rows"]}
+        search = client.search(search_id)
+        boards = [client.leaderboard(search_id, budget=budget) for budget in range(1 + len(search["spec"]["more_budgets"]))]
+        rows = {row["number"]: row for board in boards for row in board["rows"]}
         objectives = ("score", *search["spec"]["objectives"])
         trials = [
             _exported(client.trial(search_id, trial["number"]), row=rows.get(trial["number"]), objectives=objectives) for trial in client.trials(search_id)
@@ -233,5 +239,5 @@ def _exported(trial: Mapping[str, Any], *, row: Mapping[str, Any] | None, object
         state="running" if trial["state"] == "completed" and ranked is None else trial["state"],
         values=[] if ranked is None else [ranked["score"], *(ranked["costs"][name] for name in objectives[1:])],
         kl_by_tokens={rung["tokens"]: rung["kl"]["value"] for rung in trial["rungs"]},
-        attributes={"parameters": trial["parameters"], **{name: row[name] for name in names if row is not None}},
+        attributes={"parameters": trial["parameters"], "budget": trial["budget"], **{name: row[name] for name in names if row is not None}},
     )

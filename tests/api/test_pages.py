@@ -379,3 +379,19 @@ def test_the_page_of_a_family_shows_one_budget_and_links_the_others(service: Ser
     assert list(rows(second)) == [f"trial-{one.number}"]
     assert f'/searches/{search.id}?budget=1"' in first
     assert service.client.get(f"/searches/{search.id}?budget=2").status_code == 404
+
+
+def test_the_page_shows_measured_objectives_and_what_became_of_weak_tasks(service: Service) -> None:
+    name = "decode_ms:chat"
+    search = service.submit(objectives=[name], budget={"max_fraction": 0.7, "latency": [{"name": "chat", "prompt_tokens": 8, "new_tokens": 4}]})
+    shape = service.propose(search, 0, origin="sampler")
+    task = search.spec["tasks"][0]["name"]
+    row = a_row(0, shape=shape, rank=1, tie_group=1, costs={name: 4.2324})
+    service.store.save_board(search.id, {"rows": [row], "winner": None, "pareto": [0], "agreement": [], "controls": None, "weak_tasks": [task]}, fence=None)
+
+    page = service.client.get(f"/searches/{search.id}").text
+
+    assert "decode ms:chat ↓" in page
+    assert '<td class="number">4.23</td>' in page
+    assert "is no part of the score" in page
+    assert "kept as the spec insists" not in page
