@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,13 @@ import pytest
 from numpy.typing import NDArray
 
 from nas.families import read_architecture
+from nas.search.results import Metric
 from tests.benchmarks import ground_truth, reproduce, truth
 from tests.benchmarks.ground_truth import GRIDS, Cell, Row
+from tests.benchmarks.ground_truth_tasks import clear_values, missing
 from tests.benchmarks.proxies import Proxy, bootstrap, proxies_of, regret, seed_ceiling, tau_b, tau_of_separated
 from tests.benchmarks.replay import Chance, GridSpace, replay_baselines, replay_ours, search_spec, summarise
+from tests.benchmarks.task_rows import NAMED, TaskRow, read_task_rows, shares, write_task_rows
 from tests.benchmarks.truth import Truth, make_truth
 
 TEACHER = {
@@ -97,10 +100,11 @@ def test_only_pairs_that_the_final_result_separates_count() -> None:
     final, error = np.array([1.0, 1.1, 2.0]), np.full((3, 3), 0.2)
     assert tau_of_separated(np.array([2.0, 1.0, 3.0]), final, error=error) == (1.0, 2)
     assert tau_of_separated(np.array([1.0, 3.0, 2.0]), final, error=error) == (0.0, 2)
+    assert tau_of_separated(np.array([1.0, np.nan, 2.0]), final, error=error) == (1.0, 1)
 
 
 def test_the_regret_of_a_proxy_is_that_of_its_best_shape() -> None:
-    assert regret(np.array([3.0, 1.0, np.nan]), np.array([0.1, 0.3, 0.2])) == pytest.approx(0.2)
+    assert regret(np.array([3.0, 1.0, np.nan]), np.array([0.1, 0.3, 0.0])) == pytest.approx(0.2)
 
 
 def test_a_proxy_that_knows_every_order_has_tau_one_and_no_regret() -> None:
@@ -112,25 +116,53 @@ def test_a_proxy_that_knows_every_order_has_tau_one_and_no_regret() -> None:
         assert found["tau"].low <= found["tau"].value <= found["tau"].high + 1e-9
 
 
-def test_a_higher_score_of_a_task_is_a_better_one(tmp_path: Path) -> None:
+def task_row(*, shape: str, values: dict[str, dict[str, float]], tokens: int = 100_000) -> TaskRow:
+    named = shape in NAMED
+    return TaskRow(teacher=GRID.teacher, max_fraction=0.0 if named else GRID.max_fraction, shape=shape, seed=0, tokens=0 if named else tokens, values=values)
+
+
+def test_a_share_is_the_way_from_random_weights_to_the_teacher_whatever_the_direction() -> None:
+    teacher = task_row(shape="teacher", values={"t": {"acc": 0.9, "bits_per_byte": 1.0}})
+    random = task_row(shape="random", values={"t": {"acc": 0.5, "bits_per_byte": 5.0}})
+    student = task_row(shape="any", values={"t": {"acc": 0.7, "bits_per_byte": 2.0}})
+    assert shares(student, teacher=teacher, random=random) == {"t": {"accuracy": pytest.approx(0.5), "bits_per_byte": pytest.approx(0.75)}}
+
+
+def test_only_metrics_by_which_the_teacher_is_clear_of_random_weights_are_kept_and_only_tasks_with_an_accuracy_among_them() -> None:
+    def metric(value: float) -> Metric:
+        return Metric(value=value, standard_error=0.04, higher_is_better=True, documents=())
+
+    random = {name: {"acc": metric(0.5), "margin": metric(0.0)} for name in ("both", "accuracy", "margin")}
+    teacher = {
+        "both": {"acc": metric(0.9), "margin": metric(0.5)},
+        "accuracy": {"acc": metric(0.9), "margin": metric(0.1)},
+        "margin": {"acc": metric(0.6), "margin": metric(0.5)},
+    }
+    assert clear_values(teacher, random) == {"both": ["acc", "margin"], "accuracy": ["acc"]}
+
+
+def test_students_are_scored_once_at_the_points_that_they_have_and_at_their_last() -> None:
+    cells = [(Cell(teacher="t", max_fraction=0.5, shape=shape, seed=seed), (0, 6_250, 12_500, 250_000)) for shape, seed in (("a", 0), ("a", 1), ("b", 0))]
+    known = [TaskRow(**asdict(cells[2][0]), tokens=tokens, values={}) for tokens in (0, 6_250, 250_000)]
+    assert [(cell.shape, cell.seed, todo) for cell, todo in missing(cells, known=known[:2])] == [("a", 0, [0, 6_250, 250_000]), ("b", 0, [250_000])]
+    assert [cell.shape for cell, _ in missing(cells, known=known)] == ["a"]
+
+
+def test_a_better_score_of_a_task_ranks_a_shape_higher(tmp_path: Path) -> None:
     table, file = make_table(), tmp_path / "tasks.jsonl"
     rows = [
-        {
-            "teacher": GRID.teacher,
-            "max_fraction": GRID.max_fraction,
-            "shape": shape.key,
-            "seed": 0,
-            "tokens": 6_250,
-            "task": "t",
-            "metric": "acc",
-            "value": 1 - index / 100,
-        }
-        for index, shape in enumerate(table.shapes)
+        task_row(shape="teacher", values={"t": {"acc": 1.0, "bits_per_byte": 1.0}, "u": {"acc_norm": 1.0}}),
+        task_row(shape="random", values={"t": {"acc": 0.5, "bits_per_byte": 5.0}, "u": {"acc_norm": 0.0}}),
     ]
-    file.write_text("".join(json.dumps({**row, "form": "acc", "higher_is_better": True}) + "\n" for row in rows), encoding="utf-8")
-    proxy = proxies_of(table, tasks=file)[-1]
-    assert proxy.name == "t, acc, 6,250 tokens"
-    assert tau_b(proxy.means(), table.final) == pytest.approx(1.0)
+    for index, shape in enumerate(table.shapes):
+        values = {"t": {"acc": 1 - index / 100, "bits_per_byte": 1 + index / 100}, "u": {"acc_norm": 0.5}}
+        rows += [task_row(shape=shape.key, values=values, tokens=tokens) for tokens in (100_000, 1_000_000)]
+    write_task_rows(rows, file=file)
+    assert sorted(read_task_rows(file), key=lambda row: row.place) == sorted(rows, key=lambda row: row.place)
+    found = {proxy.name: proxy for proxy in proxies_of(table, tasks=file)}
+    ranking = ["2 tasks, accuracy, 100,000 tokens", "1 tasks, bits_per_byte, final students", "t, accuracy, 100,000 tokens", "t, bits_per_byte, 100,000 tokens"]
+    assert [tau_b(found[name].means(), table.final) for name in ranking] == pytest.approx([1.0] * len(ranking))
+    assert tau_b(found["u, accuracy, 100,000 tokens"].means(), table.final) == 0.0
 
 
 def test_a_proxy_unknown_of_some_shapes_is_judged_on_the_others() -> None:

@@ -43,7 +43,7 @@ def read_signals(tasks: Sequence[TaskSpec], *, teacher: RungResult, random: Rung
     for task in tasks:
         high, low = teacher.tasks[task.name], random.tasks[task.name]
         forms = teacher.likelihoods.get(task.name, {}), random.likelihoods.get(task.name, {})
-        z = _z(high, low)
+        z = standard_errors_apart(high, low)
         signals.append(
             TaskSignal(
                 task=task.name,
@@ -52,7 +52,7 @@ def read_signals(tasks: Sequence[TaskSpec], *, teacher: RungResult, random: Rung
                 z=z if math.isfinite(z) else None,
                 clear=z >= WEAK_Z,
                 in_objective=z >= WEAK_Z or task.insist,
-                clear_forms=tuple(form for form, metric in forms[0].items() if form in forms[1] and _z(metric, forms[1][form]) >= WEAK_Z),
+                clear_forms=tuple(form for form, metric in forms[0].items() if form in forms[1] and standard_errors_apart(metric, forms[1][form]) >= WEAK_Z),
             )
         )
     return tuple(signals)
@@ -78,7 +78,8 @@ def check_signals(signals: Sequence[TaskSignal]) -> None:
         raise InvalidSpec(*problems)
 
 
-def _z(teacher: Metric, random: Metric) -> float:
+def standard_errors_apart(teacher: Metric, random: Metric) -> float:
+    """By how many combined standard errors the teacher is better than random weights; infinite where both are exact."""
     gain = teacher.value - random.value if teacher.higher_is_better else random.value - teacher.value
     error = math.hypot(teacher.standard_error, random.standard_error)
     if error > 0:

@@ -1,12 +1,12 @@
 """What a cheap number says of the final result: rank correlation and regret of every proxy on the ground truth.
 
 Kendall's tau-b and the regret of taking the proxy's best shape, with bootstrap intervals over shapes and blocks; then the tau of the last rung
-over the pairs that the final result tells apart, and the tau between two seeds of the final result, which no proxy can beat. Seconds.
+over the pairs that the final result tells apart, and the tau between two seeds of the final result, which no proxy can beat. Of tasks (ground_truth_tasks.py)
+the intervals are over shapes alone. A minute.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau
 
-from tests.benchmarks.campaign import DATA
+from tests.benchmarks.task_rows import NAMED, TASKS, read_task_rows, shares
 from tests.benchmarks.truth import Truth, read_truths
 
-TASKS = DATA / "ground_truth_tasks.jsonl"
 NUM_RESAMPLES = 500
+FORMS = ("accuracy", "margin", "logprob_per_byte", "bits_per_byte")
+"""In which the tasks are shown."""
 SEPARATED = 2.0
 """Standard errors of their difference between two final results that are told apart."""
 GOAL = 0.8
@@ -75,21 +76,35 @@ def proxies_of(truth: Truth, *, tasks: Path = TASKS) -> list[Proxy]:
 
 
 def _task_proxies(truth: Truth, *, file: Path) -> list[Proxy]:
-    if not file.exists():
-        return []
-    keys = {shape.key: index for index, shape in enumerate(truth.shapes)}
-    found: dict[tuple[int, str, str, bool], NDArray[np.float64]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        mine = (row["teacher"], row["max_fraction"], row["seed"]) == (truth.grid.teacher, truth.grid.max_fraction, 0)
-        if mine and row["shape"] in keys and row["tokens"] in truth.tokens[:-1]:
-            values = found.setdefault((row["tokens"], row["task"], row["form"], row["higher_is_better"]), np.full(len(keys), np.nan))
-            values[keys[row["shape"]]] = row["value"]
-    return [
-        Proxy(name=f"{task}, {form}, {tokens:,} tokens", values=values, lower_is_better=not higher)
-        for (tokens, task, form, higher), values in sorted(found.items())
-        if np.isfinite(values).sum() >= 3
+    """Of every form its mean share over the tasks that have it, at every point (the last: the final students themselves), and every task at the last rung."""
+    found = _task_shares(truth, file=file)
+    forms = sorted({(tokens, FORMS.index(form)) for tokens, _, form in found})
+    proxies = []
+    for tokens, index in forms:
+        several = [values for (number, _, form), values in found.items() if (number, form) == (tokens, FORMS[index])]
+        when = f"{tokens:,} tokens" if tokens < truth.tokens[-1] else "final students"
+        proxies.append(Proxy(name=f"{len(several)} tasks, {FORMS[index]}, {when}", values=np.mean(several, axis=0), lower_is_better=False))
+    last = max((tokens for tokens, _, _ in found if tokens <= truth.last_rung_tokens), default=None)
+    single = [
+        Proxy(name=f"{task}, {form}, {tokens:,} tokens", values=values, lower_is_better=False)
+        for (tokens, task, form), values in sorted(found.items())
+        if tokens == last
     ]
+    return [proxy for proxy in [*proxies, *single] if np.isfinite(proxy.values).sum() >= 3]
+
+
+def _task_shares(truth: Truth, *, file: Path) -> dict[tuple[int, str, str], NDArray[np.float64]]:
+    """(tokens, task, form) -> shares [S] (`task_rows.shares`), NaN where a shape was not scored."""
+    rows = [row for row in read_task_rows(file) if row.teacher == truth.grid.teacher]
+    ends = {row.shape: row for row in rows if row.shape in NAMED}
+    keys = {shape.key: index for index, shape in enumerate(truth.shapes)}
+    found: dict[tuple[int, str, str], NDArray[np.float64]] = {}
+    for row in rows:
+        if (row.max_fraction, row.seed) == (truth.grid.max_fraction, 0) and row.shape in keys and row.tokens in truth.tokens:
+            for task, forms in shares(row, teacher=ends["teacher"], random=ends["random"]).items():
+                for form, share in forms.items():
+                    found.setdefault((row.tokens, task, form), np.full(len(keys), np.nan))[keys[row.shape]] = share
+    return found
 
 
 def tau_b(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
@@ -100,13 +115,14 @@ def tau_b(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 
 
 def regret(proxy: NDArray[np.float64], final: NDArray[np.float64]) -> float:
-    """Final KL of the shape that the proxy takes for the best, minus that of the best."""
-    return float(final[np.nanargmin(proxy)] - final.min())
+    """Final KL of the shape that the proxy takes for the best, minus that of the best of those that it knows."""
+    return float(final[np.nanargmin(proxy)] - final[np.isfinite(proxy)].min())
 
 
 def tau_of_separated(proxy: NDArray[np.float64], final: NDArray[np.float64], *, error: NDArray[np.float64]) -> tuple[float, int]:
-    """(tau, pairs) over the pairs whose final results lie SEPARATED standard errors apart. error: [S, S], of the difference."""
-    upper = np.triu(np.ones_like(error, dtype=bool), k=1)
+    """(tau, pairs) over the pairs that the proxy knows and whose final results lie SEPARATED standard errors apart. error: [S, S], of the difference."""
+    known = np.isfinite(proxy)
+    upper = np.triu(known[:, None] & known[None, :], k=1)
     difference = final[:, None] - final[None, :]
     pairs = upper & (np.abs(difference) > SEPARATED * error)
     signs = np.sign(difference[pairs]) * np.sign((proxy[:, None] - proxy[None, :])[pairs])
@@ -149,7 +165,9 @@ def _print(truth: Truth) -> bool:
     table = Table("proxy", "tau-b with the final KL", "tau, separated pairs", "regret, KL", "in standard errors", box=None)
     for proxy in proxies_of(truth):
         found, (separated, _) = bootstrap(truth, proxy), tau_of_separated(proxy.means(), final, error=error)
-        table.add_row(proxy.name, str(found["tau"]), f"{separated:.3f}", str(found["regret"]), f"{found['regret'].value / score_error:.1f}")
+        num_known = int(np.isfinite(proxy.means()).sum())
+        name = proxy.name if num_known == len(final) else f"{proxy.name} ({num_known} shapes)"
+        table.add_row(name, str(found["tau"]), f"{separated:.3f}", str(found["regret"]), f"{found['regret'].value / score_error:.1f}")
     console.print(table)
     return _print_last_rung(truth)
 
