@@ -67,7 +67,7 @@ def search_page(search: SearchDep, store: StoreDep, budget: BudgetIndex = 0) -> 
         failures=group_failures(trials),
         events=events[::-1],
         pace=measure_pace(answer, now=utc_now()),
-        has_winner=search.winner is not None,
+        has_winner=shown.winner is not None,
         others=[other for other in store.list_searches(limit=SEARCHES_PER_PAGE) if other.id != search.id],
         score_figure=score_figure(shown, rows=rows),
         rung_figure=rung_figure(rows=rows, rungs=rungs, progress=answer),
