@@ -152,7 +152,7 @@ def _search(client: Client, *, parallel: int) -> str:
         "tasks": [{"name": task["name"]} for task in client.tasks()],
         "budget": {"max_fraction": 0.4},
         "sampler": {"max_trials": 14, "num_startup_trials": 6},
-        "controls": {"anchors": True, "num_random": NUM_CONTROLS},
+        "controls": {"anchors": True, "num_forced_anchors": 3, "num_random": NUM_CONTROLS},
         "rungs": {"first_tokens": SEARCH_TOKENS, "factor": 2, "num_trained": 3},
         "evaluation": {"documents_per_task": 150, "held_out_documents": 250, "batch_size": 64, "latency_prompt_tokens": 64, "latency_new_tokens": 16},
         "distillation": {"batch_size": 4},

@@ -150,7 +150,7 @@ def test_a_user_follows_a_search_from_the_list_to_a_trials_curve(site: Site, bro
     wait_for(browser, "#trial-7 .state", "waiting")
     site.finish(7)
     wait_for(browser, "#trial-7 .score", "0.812")
-    wait_for(browser, "#trial-7 .state", "completed")
+    wait_for(browser, "#trial-7 .origin-winner", "leads")
     wait_for(browser, "#plot-score svg .scatterlayer .point")
     wait_for(browser, "#plot-score svg", "budget")
 

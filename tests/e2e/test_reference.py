@@ -72,6 +72,7 @@ SPEC = {
     "tasks": [{"name": "ending"}, {"name": "lastword"}, {"name": "bits"}, {"name": "agreement"}],
     "budget": {"max_fraction": 0.6},
     "sampler": {"max_trials": 5, "num_startup_trials": 2},
+    "controls": {"num_forced_anchors": 3},
     "rungs": {"first_tokens": 8192, "factor": 2, "num_trained": 3},
     "num_finalists": 1,
     "evaluation": {"documents_per_task": 50, "latency_prompt_tokens": 16, "latency_new_tokens": 4},
