@@ -188,8 +188,8 @@ def preview_search(
         spec=dump_spec(spec),
         plan=submission.plan,
         inputs=describe_inputs(submission.inputs),
-        time=estimate_time(submission, spec=submission.spec, speed=speed),
-        asked=[ask_about(submission, shape, spec=spec) for shape in asked],
+        time=estimate_time(submission, speed=speed),
+        asked=[ask_about(submission, shape) for shape in asked],
     )
 
 

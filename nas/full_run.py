@@ -23,6 +23,7 @@ from nas.compress.held_out import HeldOut, evaluate_kl
 from nas.compress.manifest import write_json
 from nas.compress.objective import TeacherLogits
 from nas.compress.teacher import Teacher, check_context, check_teacher, load_model, load_tokenizer, write_checkpoint
+from nas.compress.train_plan import make_plan
 from nas.compress.train_state import sound_checkpoint
 from nas.errors import CorruptFile, InvalidSpec, NotFound, Problem
 from nas.memory import TeacherMemory, state_bytes
@@ -110,7 +111,7 @@ def _fit(recipe: Recipe, *, student: Teacher, teacher: Teacher, folder: Path, wo
     # Trunk, branch, and the one of them that replaces an older one; the result is smaller than what is removed for it.
     world.once(partial(check_disk_fits, {"checkpoints of the training": 3 * state}, folder=folder, what="the run"))
     return fit_run(
-        recipe.train_plan(teacher_hidden_size=teacher.architecture.shape.hidden_size),
+        make_plan(recipe, tokens=recipe.tokens, seed=recipe.seed, teacher_hidden_size=teacher.architecture.shape.hidden_size),
         architecture=student.architecture,
         teacher=TeacherMemory(architecture=teacher.architecture, dtype=_teacher_dtype(recipe, device=world.device)),
         sequence_length=recipe.sequence_length,

@@ -9,7 +9,6 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from nas.compress.train_plan import TrainPlan, trunk_rate
 from nas.errors import InvalidSpec, Problem
 from nas.memory import Moments
 
@@ -79,23 +78,6 @@ class Recipe:
         if problems:
             raise InvalidSpec(*problems)
         return cls(**values)
-
-    def train_plan(self, *, teacher_hidden_size: int) -> TrainPlan:
-        """The plan of the run, before it is fitted to a device."""
-        learning_rate, rate_follows_loss = trunk_rate(self.learning_rate, teacher_hidden_size=teacher_hidden_size)
-        return TrainPlan(
-            tokens=self.tokens,
-            learning_rate=learning_rate,
-            rate_follows_loss=rate_follows_loss,
-            batch_size=self.batch_size,
-            warmup_tokens=self.warmup_tokens,
-            decay_tokens=int(self.tokens * self.decay_share),
-            optimizer=self.optimizer,
-            weight_decay=self.weight_decay,
-            seed=self.seed,
-            dtype=self.dtype,
-            micro_batch_size=self.micro_batch_size,
-        )
 
 
 _INTEGERS = {"tokens": 1, "batch_size": 1, "sequence_length": 8, "warmup_tokens": 0, "validation_tokens": 1, "seed": 0}

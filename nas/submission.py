@@ -5,7 +5,7 @@ The API calls `check_submission` before it stores anything; the controller rebui
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from nas.budget import limits
@@ -39,6 +39,8 @@ class Submission:
     """Snapshot of the registered teacher, corpora and tasks (name, digest, place), so that a later change of the registry changes nothing."""
     plan: dict[str, Any]
     """Legal shapes, ceilings and anchors of each budget, teacher parameters, learning rate, tokens per rung and at most in all."""
+    spaces: tuple[SearchSpace, ...] = field(compare=False, repr=False)
+    """The legal shapes of each budget."""
 
 
 def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
@@ -73,10 +75,10 @@ def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
         raise InvalidSpec(*problems)
     budgets = _describe_budgets(spec, spaces=spaces)
     spec = with_first_tokens(spec, plans=budgets)
-    return Submission(spec=spec, inputs=inputs, plan=_plan(spec, spaces=spaces, budgets=budgets))
+    return Submission(spec=spec, inputs=inputs, plan=_plan(spec, spaces=spaces, budgets=budgets), spaces=tuple(spaces))
 
 
-def estimate_time(submission: Submission, *, spec: SearchSpec, speed: SpeedRecord) -> dict[str, Any]:
+def estimate_time(submission: Submission, *, speed: SpeedRecord) -> dict[str, Any]:
     """How long the search will take on such workers; without their speed, why that cannot be told."""
     worker = {
         "cpus": speed.cpus,
@@ -88,9 +90,8 @@ def estimate_time(submission: Submission, *, spec: SearchSpec, speed: SpeedRecor
     if speed.points is None:
         reason = f"not measured: {speed.error}" if speed.error else "being measured, once, as soon as a worker with these resources is free; ask again"
         return {"worker": worker, "known": False, "pending": speed.error is None, "reason": reason}
-    architecture = read_architecture(submission.inputs["teacher"]["config"])
-    spaces = build_spaces(spec, architecture=architecture)
-    tasks = task_work(spec, cards=[task["card"] for task in submission.inputs["tasks"]], vocab_size=architecture.vocab_size)
+    spec, spaces = submission.spec, submission.spaces
+    tasks = task_work(spec, cards=[task["card"] for task in submission.inputs["tasks"]], vocab_size=spaces[0].architecture.vocab_size)
     work = total_work(spec, plans=submission.plan["budgets"])
     return {
         "worker": worker,
@@ -100,10 +101,9 @@ def estimate_time(submission: Submission, *, spec: SearchSpec, speed: SpeedRecor
     }
 
 
-def ask_about(submission: Submission, shape: Shape, *, spec: SearchSpec) -> dict[str, Any]:
+def ask_about(submission: Submission, shape: Shape) -> dict[str, Any]:
     """Whether the search may try a shape under one of its budgets, and why not under the one that it misses by least."""
-    spaces = build_spaces(spec, architecture=read_architecture(submission.inputs["teacher"]["config"]))
-    return explain_shape(min(spaces, key=lambda space: len(space.explain(shape))), shape)
+    return explain_shape(min(submission.spaces, key=lambda space: len(space.explain(shape))), shape)
 
 
 def _look_up(spec: SearchSpec, *, store: Store) -> tuple[TeacherRecord, list[CorpusRecord], list[TaskRecord]]:

@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from tests.word_tokenizer import word_tokenizer
+
 _skipped: dict[str, list[str]] = {}
 
 
@@ -114,14 +116,9 @@ def tiny_spec() -> Callable[..., dict[str, Any]]:
 
 def _save_tiny_teacher(folder: Path) -> tuple[Any, Any]:
     import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    words = Tokenizer(WordLevel({word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *_WORDS])}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=64)
+    tokenizer = word_tokenizer(_WORDS)
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(_WORDS) + 3,

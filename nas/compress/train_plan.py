@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from nas.memory import Moments
 
@@ -90,3 +90,42 @@ def trunk_rate(learning_rate: float | None, *, teacher_hidden_size: int) -> tupl
     if learning_rate is not None:
         return learning_rate, False
     return _AUTOMATIC_RATE / math.sqrt(teacher_hidden_size), True
+
+
+class TrainSettings(Protocol):
+    """What a user says of the training: a search's `distillation`, and the recipe of a full run."""
+
+    @property
+    def learning_rate(self) -> float | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def warmup_tokens(self) -> int: ...
+    @property
+    def decay_share(self) -> float: ...
+    @property
+    def optimizer(self) -> Literal["adamw", "muon"]: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]: ...
+    @property
+    def micro_batch_size(self) -> int | None: ...
+
+
+def make_plan(settings: TrainSettings, *, tokens: int, seed: int, teacher_hidden_size: int) -> TrainPlan:
+    """The plan of a run of that many tokens, before it is fitted to a device: a trunk, and a decay branch over the last share of its tokens."""
+    learning_rate, rate_follows_loss = trunk_rate(settings.learning_rate, teacher_hidden_size=teacher_hidden_size)
+    return TrainPlan(
+        tokens=tokens,
+        learning_rate=learning_rate,
+        rate_follows_loss=rate_follows_loss,
+        batch_size=settings.batch_size,
+        warmup_tokens=settings.warmup_tokens,
+        decay_tokens=int(tokens * settings.decay_share),
+        optimizer=settings.optimizer,
+        weight_decay=settings.weight_decay,
+        seed=seed,
+        dtype=settings.dtype,
+        micro_batch_size=settings.micro_batch_size,
+    )

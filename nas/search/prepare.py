@@ -33,6 +33,7 @@ from nas.compress.reconstruction import split_calibration
 from nas.compress.second_moments import HELD_BYTES, SecondMoments, load_moments, measure_moments
 from nas.compress.sorting import Sorting, load_sorting, make_order, save_sorted, sort_teacher
 from nas.compress.teacher import check_teacher, load_model, load_tokenizer
+from nas.compress.train_plan import make_plan
 from nas.cost import weight_bytes
 from nas.errors import CorpusUnavailable, CorruptFile, NotFound, TeacherUnavailable
 from nas.evaluate.tasks import load_tasks, split_documents
@@ -41,7 +42,7 @@ from nas.memory import TeacherMemory, preparation_disk
 from nas.search.layout import BLOCKS, CORRECTED, MOMENTS, PREPARED, SORTED, SPLITS, searched_depths
 from nas.search.shared import Shared, forget_shared, load_shared, teacher_dtype, teacher_folder
 from nas.search.task_damage import task_damage
-from nas.search.trial import measure, train_plan
+from nas.search.trial import measure
 from nas.spec import SearchSpec
 
 WHOLE = "whole"
@@ -199,7 +200,7 @@ def _correct(spec: SearchSpec, *, inputs: Mapping[str, Any], folder: Path, block
     forget_shared()  # another search's teacher may still fill the device
     architecture, moments = read_architecture(inputs["teacher"]["config"]), spec.distillation.moments
     plan = fit_plan(
-        train_plan(spec, teacher=architecture.shape, tokens=tokens),
+        make_plan(spec.distillation, tokens=tokens, seed=spec.seed, teacher_hidden_size=architecture.shape.hidden_size),
         architecture=architecture,
         shape=architecture.shape,
         teacher=None,

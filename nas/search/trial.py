@@ -24,7 +24,7 @@ from nas.compress.manifest import save_tensors, write_json
 from nas.compress.reconstruction import Reconstruction, load_reconstruction, rebuild_student, reconstruct_student, split_calibration
 from nas.compress.slicing import build_student
 from nas.compress.teacher import write_checkpoint
-from nas.compress.train_plan import TrainPlan, trunk_rate
+from nas.compress.train_plan import TrainPlan, make_plan
 from nas.compress.train_state import TrainState, load_trunk, sound_checkpoint
 from nas.errors import CorruptFile, NotFound, TaskUnavailable
 from nas.evaluate.scores import MetricValue, TaskScore
@@ -40,25 +40,6 @@ PROBE_TOKENS = 64
 """Length of the text whose logits are kept."""
 
 logger = logging.getLogger(__name__)
-
-
-def train_plan(spec: SearchSpec, *, teacher: Shape, tokens: int) -> TrainPlan:
-    """The plan of a rung: a trunk and a decay branch over the last share of its tokens."""
-    settings = spec.distillation
-    learning_rate, rate_follows_loss = trunk_rate(settings.learning_rate, teacher_hidden_size=teacher.hidden_size)
-    return TrainPlan(
-        tokens=tokens,
-        learning_rate=learning_rate,
-        rate_follows_loss=rate_follows_loss,
-        batch_size=settings.batch_size,
-        warmup_tokens=settings.warmup_tokens,
-        decay_tokens=int(tokens * settings.decay_share),
-        optimizer=settings.optimizer,
-        weight_decay=settings.weight_decay,
-        seed=spec.seed,
-        dtype=settings.dtype,
-        micro_batch_size=settings.micro_batch_size,
-    )
 
 
 def run_rung(
@@ -159,7 +140,7 @@ def fitted_plan(spec: SearchSpec, *, shared: Shared, shape: Shape, rung: int, fo
     architecture, moments = shared.sorting.architecture, spec.distillation.moments
     check_disk_fits(rung_disk(architecture, shape), folder=folder, what=f"rung {rung}")
     return fit_plan(
-        train_plan(spec, teacher=architecture.shape, tokens=spec.rungs.tokens(rung)),
+        make_plan(spec.distillation, tokens=spec.rungs.tokens(rung), seed=spec.seed, teacher_hidden_size=architecture.shape.hidden_size),
         architecture=architecture,
         shape=shape,
         teacher=TeacherMemory(architecture=architecture, dtype=teacher_dtype(spec, device=device), stored=shared.signals.kind is not None),

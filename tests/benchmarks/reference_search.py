@@ -24,11 +24,12 @@ from rich.table import Table
 from nas.compress.distillation import distil
 from nas.compress.objective import NextToken, TeacherLogits
 from nas.compress.slicing import build_student
+from nas.compress.train_plan import make_plan
 from nas.registration import register_corpus, register_tasks, register_teacher
 from nas.search.layout import prepared_key
 from nas.search.prepare import random_model
 from nas.search.shared import load_shared
-from nas.search.trial import measure, train_plan
+from nas.search.trial import measure
 from nas.settings import Settings
 from nas.shape import Shape
 from nas.spec import parse_spec
@@ -108,7 +109,12 @@ def _scratch(settings: Settings, *, search_id: str, shape: Shape) -> dict[str, d
     spec = parse_spec(json.dumps(search.spec))
     prepared = settings.prepared_folder / prepared_key(spec, inputs=search.inputs)
     shared = load_shared(spec, inputs=search.inputs, prepared=prepared, device="cpu")
-    plan = train_plan(spec, teacher=shared.sorting.architecture.shape, tokens=spec.rungs.tokens(spec.rungs.num_trained))
+    plan = make_plan(
+        spec.distillation,
+        tokens=spec.rungs.tokens(spec.rungs.num_trained),
+        seed=spec.seed,
+        teacher_hidden_size=shared.sorting.architecture.shape.hidden_size,
+    )
     plan = replace(plan, learning_rate=_SCRATCH_RATE, rate_follows_loss=False)
     results = {}
     for name, objective in (("scratch, distilled", TeacherLogits(shared.teacher)), ("scratch, cross-entropy", NextToken())):

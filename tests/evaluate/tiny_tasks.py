@@ -7,10 +7,9 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.word_tokenizer import word_tokenizer
 
 WORDS = ["the", "cat", "dog", "sun", "sat", "ran", "shone", "on", "a", "mat", "hill", "day", "red", "big", "old"]
 NUM_DOCUMENTS = 15
@@ -56,9 +55,7 @@ def tiny_model(*, seed: int = 0, model_type: str = "llama") -> PreTrainedModel:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(WordLevel({word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=64)
+    return word_tokenizer(WORDS)
 
 
 def write_tasks(folder: Path) -> Path:
