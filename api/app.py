@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
@@ -10,9 +11,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import openapi, pages, routes
 from api.problems import install_problem_handlers, problem_response
-from api.schemas import Health
+from api.schemas.common import Health
 from nas.settings import Settings
 from nas.store.store import Store
+
+logger = logging.getLogger(__name__)
 
 API_VERSION = "1.0"
 """Of the REST interface under /v1: it grows, and keeps what it has."""
@@ -77,7 +80,7 @@ def read_readiness(request: Request) -> object:
     try:
         request.app.state.store.active_states()
     except Exception as error:  # whatever the database throws means the same here: not ready
-        routes.logger.warning("the store does not answer", exc_info=error)
+        logger.warning("the store does not answer", exc_info=error)
         return problem_response(request, "not-ready", detail="the store does not answer")
     return Health(status="ready")
 

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api.problems import MEDIA_TYPE, PROBLEM_TYPES
-from api.schemas import ProblemAnswer
+from api.schemas.common import ProblemAnswer
 from nas.spec import SPEC_ADAPTER
 
 _REFERENCE = "#/components/schemas/{model}"

@@ -14,8 +14,9 @@ from starlette.staticfiles import StaticFiles
 
 from api.problems import PROBLEM_TYPES
 from api.rendering import TEMPLATES
-from api.routes import BudgetIndex, OtherDep, SearchDep, StoreDep, TrialNumber, compare_searches
-from api.schemas import AttemptAnswer
+from api.routes.dependencies import BudgetIndex, OtherDep, SearchDep, StoreDep, TrialNumber
+from api.routes.results import compare_searches
+from api.schemas.trials import AttemptAnswer
 from api.summary import describe_rung, describe_search, describe_trial, leaderboard, of_budget, summarise_search
 from api.views import board_rows, compare_shapes, curve_figure, group_failures, held_out_rows, measure_pace, rung_figure, score_figure, task_columns
 from nas.store.records import utc_now

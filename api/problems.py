@@ -1,7 +1,7 @@
 """Every error answer of the API in one shape: RFC 9457 `application/problem+json`.
 
 Maps the exceptions of `nas/errors.py`, which know nothing of HTTP, and those of the web framework. A browser that asked for a
-page gets the same problem as a page. It decides nothing about requests; `routes.py` and `app.py` raise.
+page gets the same problem as a page. It decides nothing about requests; `routes/` and `app.py` raise.
 """
 
 from __future__ import annotations

@@ -9,20 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from api.schemas import (
-    Best,
-    Cost,
-    Input,
-    LeaderboardAnswer,
-    LeaderboardRow,
-    MetricAnswer,
-    Progress,
-    RungAnswer,
-    RungProgress,
-    SearchAnswer,
-    SearchSummary,
-    TrialAnswer,
-)
+from api.schemas.leaderboard import LeaderboardAnswer, LeaderboardRow
+from api.schemas.searches import Best, Cost, Input, Progress, RungProgress, SearchAnswer, SearchSummary
+from api.schemas.trials import MetricAnswer, RungAnswer, TrialAnswer
 from nas.errors import NotFound
 from nas.shape import Shape
 from nas.store.records import RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, all_winners

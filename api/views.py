@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from api.rendering import format_count, origin_badge
-from api.schemas import SearchAnswer
+from api.schemas.searches import SearchAnswer
 from nas.shape import Shape
 from nas.store.records import PointRecord, RungRecord, SearchRecord, TrialRecord, TrialState
 

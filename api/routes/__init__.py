@@ -1,0 +1,11 @@
+"""The REST resources under /v1. Routes parse, call the store, present; what is legal and what it costs is decided in `nas/`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from api.routes import events, leaderboard, registry, results, searches, trials
+
+router = APIRouter(prefix="/v1")
+for resource in (registry, searches, trials, leaderboard, results, events):
+    router.include_router(resource.router)

@@ -1,0 +1,71 @@
+"""The winner, and two searches side by side."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+
+from api.schemas.common import Answer
+from api.schemas.searches import Cost
+from nas.shape import Shape
+from nas.store.records import SearchState
+
+
+class GapAnswer(Answer):
+    """The second search's figure minus the first one's."""
+
+    value: float
+    standard_error: float
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+    paired: bool
+    """Whether it was taken document by document; otherwise it has the errors of both sides."""
+
+
+class BothFigures(Answer):
+    """One shape that is on both boards."""
+
+    shape: Shape
+    parameters: int
+    first: dict[str, Any]
+    """Its row on the first board: number, origin, rank, rung, tokens, score, standard_error, kl."""
+    second: dict[str, Any]
+
+
+class ComparisonAnswer(Answer):
+    """Two searches side by side; every pair is (first, second)."""
+
+    object: Literal["comparison"] = "comparison"
+    searches: tuple[str, str]
+    states: tuple[SearchState, SearchState]
+    spec: dict[str, tuple[Any, Any]]
+    """Fields of the spec that differ, by dotted path."""
+    inputs: dict[str, tuple[str | None, str | None]]
+    """Digests of teacher, corpora and tasks that differ, by kind and name."""
+    documents: Literal["held_out", "search"]
+    """held_out where both leaders were confirmed; search: the documents by which they were chosen, which flatters both."""
+    other_documents: list[str]
+    """Why the two were not scored on the same documents; empty: they were, and differences are paired."""
+    best: tuple[dict[str, Any] | None, dict[str, Any] | None]
+    """The leading rows."""
+    tasks: dict[str, GapAnswer]
+    """Leader against leader, by task that both scored with the same metric."""
+    kl: GapAnswer | None
+    """Of KL to the teacher, where that is the same."""
+    shapes: list[BothFigures]
+    """Shapes on both boards, in the order of the first."""
+    cost: tuple[Cost, Cost]
+
+
+class WinnerAnswer(Answer):
+    """The winning shape: its config, where it comes from, and what it scored."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    object: Literal["winner"] = "winner"
+    search: str
+    bundle_url: str
+    """Where the bundle (a tar file) is downloaded."""
+    bundle_sha256: str
