@@ -23,7 +23,7 @@ from nas.search.layout import clear_below, prepared_key
 from nas.search.ranking import CONTROL, Board
 from nas.search.results import RungResult
 from nas.settings import Settings
-from nas.store.records import OVER_BUDGET, AttemptRecord, AttemptState, SearchRecord, SearchState, Stage, TrialState, all_winners
+from nas.store.records import OVER_BUDGET, AttemptRecord, AttemptState, Fence, SearchRecord, SearchState, Stage, TrialState, all_winners
 from nas.store.store import Store
 from nas.warm_start import Known, recall
 from workers.board import make_board
@@ -58,8 +58,8 @@ class Leader:
     store: Store
     executor: Executor
     settings: Settings
-    fence: int
-    """The token under which it writes."""
+    fence: Fence
+    """The lease under which it writes."""
     clock: Callable[[], float] = time.monotonic
     """Seconds from some fixed moment."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from nas.errors import Conflict, Fenced, InvalidSpec
 from nas.settings import Settings
-from nas.store.records import AttemptState, SearchState, TrialState
+from nas.store.records import AttemptState, ControllerRecord, SearchState, TrialState, utc_now
 from nas.store.store import Store
 from workers.conductor import WORKING, Conductor, Leader, ask_to_stop
 from workers.executor import Executor
@@ -26,6 +26,7 @@ from workers.step import read_outcome
 
 logger = logging.getLogger(__name__)
 
+CONTROLLER = "controller"
 TICK_SECONDS = 0.25
 STORE_PATIENCE_SECONDS = 60.0
 """A store that fails for so long ends the process; its supervisor starts another one. Running steps go on meanwhile."""
@@ -53,6 +54,7 @@ class Controller:
         self._settings = settings
         self._clock = clock
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._record = ControllerRecord(owner=self._owner, host=socket.gethostname(), pid=os.getpid(), version="", started_at=utc_now())
         self._leader: Leader | None = None
         self._renewed = 0.0
         self._conductors: dict[str, Conductor] = {}
@@ -90,7 +92,7 @@ class Controller:
         finally:
             self._executor.close()
         if self._leader is not None:
-            self._store.release_leadership(self._leader.fence)
+            self._store.release(self._leader.fence)
 
     def tick(self, *, timeout_seconds: float = TICK_SECONDS) -> None:
         """One round: collect what ended, then let each search go on."""
@@ -181,17 +183,17 @@ class Controller:
         """
         lease, now = self._settings.lease_seconds, self._clock()
         if self._leader is None:
-            fence = self._store.claim_leadership(self._owner, seconds=lease)
+            fence = self._store.claim(CONTROLLER, owner=self._owner, seconds=lease)
             if fence is None:
                 time.sleep(min(1.0, lease / 4))
                 return False
-            logger.info("leading", extra={"action": "lead", "owner": self._owner, "token": fence})
+            logger.info("leading", extra={"action": "lead", "owner": self._owner, "token": fence.token})
             leader = Leader(store=self._store, executor=self._executor, settings=self._settings, fence=fence, clock=self._clock)
             self._recover(leader)
             self._leader, self._renewed = leader, now
         elif now - self._renewed > lease / 4:
-            if not self._store.renew_leadership(self._leader.fence, seconds=lease):
-                raise Fenced(f"leadership token {self._leader.fence}: another controller leads")
+            if self._leader.fence not in self._store.renew(self._record, seconds=lease):
+                raise Fenced(f"lease {CONTROLLER}: another controller has it")
             self._renewed = now
         return True
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nas.settings import Settings
-from nas.store.records import new_id
+from nas.store.records import Fence, new_id
 from nas.store.store import Store
 from workers.executor import Executor
 from workers.step import Outcome, Step
@@ -28,7 +28,7 @@ class Probes:
         self._running: dict[str, tuple[str, Path]] = {}
         self._looked: float | None = None
 
-    def start_wished(self, *, fence: int) -> None:
+    def start_wished(self, *, fence: Fence) -> None:
         """Start what is wished for and not running, now and then."""
         now = self._clock()
         if self._looked is not None and now - self._looked < LOOK_SECONDS:
@@ -49,7 +49,7 @@ class Probes:
                 logger.exception("probe not started", extra={"action": "probe_failed", "speed": wish.key})
                 self.take(key, Outcome(succeeded=False, reason="error", message=f"{type(error).__name__}: {error}"), fence=fence)
 
-    def take(self, key: str, outcome: Outcome, *, fence: int) -> bool:
+    def take(self, key: str, outcome: Outcome, *, fence: Fence) -> bool:
         """Record how a probe ended; False: the step was none."""
         if key not in self._running:
             return False

@@ -1,4 +1,4 @@
-"""Connections and transactions: engine, SQLite's settings, the fence check, migrations. It knows no table but leadership.
+"""Connections and transactions: engine, SQLite's settings, the fence check, migrations. It knows no table but leases.
 
 SQLite: WAL, so that readers never wait; BEGIN IMMEDIATE for writes, so that a transaction cannot fail half-way for want of
 the lock; synchronous=FULL, so that an acknowledged write survives a power cut and not only a killed process.
@@ -22,10 +22,8 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DontWrapMixin
 
 from nas.errors import Conflict, Fenced, InvalidSpec, Problem
-from nas.store.tables import leadership
-
-CONTROLLER = "controller"
-"""Name of the one row of `leadership`."""
+from nas.store.records import Fence
+from nas.store.tables import leases
 
 VERSION_TABLE = "nas_alembic_version"
 """Own name: Optuna keeps its `alembic_version` in whatever database it is given."""
@@ -56,19 +54,19 @@ class Database:
             yield connection
 
     @contextmanager
-    def write(self, *, fence: int | None) -> Iterator[Connection]:
-        """A transaction that writes, refused when `fence` is not the token of the present leader.
+    def write(self, *, fence: Fence | None) -> Iterator[Connection]:
+        """A transaction that writes, refused when the lease of `fence` has another token by now.
 
-        The leadership row stays share-locked until the commit: nobody can take over between the check and the write.
+        The lease's row stays share-locked until the commit: nobody can take over between the check and the write.
 
         Raises:
-            Fenced: another controller has claimed the leadership, or this one has released it.
+            Fenced: another controller has claimed the lease, or this one has released it.
         """
         with self._write_engine.begin() as connection:
             if fence is not None:
-                current = connection.execute(select(leadership.c.token).where(leadership.c.name == CONTROLLER).with_for_update(read=True)).scalar_one()
-                if current != fence:
-                    raise Fenced(f"leadership token: expected {current}, got {fence}; another controller leads")
+                current = connection.execute(select(leases.c.token).where(leases.c.name == fence.name).with_for_update(read=True)).scalar_one_or_none()
+                if current != fence.token:
+                    raise Fenced(f"lease {fence.name}: expected token {current}, got {fence.token}; another controller has it")
             yield connection
 
     def insert_if_new(self, table: Table) -> Insert:

@@ -24,6 +24,39 @@ OVER_BUDGET = "over_budget"
 """Reason of a trial that was stopped because a measured cost is above its ceiling."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fence:
+    """The right to write under a lease: refused from the moment on at which another one holds the lease."""
+
+    name: str
+    """Of the lease: a search's id, or what else has one controller at a time."""
+    token: int
+    """Grows with every claim and release of that lease."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRecord:
+    """A lease as it stands now."""
+
+    name: str
+    owner: str | None
+    """Who holds it; None: nobody, or somebody whose time is over."""
+    token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerRecord:
+    """A controller process that lives, as far as the store knows."""
+
+    owner: str
+    """Its name, of no other process ever."""
+    host: str
+    pid: int
+    version: str
+    """Of this package."""
+    started_at: datetime
+
+
 class SearchState(StrEnum):
     """Where a search stands; it moves down this list, and never out of one of the last three."""
 

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, RowMapping, delete, func, insert, select, upd
 
 from nas.errors import Conflict, InvalidSpec, NotFound, Problem
 from nas.store.database import Database
-from nas.store.records import EventRecord, Json, SearchRecord, SearchState, TrialState, new_id, utc_now
+from nas.store.records import EventRecord, Fence, Json, SearchRecord, SearchState, TrialState, new_id, utc_now
 from nas.store.tables import boards, events, searches, trials
 
 _WORKING = (SearchState.PREPARING, SearchState.SEARCHING, SearchState.CONFIRMING)
@@ -88,7 +88,7 @@ class Searches(Database):
         *,
         to: SearchState,
         expected: Collection[SearchState],
-        fence: int | None,
+        fence: Fence | None,
         error: Json | None = None,
         data: Json | None = None,
     ) -> SearchRecord:
@@ -118,22 +118,22 @@ class Searches(Database):
             to = SearchState.CANCELLED if search.state is SearchState.QUEUED else SearchState.CANCELLING
             return _move(connection, search, to=to)
 
-    def save_prepared(self, search_id: str, prepared: Json, *, fence: int | None) -> None:
+    def save_prepared(self, search_id: str, prepared: Json, *, fence: Fence | None) -> None:
         """Keep what the prepare step made; event `search.prepared`."""
         self._save(search_id, {"prepared": prepared}, event="search.prepared", data={}, fence=fence)
 
-    def save_board(self, search_id: str, board: Json, *, fence: int | None, data: Json | None = None) -> None:
+    def save_board(self, search_id: str, board: Json, *, fence: Fence | None, data: Json | None = None) -> None:
         """Replace the leaderboard; event `leaderboard.changed` with the (small) data."""
         with self.write(fence=fence) as connection:
             write_event(connection, search_id, "leaderboard.changed", data or {})
             connection.execute(delete(boards).where(boards.c.search_id == search_id))
             connection.execute(insert(boards).values(search_id=search_id, board=board))
 
-    def save_winner(self, search_id: str, winner: Json, *, fence: int | None) -> None:
+    def save_winner(self, search_id: str, winner: Json, *, fence: Fence | None) -> None:
         """Keep the winner; event `search.winner`."""
         self._save(search_id, {"winner": winner}, event="search.winner", data={"trial": winner.get("trial")}, fence=fence)
 
-    def add_event(self, search_id: str, type: str, data: Json, *, fence: int | None = None) -> EventRecord:
+    def add_event(self, search_id: str, type: str, data: Json, *, fence: Fence | None = None) -> EventRecord:
         """Append an event of one's own."""
         with self.write(fence=fence) as connection:
             return write_event(connection, search_id, type, data)
@@ -144,7 +144,7 @@ class Searches(Database):
         with self.read() as connection:
             return [EventRecord(**row) for row in connection.execute(query).mappings()]
 
-    def _save(self, search_id: str, values: Json, *, event: str, data: Json, fence: int | None) -> None:
+    def _save(self, search_id: str, values: Json, *, event: str, data: Json, fence: Fence | None) -> None:
         with self.write(fence=fence) as connection:
             write_event(connection, search_id, event, data)
             connection.execute(update(searches).where(searches.c.id == search_id).values(values))

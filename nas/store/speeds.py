@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import RowMapping, select, update
 
 from nas.store.database import Database
-from nas.store.records import SpeedRecord, utc_now
+from nas.store.records import Fence, SpeedRecord, utc_now
 from nas.store.tables import speeds
 
 
@@ -36,7 +36,7 @@ class Speeds(Database):
             query = select(speeds).where(speeds.c.points.is_(None), speeds.c.error.is_(None)).order_by(speeds.c.key)
             return [_speed(row) for row in connection.execute(query).mappings()]
 
-    def save_speed(self, key: str, *, points: list[dict[str, Any]] | None, host: str | None, error: str | None, fence: int | None) -> None:
+    def save_speed(self, key: str, *, points: list[dict[str, Any]] | None, host: str | None, error: str | None, fence: Fence | None) -> None:
         """The answer: its points, or why there are none."""
         with self.write(fence=fence) as connection:
             connection.execute(update(speeds).where(speeds.c.key == key).values(points=points, host=host, error=error, measured_at=utc_now()))

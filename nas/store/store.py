@@ -6,15 +6,15 @@ in five parts, by what they keep; all of them are short transactions, and all ma
 
 from __future__ import annotations
 
-from nas.store.leadership import Leadership
+from nas.store.leases import Leases
 from nas.store.registry import Registry
 from nas.store.searches import Searches
 from nas.store.speeds import Speeds
 from nas.store.trials import Trials
 
 
-class Store(Registry, Searches, Trials, Leadership, Speeds):
-    """Registry, searches and events, trials and results, leadership, speeds; over one engine."""
+class Store(Registry, Searches, Trials, Leases, Speeds):
+    """Registry, searches and events, trials and results, leases, speeds; over one engine."""
 
     @classmethod
     def open(cls, url: str, *, migrate: bool = False) -> Store:

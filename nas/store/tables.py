@@ -241,10 +241,35 @@ speeds = Table(
     Column("measured_at", UtcDateTime),
 )
 
+leases = Table(
+    "leases",
+    metadata,
+    # A search's id, or the name of what else has one controller at a time.
+    Column("name", Identifier(128), primary_key=True),
+    Column("owner", PlainText),
+    Column("token", BigInteger, nullable=False),
+    # On the clock of `Leases`, which is no calendar's.
+    Column("expires_at_seconds", Float(53), nullable=False),
+    Column("length_seconds", Float(53), nullable=False),
+    Index(None, "owner"),
+)
+
+controllers = Table(
+    "controllers",
+    metadata,
+    Column("owner", Identifier(255), primary_key=True),
+    Column("host", PlainText, nullable=False),
+    Column("pid", BigInteger, nullable=False),
+    Column("version", String(64), nullable=False),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("expires_at_seconds", Float(53), nullable=False),
+    Column("length_seconds", Float(53), nullable=False),
+)
+
 leadership = Table(
     "leadership",
     metadata,
-    # One row, made by the migration.
+    # Of the versions in which one controller led everything: one row, made by the migration. `retire_leadership` ends theirs; a later revision drops it.
     Column("name", String(32), primary_key=True),
     Column("owner", PlainText),
     Column("token", BigInteger, nullable=False),

@@ -18,6 +18,7 @@ from nas.store.database import Database
 from nas.store.records import (
     AttemptRecord,
     AttemptState,
+    Fence,
     Json,
     PointRecord,
     RungRecord,
@@ -41,7 +42,7 @@ class Trials(Database):
     """
 
     def add_trial(
-        self, search_id: str, *, number: int, origin: str, shape: Json, choices: Json | None, parameters: int, fence: int | None, budget: int = 0
+        self, search_id: str, *, number: int, origin: str, shape: Json, choices: Json | None, parameters: int, fence: Fence | None, budget: int = 0
     ) -> TrialRecord:
         """A waiting trial; event `trial.proposed`.
 
@@ -83,7 +84,7 @@ class Trials(Database):
         with self.read() as connection:
             return [_trial(row) for row in connection.execute(query).mappings()]
 
-    def change_trial(self, search_id: str, number: int, *, to: TrialState, fence: int | None, failure: Json | None = None) -> TrialRecord:
+    def change_trial(self, search_id: str, number: int, *, to: TrialState, fence: Fence | None, failure: Json | None = None) -> TrialRecord:
         """Move a trial; event `trial.<to>` with the failure. Moving it to where it stands does nothing.
 
         Raises:
@@ -100,7 +101,7 @@ class Trials(Database):
             write_event(connection, search_id, f"trial.{to}", {"trial": number, **({"failure": failure} if failure is not None else {})})
             return _get_trial(connection, search_id, number)
 
-    def start_attempt(self, search_id: str, *, stage: Stage, trial: int | None, rung: int | None, fence: int | None) -> AttemptRecord:
+    def start_attempt(self, search_id: str, *, stage: Stage, trial: int | None, rung: int | None, fence: Fence | None) -> AttemptRecord:
         """A running attempt. At stage rung its trial is running from now on: event `trial.started`; else event `attempt.started`.
 
         Raises:
@@ -129,7 +130,7 @@ class Trials(Database):
             write_event(connection, search_id, "trial.started" if stage == "rung" else "attempt.started", _attempt_data(attempt))
         return attempt
 
-    def finish_attempt(self, attempt_id: str, *, state: AttemptState, reason: str | None, fence: int | None) -> AttemptRecord:
+    def finish_attempt(self, attempt_id: str, *, state: AttemptState, reason: str | None, fence: Fence | None) -> AttemptRecord:
         """End a running attempt; at stage rung its trial waits again. Event `attempt.<state>` with the reason.
 
         Raises:
@@ -139,7 +140,7 @@ class Trials(Database):
             attempt = _lock_running(connection, attempt_id)
             return _end_attempt(connection, attempt, state=state, reason=reason)
 
-    def lose_running_attempts(self, *, fence: int | None) -> list[AttemptRecord]:
+    def lose_running_attempts(self, *, fence: Fence | None) -> list[AttemptRecord]:
         """What a new leader does first: the attempts that its predecessor left running are lost, their trials wait again."""
         with self.write(fence=fence) as connection:
             query = select(attempts.c.id).where(attempts.c.state == AttemptState.RUNNING).order_by(attempts.c.search_id, attempts.c.id)
@@ -164,7 +165,7 @@ class Trials(Database):
             return connection.execute(select(func.count()).select_from(query.subquery())).scalar_one()
 
     def record_rung(
-        self, attempt_id: str, *, search_id: str, trial: int, rung: int, result: Json, trial_state: TrialState, fence: int | None, failure: Json | None = None
+        self, attempt_id: str, *, search_id: str, trial: int, rung: int, result: Json, trial_state: TrialState, fence: Fence | None, failure: Json | None = None
     ) -> RungRecord:
         """Keep a rung's result, all in one transaction: the rung, the attempt's success, the trial's state, event `trial.rung_finished`.
 
@@ -195,7 +196,7 @@ class Trials(Database):
             write_event(connection, search_id, "trial.rung_finished", _rung_data(record, trial_state) | ({} if failure is None else {"failure": failure}))
             return record
 
-    def save_confirmation(self, attempt_id: str | None, *, search_id: str, trial: int, confirmation: Json, fence: int | None) -> None:
+    def save_confirmation(self, attempt_id: str | None, *, search_id: str, trial: int, confirmation: Json, fence: Fence | None) -> None:
         """Keep what the confirm step found of a finalist, and end its attempt with success. Event `trial.confirmed`.
 
         Its `documents` are kept apart: `list_confirmations` has them, a TrialRecord has not.
@@ -228,7 +229,7 @@ class Trials(Database):
         with self.read() as connection:
             return [_rung(row) for row in connection.execute(query).mappings()]
 
-    def add_points(self, new: Iterable[PointRecord], *, fence: int | None = None) -> None:
+    def add_points(self, new: Iterable[PointRecord], *, fence: Fence | None = None) -> None:
         """Add points of learning curves; one that is there already (same trial, rung and tokens) stays as it is.
 
         Raises:

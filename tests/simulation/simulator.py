@@ -116,7 +116,7 @@ class Simulation:
         leader = self.controller._leader
         assert leader is not None
         self.cluster.lose_driver()
-        self.store.release_leadership(leader.fence)
+        self.store.release(leader.fence)
         self._take_over()
 
     def close(self) -> None:

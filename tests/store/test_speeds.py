@@ -40,8 +40,8 @@ def test_what_could_not_be_measured_says_why_and_is_tried_again_when_it_is_asked
 
 def test_only_the_leader_answers(store: Store) -> None:
     key = store.wish_speed(**CPU).key
-    token = store.claim_leadership("one", seconds=60)
+    token = store.claim("probes", owner="one", seconds=60)
     assert token is not None
-    store.release_leadership(token)
+    store.release(token)
     with pytest.raises(Fenced):
         store.save_speed(key, points=POINTS, host="here", error=None, fence=token)

@@ -519,7 +519,7 @@ def test_a_store_that_stays_away_ends_the_controller(service: Service, monkeypat
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("connection refused")
 
-    monkeypatch.setattr(service.store, "claim_leadership", refuse)
+    monkeypatch.setattr(service.store, "claim", refuse)
 
     with pytest.raises(OSError, match="connection refused"):
         controller.run()
@@ -532,7 +532,7 @@ def test_a_controller_that_lost_its_leadership_writes_nothing_and_ends_its_steps
     assert controller._lead()
     controller.tick(timeout_seconds=0.0)
     service.expire_lease()
-    assert service.store.claim_leadership("another", seconds=10) is not None
+    assert service.store.claim("controller", owner="another", seconds=10) is not None
 
     with pytest.raises(Fenced):
         controller.run()

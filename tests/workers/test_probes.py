@@ -55,7 +55,7 @@ def run(executor: OneStep, *, store: Store, settings: Settings, ticks: int = 3) 
     assert controller._lead()
     for _ in range(ticks):
         controller.tick(timeout_seconds=0.0)
-    store.release_leadership(controller._leading().fence)
+    store.release(controller._leading().fence)
 
 
 def test_what_was_wished_for_is_measured_once_and_leaves_no_files(store: Store, settings: Settings) -> None:
