@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import openapi, pages, routes
 from api.problems import install_problem_handlers, problem_response
+from api.requests import RequestId
 from api.schemas.common import Health
 from nas.settings import Settings
 from nas.store.store import Store
@@ -66,6 +67,7 @@ def create_app(*, store: Store, settings: Settings, allow_remote: bool = False) 
     )
     pages.install(app)
     app.add_middleware(Guard, allowed_hosts=None if allow_remote else LOOPBACK_HOSTS)
+    app.add_middleware(RequestId)
     app.openapi = openapi.openapi_of(app)  # type: ignore[method-assign]
     return app
 

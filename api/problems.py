@@ -18,11 +18,27 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from api.rendering import TEMPLATES
-from nas.errors import BudgetInfeasible, Conflict, CorpusUnavailable, InvalidSpec, NasError, NotFound, Problem, TaskUnavailable, TeacherUnavailable
+from api.requests import REQUEST_ID_HEADER, request_id
+from nas.errors import (
+    BudgetInfeasible,
+    Conflict,
+    CorpusUnavailable,
+    InvalidSpec,
+    NasError,
+    NotFound,
+    PreconditionFailed,
+    Problem,
+    StoreUnavailable,
+    TaskUnavailable,
+    TeacherUnavailable,
+)
 
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+
+RETRY_SECONDS = 2
+"""What a 503 asks its caller to wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +79,13 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = {
             code="conflict",
             status=409,
             title="Not in this state",
-            meaning="The search exists, but its state does not allow this; or an Idempotency-Key was used before with another body.",
+            meaning="The search exists, but its state does not allow this.",
+        ),
+        ProblemType(
+            code="precondition-failed",
+            status=412,
+            title="It has changed since",
+            meaning="The If-Match header names another version than the present one. Read it again, and send the request with its new ETag.",
         ),
         ProblemType(code="body-too-large", status=413, title="The body is too large", meaning="A request body may have at most 1 MiB."),
         ProblemType(
@@ -94,23 +116,45 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = {
             meaning="The teacher, corpus or task is registered, but cannot be used by this search; the detail says why. The operator has to register it anew.",
         ),
         ProblemType(
+            code="idempotency-key-reused",
+            status=422,
+            title="The Idempotency-Key was used for something else",
+            meaning="The same key came before, with another body or to another address, within the last 24 hours. A new request needs a new key.",
+        ),
+        ProblemType(
+            code="precondition-required",
+            status=428,
+            title="The If-Match header is missing",
+            meaning="A change has to name the version that it was decided on: send the ETag of the resource as If-Match, or * for whichever version is there.",
+        ),
+        ProblemType(
             code="internal-error",
             status=500,
             title="The service failed",
-            meaning="A bug, or the machine is in trouble. The service's log has the details under the time of the request.",
+            meaning="A bug, or the machine is in trouble. The service's log has the details under the request_id.",
         ),
         ProblemType(code="not-ready", status=503, title="The service is not ready", meaning="The store does not answer. Try again in a moment."),
     )
 }
 
-_CODES_BY_STATUS = {400: "bad-request", 403: "cross-site", 404: "not-found", 405: "method-not-allowed", 409: "conflict", 413: "body-too-large"}
-_CODES_BY_STATUS |= {415: "unsupported-media-type", 422: "invalid-request", 503: "not-ready"}
+_CODES_BY_STATUS = {
+    400: "bad-request",
+    403: "cross-site",
+    404: "not-found",
+    405: "method-not-allowed",
+    409: "conflict",
+    412: "precondition-failed",
+    413: "body-too-large",
+}
+_CODES_BY_STATUS |= {415: "unsupported-media-type", 422: "invalid-request", 428: "precondition-required", 503: "not-ready"}
 
 _CODES_BY_ERROR: tuple[tuple[type[NasError], str], ...] = (
     (BudgetInfeasible, "budget-infeasible"),
     (InvalidSpec, "invalid-spec"),
     (NotFound, "not-found"),
+    (PreconditionFailed, "precondition-failed"),
     (Conflict, "conflict"),
+    (StoreUnavailable, "not-ready"),
     (TeacherUnavailable, "input-unavailable"),
     (CorpusUnavailable, "input-unavailable"),
     (TaskUnavailable, "input-unavailable"),
@@ -120,14 +164,16 @@ _CODES_BY_ERROR: tuple[tuple[type[NasError], str], ...] = (
 def problem_response(
     request: Request, code: str, *, detail: str, errors: Sequence[Problem] = (), headers: Mapping[str, str] | None = None, status: int | None = None
 ) -> Response:
-    """One error as problem+json, or as a page for a browser that asked for a page."""
+    """One error as problem+json, or as a page for a browser that asked for a page. A 503 says when to try again."""
     kind = PROBLEM_TYPES[code]
+    headers = {**({"Retry-After": str(RETRY_SECONDS)} if kind.status == 503 else {}), REQUEST_ID_HEADER: request_id(request), **(headers or {})}
     body: dict[str, Any] = {
         "type": f"/problems/{code}",
         "title": kind.title,
         "status": status or kind.status,
         "detail": detail,
         "instance": request.url.path,
+        "request_id": request_id(request),
     }
     if errors:
         body["errors"] = [{"field": problem.field, "expected": problem.expected, "got": problem.got} for problem in errors]
@@ -150,6 +196,8 @@ def install_problem_handlers(app: FastAPI) -> None:
 
 
 def _on_nas_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, StoreUnavailable):
+        logger.warning("the store does not answer", exc_info=error)
     for kind, code in _CODES_BY_ERROR:
         if isinstance(error, kind):
             return problem_response(request, code, detail=str(error), errors=error.problems if isinstance(error, InvalidSpec) else ())

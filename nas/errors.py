@@ -5,6 +5,8 @@ NasError
 │  └─ BudgetInfeasible            nothing in the space fits the budget               422
 ├─ NotFound(LookupError)          unknown search, trial, teacher, corpus, task       404
 ├─ Conflict                       not allowed in this state                          409
+├─ PreconditionFailed             changed since the caller read it                   412
+├─ StoreUnavailable               the database does not answer                       503
 ├─ Fenced                         another controller leads; this write is too late   the controller stops
 ├─ TeacherUnavailable             cannot be loaded, or its family is unknown         job fails, reason kept
 ├─ CorpusUnavailable              cannot be read, or is too small for the spec       job fails, reason kept
@@ -53,6 +55,14 @@ class NotFound(NasError, LookupError):
 
 class Conflict(NasError):
     """The resource exists, but not in a state that allows this."""
+
+
+class PreconditionFailed(NasError):
+    """The resource has changed since the caller read it; read it again and decide again."""
+
+
+class StoreUnavailable(NasError):
+    """The database does not answer. What was asked may be asked again; whether a write was kept can be seen then."""
 
 
 class Fenced(NasError):

@@ -49,4 +49,6 @@ class ProblemAnswer(Answer):
     status: int
     detail: str
     instance: str
+    request_id: str
+    """Also in the header X-Request-Id; the service's log names the request by it."""
     errors: list[FieldError] | None = None

@@ -19,9 +19,10 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Insert, Table, create_engine, event, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DontWrapMixin
+from sqlalchemy.exc import ArgumentError, DontWrapMixin, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from nas.errors import Conflict, Fenced, InvalidSpec, Problem
+from nas.errors import Conflict, Fenced, InvalidSpec, Problem, StoreUnavailable
 from nas.store.records import Fence
 from nas.store.tables import leases
 
@@ -29,6 +30,8 @@ VERSION_TABLE = "nas_alembic_version"
 """Own name: Optuna keeps its `alembic_version` in whatever database it is given."""
 
 _BUSY_SECONDS = 60.0
+_CONNECT_SECONDS = 5
+"""A PostgreSQL that is not there is told after this long; the system's own patience is minutes."""
 _MIGRATION_LOCK = 0x6E6173
 """Key of PostgreSQL's advisory lock under which one process at a time migrates."""
 
@@ -38,7 +41,10 @@ class NotJson(DontWrapMixin, ValueError):
 
 
 class Database:
-    """An engine and its two kinds of transaction. Opening it touches nothing."""
+    """An engine and its two kinds of transaction. Opening it touches nothing.
+
+    Both raise StoreUnavailable where the database does not answer; then nothing was written, unless the commit itself broke.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = _parse_url(url)
@@ -50,7 +56,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that reads."""
-        with self._engine.begin() as connection:
+        with _known_errors(), self._engine.begin() as connection:
             yield connection
 
     @contextmanager
@@ -62,7 +68,7 @@ class Database:
         Raises:
             Fenced: another controller has claimed the lease, or this one has released it.
         """
-        with self._write_engine.begin() as connection:
+        with _known_errors(), self._write_engine.begin() as connection:
             if fence is not None:
                 current = connection.execute(select(leases.c.token).where(leases.c.name == fence.name).with_for_update(read=True)).scalar_one_or_none()
                 if current != fence.token:
@@ -120,6 +126,15 @@ class Database:
             time.sleep(0.02)
 
 
+@contextmanager
+def _known_errors() -> Iterator[None]:
+    """A connection that is refused, lost or not to be had, as an error of ours. The driver's message may name the server: it is the cause, not the text."""
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeout) as error:
+        raise StoreUnavailable("the database does not answer") from error
+
+
 def _parse_url(text: str) -> URL:
     """The URL with its driver. Messages never repeat the URL: it may hold a password."""
     expected = "sqlite:///FILE or postgresql://USER@HOST/NAME"
@@ -141,7 +156,7 @@ def _make_engine(url: URL) -> Engine:
     make = partial(create_engine, url, pool_size=8, max_overflow=32, json_serializer=_dump_json)
     if url.get_backend_name() != "sqlite":
         # pre_ping: a restart of the server costs a reconnect, not an error.
-        return make(pool_pre_ping=True)
+        return make(pool_pre_ping=True, connect_args={"connect_timeout": _CONNECT_SECONDS})
     engine = make(connect_args={"timeout": _BUSY_SECONDS})
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
+from starlette.testclient import TestClient
 
+from api.app import create_app
 from api.problems import MEDIA_TYPE, PROBLEM_TYPES
 from nas.store.records import SearchState
+from nas.store.store import Store
 
 if TYPE_CHECKING:
     from tests.api.conftest import Service
@@ -22,7 +25,8 @@ def assert_problem(answer: httpx2.Response, code: str, *, field: str | None = No
     assert body["title"] == PROBLEM_TYPES[code].title
     assert body["detail"]
     assert body["instance"] == answer.request.url.path
-    assert set(body) <= {"type", "title", "status", "detail", "instance", "errors"}
+    assert body["request_id"] == answer.headers["x-request-id"]
+    assert set(body) <= {"type", "title", "status", "detail", "instance", "request_id", "errors"}
     if field is not None:
         errors = [error for error in body["errors"] if error["field"] == field]
         assert errors, body["errors"]
@@ -33,8 +37,12 @@ def assert_problem(answer: httpx2.Response, code: str, *, field: str | None = No
 
 
 def submit(service: Service, body: object) -> httpx2.Response:
+    return submit_to(service.client, body)
+
+
+def submit_to(client: TestClient, body: object) -> httpx2.Response:
     content = body if isinstance(body, (bytes, str)) else json.dumps(body)
-    return service.client.post("/v1/searches", content=content, headers={"Content-Type": "application/json"})
+    return client.post("/v1/searches", content=content, headers={"Content-Type": "application/json"})
 
 
 @pytest.mark.parametrize(
@@ -199,6 +207,28 @@ def test_a_store_that_does_not_answer_is_not_ready(service: Service, monkeypatch
 
     assert answer.status_code == 503
     assert_problem(answer, "not-ready")
+
+
+def test_a_database_that_is_away_is_a_503_that_says_when_to_try_again(service: Service) -> None:
+    store = Store.open("postgresql://nobody:secret@127.0.0.1:1/nothing")
+    client = TestClient(create_app(store=store, settings=service.settings), base_url="http://127.0.0.1", raise_server_exceptions=False)
+
+    answers = [client.get("/v1/searches"), submit_to(client, service.spec()), client.post("/v1/searches/srch_0/cancel")]
+
+    for answer in answers:
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) > 0
+        assert_problem(answer, "not-ready")
+        assert "secret" not in answer.text
+    store.close()
+
+
+@pytest.mark.parametrize(("given", "kept"), [("trace-1.a_B", True), ("a b", False), ("x" * 65, False), ('"', False), ("", False)])
+def test_a_request_keeps_the_name_that_it_came_with_if_it_is_a_plain_one(service: Service, given: str, kept: bool) -> None:
+    answer = service.client.get("/healthz", headers={"X-Request-Id": given})
+
+    assert (answer.headers["x-request-id"] == given) == kept
+    assert answer.headers["x-request-id"]
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "[::1", "user@evil.example"])

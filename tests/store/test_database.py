@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from nas.errors import InvalidSpec
+from nas.errors import InvalidSpec, StoreUnavailable
 from nas.store.store import Store
 
 WRITE_FOR_EVER = """
@@ -61,6 +61,19 @@ def test_another_database_is_refused_without_showing_its_password(url: str, got:
         Store.open(url)
 
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["postgresql://user:secret@127.0.0.1:1/nothing", "sqlite:////nowhere/nas.db"])
+def test_a_database_that_is_not_there_is_told_without_its_address(url: str) -> None:
+    store = Store.open(url)
+
+    with pytest.raises(StoreUnavailable) as caught:
+        store.list_teachers()
+    with pytest.raises(StoreUnavailable):
+        store.add_event("srch_1", "test.event", {})
+
+    assert str(caught.value) == "the database does not answer"
+    store.close()
 
 
 def test_sqlite_is_set_up_for_durable_concurrent_use(sqlite_url: str) -> None:
