@@ -28,6 +28,7 @@ ROWS = (
     "nas.compress.device",
     "nas.compress.manifest",
     "nas.compress.experts",
+    "nas.compress.untrusted",
     "nas.compress.teacher",
     "nas.compress.corpus",
     "nas.compress.importance",

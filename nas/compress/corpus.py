@@ -341,6 +341,8 @@ def _list_files(paths: Sequence[Path]) -> tuple[Path, ...]:
             found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
             if not found:
                 raise CorpusUnavailable(f"{path}: expected a folder with {', '.join(SUFFIXES)} files, got none")
+            if strange := [file for file in found if not file.resolve().is_relative_to(path.resolve())]:
+                raise CorpusUnavailable(f"{strange[0]}: expected a file inside the corpus's folder, got a link to {strange[0].resolve()}")
             files += found
         elif path.is_file():
             files.append(path)

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from nas.compress.experts import by_file_names
 from nas.compress.importance import Importance
 from nas.compress.manifest import file_digest, load_tensors, save_tensors
-from nas.compress.teacher import CONFIG_FILE, WEIGHTS_FILE, checkpoint_weights, write_checkpoint
+from nas.compress.teacher import WEIGHTS_FILE, checkpoint_weights, write_checkpoint
+from nas.compress.untrusted import CONFIG_FILE
 from nas.errors import CorruptFile
 from nas.families import Architecture, Axis, Side, read_architecture
 from nas.shape import Shape

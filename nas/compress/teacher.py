@@ -7,10 +7,8 @@ Loads nothing but safetensors and never runs code that came with a model. Says n
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -23,28 +21,28 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nas.compress.experts import by_file_names
 from nas.compress.manifest import file_digest, publish, write_json
+from nas.compress.untrusted import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILES,
+    check_size,
+    clean_config,
+    clean_view,
+    inside,
+    read_json,
+    tokenizer_files,
+)
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem, TeacherUnavailable
 from nas.families import Architecture, Source, Weight, read_architecture
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
-GENERATION_FILE = "generation_config.json"
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -75,16 +73,17 @@ def check_teacher(folder: Path) -> Teacher:
     """
     if not folder.is_dir():
         raise TeacherUnavailable(f"{folder}: expected a folder with {CONFIG_FILE}, safetensors and tokenizer files, got no folder")
-    config = _explicit_config(folder, config=_check_config(_read_json(folder, name=CONFIG_FILE)))
+    config = _explicit_config(_check_config(read_json(folder, name=CONFIG_FILE)))
     architecture = read_architecture(config)
+    check_size(architecture)
     weight_files = _weight_files(folder)
-    parameters = _check_weights([_inside(folder, name=name) for name in weight_files], architecture=architecture)
-    tokenizer_files = [name for name in TOKENIZER_FILES if (folder / name).exists()]
-    if not set(tokenizer_files) & set(_VOCABULARY_FILES):
+    parameters = _check_weights([inside(folder, name=name) for name in weight_files], architecture=architecture)
+    tokenizer = [name for name in tokenizer_files(folder) if name != GENERATION_FILE]
+    if not set(tokenizer) & set(_VOCABULARY_FILES):
         raise TeacherUnavailable(f"{folder}: expected a tokenizer ({' or '.join(_VOCABULARY_FILES)}), got none")
-    if "tokenizer_config.json" in tokenizer_files:
-        _refuse_code(_read_json(folder, name="tokenizer_config.json"), name="tokenizer_config.json")
-    digest = _digest(folder, names=[CONFIG_FILE, *weight_files, *tokenizer_files])
+    if TOKENIZER_CONFIG_FILE in tokenizer:
+        _refuse_code(read_json(folder, name=TOKENIZER_CONFIG_FILE), name=TOKENIZER_CONFIG_FILE)
+    digest = _digest(folder, names=[CONFIG_FILE, *weight_files, *tokenizer])
     return Teacher(path=folder, digest=digest, config=config, architecture=architecture, parameters=parameters)
 
 
@@ -128,18 +127,21 @@ def load_model(folder: Path, *, dtype: str, device: str) -> PreTrainedModel:
         InvalidSpec: unknown dtype.
         TeacherUnavailable: not loadable, or its files lack weights of its config.
     """
+    attention = read_architecture(read_json(folder, name=CONFIG_FILE)).family.attention
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=resolve_dtype(dtype),
-            attn_implementation=read_architecture(_read_json(folder, name=CONFIG_FILE)).family.attention,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with clean_view(folder, weight_files=_weight_files(folder)) as view:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                view,
+                dtype=resolve_dtype(dtype),
+                attn_implementation=attention,
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, SafetensorError, RuntimeError) as unreadable:
         raise TeacherUnavailable(f"{folder}: cannot be loaded: {unreadable}") from unreadable
+    model.config._name_or_path = str(folder)
     if wrong := sorted(loading["missing_keys"]) + [key[0] for key in loading["mismatched_keys"]]:
         # transformers would go on with random numbers in their place
         raise TeacherUnavailable(f"{folder}: expected every weight of its config, got none or another size for {', '.join(wrong[:4])}")
@@ -149,9 +151,23 @@ def load_model(folder: Path, *, dtype: str, device: str) -> PreTrainedModel:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder, from its own files."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as unreadable:
+        with clean_view(folder) as view:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(view, trust_remote_code=False, local_files_only=True)
+    except TeacherUnavailable:
+        raise
+    except Exception as unreadable:  # the tokenizers library raises plain Exception for a file that it cannot read
         raise TeacherUnavailable(f"{folder}: its tokenizer cannot be loaded: {unreadable}") from unreadable
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The config of a checkpoint folder as transformers resolves it, without what its family does not know.
+
+    Raises:
+        TeacherUnavailable: no JSON, of an unknown family, or refused by transformers.
+    """
+    return _resolve(read_json(folder, name=CONFIG_FILE))
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -209,38 +225,15 @@ def write_checkpoint(state_dict: Mapping[str, Tensor], *, config: Mapping[str, A
     temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
     save_file(tensors, temporary, metadata={"format": "pt"})
     publish(temporary, target=folder / WEIGHTS_FILE)
-    for name in (*TOKENIZER_FILES, GENERATION_FILE):
-        if (tokenizer_from / name).exists() and tokenizer_from.resolve() != folder.resolve():
+    if tokenizer_from.resolve() != folder.resolve():
+        for name, content in tokenizer_files(tokenizer_from).items():
             temporary = folder / f".{name}.{os.getpid()}"
-            shutil.copyfile(tokenizer_from / name, temporary)
+            temporary.write_bytes(content)
             publish(temporary, target=folder / name)
     write_json(
         {**config, **_legacy_rope(config), **architecture.config_values(architecture.shape), "dtype": str(dtypes.pop()).removeprefix("torch.")},
         target=folder / CONFIG_FILE,
     )
-
-
-def _read_json(folder: Path, *, name: str) -> dict[str, Any]:
-    path = _inside(folder, name=name)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as broken:
-        raise TeacherUnavailable(f"{folder / name}: expected JSON, got {broken}") from broken
-    if not isinstance(value, dict):
-        raise TeacherUnavailable(f"{folder / name}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _inside(folder: Path, *, name: str) -> Path:
-    """The file behind `folder/name`; a link may stay in the folder, or in the hub cache's own folder of this model."""
-    real = folder.resolve()
-    roots = [real, *(parent for parent in real.parents if parent.name.startswith("models--"))]
-    path = (folder / name).resolve()
-    if not any(path.is_relative_to(root) for root in roots):
-        raise TeacherUnavailable(f"{folder / name}: expected a file inside the teacher's folder, got a link to {path}")
-    if not path.is_file():
-        raise TeacherUnavailable(f"{folder / name}: expected a file, got nothing")
-    return path
 
 
 def _refuse_code(config: Mapping[str, Any], *, name: str) -> None:
@@ -265,17 +258,21 @@ def _check_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _explicit_config(folder: Path, *, config: dict[str, Any]) -> dict[str, Any]:
+def _explicit_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config as transformers resolves it: nothing is left to a default, which differs between families and versions."""
-    try:
-        resolved = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as refused:  # transformers' validators raise their own types, ValueError, KeyError and TypeError
-        raise TeacherUnavailable(f"{folder / CONFIG_FILE}: transformers refuses it: {refused}") from refused
-    explicit = {**config, **resolved.to_diff_dict()}
-    for stale in ("_name_or_path", "torch_dtype", "auto_map"):  # a path of another machine; the old spelling of dtype; code that is not passed on
+    explicit = {**clean_config(config), **_resolve(config).to_diff_dict()}
+    for stale in ("_name_or_path", "torch_dtype"):  # a path of another machine; the old spelling of dtype
         explicit.pop(stale, None)
     architecture = read_architecture(explicit)
     return {**explicit, **architecture.config_values(architecture.shape)}
+
+
+def _resolve(config: Mapping[str, Any]) -> PreTrainedConfig:
+    model_type = read_architecture(config).model_type
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(clean_config(config))
+    except Exception as refused:  # transformers' validators raise their own types, ValueError, KeyError and TypeError
+        raise TeacherUnavailable(f"{CONFIG_FILE}: transformers refuses it: {refused}") from refused
 
 
 def _legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,7 +298,7 @@ def _weight_files(folder: Path) -> list[str]:
         other = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".safetensors"))
         got = f"only {', '.join(other[:4])} (pickles are never loaded; convert them to safetensors first)" if other else "no weights"
         raise TeacherUnavailable(f"{folder}: expected {WEIGHTS_FILE} or {INDEX_FILE}, got {got}")
-    weight_map = _read_json(folder, name=INDEX_FILE).get("weight_map")
+    weight_map = read_json(folder, name=INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise TeacherUnavailable(f"{folder / INDEX_FILE}: weight_map: expected tensor names with their files, got {type(weight_map).__name__}")
     shards = sorted(set(weight_map.values()))
@@ -366,5 +363,5 @@ def _read_tensor(files: list[Path], *, name: str) -> Tensor:
 
 
 def _digest(folder: Path, *, names: list[str]) -> str:
-    lines = [f"{name}\0{file_digest(_inside(folder, name=name))}\n" for name in sorted(names)]
+    lines = [f"{name}\0{file_digest(inside(folder, name=name))}\n" for name in sorted(names)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -17,7 +17,8 @@ from typing import Any
 from safetensors import safe_open
 
 from nas.compress.manifest import load_tensors
-from nas.compress.teacher import CONFIG_FILE, WEIGHTS_FILE, load_model, resolve_dtype
+from nas.compress.teacher import WEIGHTS_FILE, load_model, resolve_dtype
+from nas.compress.untrusted import CONFIG_FILE
 from nas.cost import count_parameters
 from nas.deployability import deployability
 from nas.errors import CorruptFile, TeacherUnavailable

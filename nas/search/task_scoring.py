@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from nas.compress.teacher import load_tokenizer
+from nas.compress.teacher import load_config, load_tokenizer
 from nas.evaluate.pack import Pack, can_pack, find_pack
 from nas.evaluate.scores import Scores
 from nas.evaluate.scoring import PackedTask, open_pack, score_packed, score_stock
@@ -34,7 +34,7 @@ class TaskScorer:
         self._tokenizer = load_tokenizer(teacher)
         self._tasks = load_tasks([Path(task["folder"]) for task in inputs["tasks"]], num_fewshot={task.name: task.num_fewshot for task in spec.tasks})
         self._splits: dict[str, dict[str, list[int]]] = json.loads((prepared / SPLITS).read_text(encoding="utf-8"))
-        self._config = AutoConfig.from_pretrained(teacher, trust_remote_code=False, local_files_only=True)
+        self._config = load_config(teacher)
         self._max_length: int = self._config.max_position_embeddings
         self._folder, self._digests = prepared / PACKS, {task["name"]: task["digest"] for task in inputs["tasks"]}
         self._num_fewshot = {task.name: task.num_fewshot for task in spec.tasks}

@@ -18,8 +18,9 @@ from nas.compress.reconstruction import split_calibration
 from nas.compress.second_moments import SecondMoments, load_moments, measure_moments
 from nas.compress.signals import StoredSignals, StoredTeacher, build_signals
 from nas.compress.sorting import Sorting, load_sorting, make_order, save_sorted, sort_teacher
-from nas.compress.teacher import CONFIG_FILE, load_model, load_tokenizer
+from nas.compress.teacher import load_model, load_tokenizer
 from nas.compress.teacher_outputs import RunningTeacher, TeacherOutputs
+from nas.compress.untrusted import CONFIG_FILE
 from nas.errors import NotFound
 from nas.families import read_architecture
 from tests.benchmarks.reference import reference_folder
