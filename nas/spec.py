@@ -23,6 +23,8 @@ _value = dataclass(frozen=True, slots=True, kw_only=True, config=_CONFIG)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Count = Annotated[int, Field(ge=1, le=2**53)]
 Share = Annotated[float, Field(gt=0, le=1)]
+LabelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
+LabelValue = Annotated[str, Field(max_length=200)]
 Objective = Annotated[str, Field(pattern=r"^(parameters|memory_bytes|flops_per_token|(prefill_ms|decode_ms):[A-Za-z0-9][A-Za-z0-9._-]{0,95})$")]
 """A cost that a rung's result carries; of a measured latency with the name of its workload."""
 
@@ -377,6 +379,8 @@ class SearchSpec:
     promotions, finalists and winner; a shape is evaluated once, for the budget that proposes it first. Named shapes belong to the first that they fit."""
     label: Annotated[str, Field(max_length=200)] = ""
     """Free text for lists."""
+    labels: Annotated[Mapping[LabelName, LabelValue], Field(max_length=32)] = field(default_factory=dict)
+    """Names and values of the user's own, to filter lists by."""
     preset: Literal["minitron"] | None = None
     """Published method whose choices fill what this spec leaves out."""
     shapes: Annotated[tuple[Shape, ...], Field(max_length=1000)] = ()

@@ -20,8 +20,8 @@ from nas.budget import measured_excess
 from nas.errors import Conflict
 from nas.search.confirmed import Confirmation
 from nas.search.layout import clear_below, prepared_key
-from nas.search.ranking import CONTROL, Board
-from nas.search.results import RungResult
+from nas.search.ranking import Board
+from nas.search.results import CONTROL, RungResult
 from nas.settings import Settings
 from nas.store.records import OVER_BUDGET, AttemptRecord, AttemptState, Fence, SearchRecord, SearchState, Stage, TrialState, all_winners
 from nas.store.store import Store

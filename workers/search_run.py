@@ -19,8 +19,8 @@ import numpy as np
 
 from nas.cost import COSTS, count_parameters
 from nas.search.confirmed import Confirmation
-from nas.search.ranking import CONTROL, Board, CompletedTrial, TaskScale, make_scales, rank
-from nas.search.results import Metric, RungResult
+from nas.search.ranking import Board, CompletedTrial, TaskScale, make_scales, rank
+from nas.search.results import CONTROL, Metric, RungResult
 from nas.search.rungs import Standing, Standings, certain_losers, project, projected_spread
 from nas.search.study import MAX_PENDING_TOLD, Observation, choose_sampler, propose
 from nas.search.task_signals import TaskSignal, read_signals

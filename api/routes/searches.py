@@ -47,6 +47,7 @@ def submit_search(
         inputs=submission.inputs,
         plan=submission.plan,
         label=spec.label,
+        labels=spec.labels,
         idempotency_key=idempotency_key,
         body_digest=hashlib.sha256(body).hexdigest() if idempotency_key else None,
     )

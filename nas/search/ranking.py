@@ -18,15 +18,12 @@ from scipy.stats import kendalltau
 
 from nas.search.confirmed import Confirmation, decide_finals
 from nas.search.pareto import fronts
-from nas.search.results import Metric, RungResult
+from nas.search.results import CONTROL, Metric, RungResult
 from nas.search.rungs import TIE_Z, last_rung, paired_difference
 from nas.search.seeds import score_error
 from nas.search.task_signals import check_signals, read_signals
 from nas.shape import Shape
 from nas.spec import RungSpec, TaskSpec
-
-CONTROL = "control"
-"""Origin of the random shapes that show what the search was worth; they are ranked but never win."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

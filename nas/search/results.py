@@ -9,6 +9,9 @@ from typing import Any
 
 from nas.spec import SearchSpec
 
+CONTROL = "control"
+"""Origin of the random shapes that show what the search was worth, on top of max_trials; they are ranked but never win."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:

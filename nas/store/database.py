@@ -12,18 +12,19 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Insert, Table, create_engine, event, select
+from sqlalchemy import Connection, Engine, Insert, Table, create_engine, event, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DontWrapMixin, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from nas.errors import Conflict, Fenced, InvalidSpec, Problem, StoreUnavailable
-from nas.store.records import Fence
+from nas.store.records import Fence, utc_now
 from nas.store.tables import leases
 
 VERSION_TABLE = "nas_alembic_version"
@@ -74,6 +75,14 @@ class Database:
                 if current != fence.token:
                     raise Fenced(f"lease {fence.name}: expected token {current}, got {fence.token}; another controller has it")
             yield connection
+
+    def wall_time(self, connection: Connection) -> datetime:
+        """The time by the database's clock, where it has one: the hosts that read and write it may disagree."""
+        if self.is_sqlite:
+            return utc_now()
+        now = connection.execute(select(func.clock_timestamp())).scalar_one()
+        assert isinstance(now, datetime)
+        return now
 
     def insert_if_new(self, table: Table) -> Insert:
         """An INSERT that does nothing where a unique key is taken; what it returns tells, its rowcount does not."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Literal
@@ -58,12 +58,17 @@ class ControllerRecord:
 
 
 class SearchState(StrEnum):
-    """Where a search stands; it moves down this list, and never out of one of the last three."""
+    """Where a search stands; it never leaves one of the last three."""
 
     QUEUED = "queued"
+    """Waits for a controller: a new search, and one that goes on after a pause."""
     PREPARING = "preparing"
     SEARCHING = "searching"
     CONFIRMING = "confirming"
+    PAUSING = "pausing"
+    """Its steps are asked to stop."""
+    PAUSED = "paused"
+    """Nothing of it runs, and nothing is lost: `Store.request_resume` puts it back into the queue."""
     CANCELLING = "cancelling"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -72,6 +77,10 @@ class SearchState(StrEnum):
     @property
     def is_terminal(self) -> bool:
         return self in (SearchState.SUCCEEDED, SearchState.FAILED, SearchState.CANCELLED)
+
+
+WORKING = (SearchState.PREPARING, SearchState.SEARCHING, SearchState.CONFIRMING)
+"""States in which a search's steps are started, and in which its time counts."""
 
 
 class TrialState(StrEnum):
@@ -179,6 +188,24 @@ class SearchRecord:
     finished_at: datetime | None
     version: int
     """Sequence of the search's last event. Every change but a learning curve's points writes one, so it serves as an ETag."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """The user's own names and values, to filter lists by."""
+    active_seconds: float = 0.0
+    """Time at work before `active_since`: neither the queue's nor that of pauses. By the database's clock, as the two below."""
+    active_since: datetime | None = None
+    """Since when it works; None while it does not."""
+    state_since: datetime | None = None
+    """When it came into its state; None: an older version wrote it."""
+    num_requests: int = 0
+    """Grows with everything that a user asks of a search that is there: a controller that sees a new number reads the search again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActiveSearch:
+    """What a controller looks at in every tick."""
+
+    state: SearchState
+    num_requests: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +251,10 @@ class AttemptRecord:
     reason: str | None
     started_at: datetime
     finished_at: datetime | None
+    counts: bool = True
+    """Whether its failure counts against `limits.max_attempts`: those before a retry do not."""
+    device_seconds: float | None = None
+    """Wall seconds from its first sign of life times its GPUs, or CPU cores where it has none. None: it has not ended, or nobody saw it end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

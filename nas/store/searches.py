@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
 
 from nas.errors import Conflict, InvalidSpec, NotFound, Problem
 from nas.store.database import Database
-from nas.store.records import EventRecord, Fence, Json, SearchRecord, SearchState, TrialState, new_id, utc_now
+from nas.store.records import WORKING, EventRecord, Fence, Json, SearchRecord, SearchState, TrialState, new_id, utc_now
 from nas.store.tables import boards, events, searches, trials
 
-_WORKING = (SearchState.PREPARING, SearchState.SEARCHING, SearchState.CONFIRMING)
 _COLUMNS = [*(column for column in searches.c if column.name not in ("idempotency_key", "body_digest")), boards.c.board]
 _WITH_BOARD = searches.outerjoin(boards, boards.c.search_id == searches.c.id)
 
 
 class Searches(Database):
-    """Create, list, change and cancel searches; append and list events.
+    """Create, list and change searches; append and list events. What users ask of one that is there is in `requests.py`.
 
     A terminal state is never left. What takes a `fence` raises Fenced when it is stale; what takes an id raises NotFound.
     """
 
     def create_search(
-        self, *, spec: Json, inputs: Json, plan: Json, label: str, idempotency_key: str | None = None, body_digest: str | None = None
+        self,
+        *,
+        spec: Json,
+        inputs: Json,
+        plan: Json,
+        label: str,
+        labels: Mapping[str, str] | None = None,
+        idempotency_key: str | None = None,
+        body_digest: str | None = None,
     ) -> tuple[SearchRecord, bool]:
         """A queued search, and whether it is new: the same key and body again give the search that they made the first time.
 
@@ -35,9 +43,10 @@ class Searches(Database):
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
             raise InvalidSpec(Problem(field="idempotency_key", expected="1 to 255 characters", got=f"{len(idempotency_key)} characters"))
         search_id, now = new_id("srch"), utc_now()
-        row = {
+        row: dict[str, Any] = {
             "id": search_id,
             "label": label,
+            "labels": dict(labels or {}),
             "state": SearchState.QUEUED,
             "num_events": 0,
             "created_at": now,
@@ -49,28 +58,33 @@ class Searches(Database):
             "plan": plan,
         }
         with self.write(fence=None) as connection:
+            row["state_since"] = self.wall_time(connection)
             if connection.execute(self.insert_if_new(searches).values(row).returning(searches.c.id)).first() is None:
                 return _same_request(connection, idempotency_key, body_digest), False
             write_event(connection, search_id, "search.created", {"label": label})
-            return _get(connection, search_id), True
+            return get_search(connection, search_id), True
 
     def get_search(self, search_id: str) -> SearchRecord:
         with self.read() as connection:
-            return _get(connection, search_id)
+            return get_search(connection, search_id)
 
-    def list_searches(self, *, state: SearchState | None = None, after: str | None = None, limit: int = 50) -> list[SearchRecord]:
-        """Newest first. `after` is the id of the last one already seen: pages stay stable while searches arrive."""
+    def list_searches(
+        self, *, state: SearchState | None = None, labels: Mapping[str, str] | None = None, after: str | None = None, limit: int = 50
+    ) -> list[SearchRecord]:
+        """Newest first; only those that have all these labels. `after` is the id of the last one already seen: pages stay stable while searches arrive."""
         query = select(*_COLUMNS).select_from(_WITH_BOARD).order_by(searches.c.id.desc()).limit(limit)
         if state is not None:
             query = query.where(searches.c.state == state)
+        for name, value in (labels or {}).items():
+            query = query.where(searches.c.labels[name].as_string() == value)
         if after is not None:
             query = query.where(searches.c.id < after)
         with self.read() as connection:
             return [_search(row) for row in connection.execute(query).mappings()]
 
     def active_states(self) -> dict[str, SearchState]:
-        """Ids and states of those that are not in a terminal state, oldest first."""
-        active = [state for state in SearchState if not state.is_terminal]
+        """Ids and states of those for which there may be something to do, neither ended nor paused, oldest first."""
+        active = [state for state in SearchState if not state.is_terminal and state is not SearchState.PAUSED]
         with self.read() as connection:
             query = select(searches.c.id, searches.c.state).where(searches.c.state.in_(active)).order_by(searches.c.id)
             return {search_id: SearchState(state) for search_id, state in connection.execute(query)}
@@ -98,25 +112,10 @@ class Searches(Database):
             Conflict: its state is not among the expected ones, or terminal.
         """
         with self.write(fence=fence) as connection:
-            search = _get(connection, search_id, lock=True)
+            search = get_search(connection, search_id, lock=True)
             if search.state not in expected or search.state.is_terminal:
                 raise Conflict(f"search {search_id}: expected state {' or '.join(sorted(expected))}, got {search.state}")
-            return _move(connection, search, to=to, error=error, data=data)
-
-    def request_cancel(self, search_id: str) -> SearchRecord:
-        """A queued search is cancelled at once, one at work goes to cancelling; one that is cancelling already is left alone.
-
-        Raises:
-            Conflict: it has finished.
-        """
-        with self.write(fence=None) as connection:
-            search = _get(connection, search_id, lock=True)
-            if search.state.is_terminal:
-                raise Conflict(f"search {search_id}: expected one that has not finished, got state {search.state}")
-            if search.state is SearchState.CANCELLING:
-                return search
-            to = SearchState.CANCELLED if search.state is SearchState.QUEUED else SearchState.CANCELLING
-            return _move(connection, search, to=to)
+            return move_search(connection, search, now=self.wall_time(connection), to=to, error=error, data=data)
 
     def save_prepared(self, search_id: str, prepared: Json, *, fence: Fence | None) -> None:
         """Keep what the prepare step made; event `search.prepared`."""
@@ -154,7 +153,7 @@ def lock_search(connection: Connection, search_id: str) -> None:
     """Lock the search's row until the transaction ends; reads none of its long columns. Foreign keys may still point at it meanwhile."""
     query = select(searches.c.id).where(searches.c.id == search_id).with_for_update(key_share=True)
     if connection.execute(query).first() is None:
-        raise _not_found(search_id)
+        raise not_found(search_id)
 
 
 def write_event(connection: Connection, search_id: str, type: str, data: Json) -> EventRecord:
@@ -163,46 +162,65 @@ def write_event(connection: Connection, search_id: str, type: str, data: Json) -
     step = update(searches).where(searches.c.id == search_id).values(num_events=searches.c.num_events + 1, updated_at=now)
     sequence = connection.execute(step.returning(searches.c.num_events)).scalar_one_or_none()
     if sequence is None:
-        raise _not_found(search_id)
+        raise not_found(search_id)
     record = EventRecord(search_id=search_id, sequence=sequence, type=type, data=data, created_at=now)
     connection.execute(insert(events).values(search_id=search_id, sequence=sequence, type=type, data=data, created_at=now))
     return record
 
 
-def _move(connection: Connection, search: SearchRecord, *, to: SearchState, error: Json | None = None, data: Json | None = None) -> SearchRecord:
-    now = utc_now()
-    values: dict[str, Any] = {"state": to}
-    if error is not None:
-        values["error"] = error
-    if search.started_at is None and to in _WORKING:
-        values["started_at"] = now
+def move_search(
+    connection: Connection,
+    search: SearchRecord,
+    *,
+    now: datetime,
+    to: SearchState,
+    error: Json | None = None,
+    data: Json | None = None,
+    event: str | None = None,
+    values: Json | None = None,
+) -> SearchRecord:
+    """Change the state of a search that is locked, and write the event `search.<to>`, or the one that is named.
+
+    Args:
+        now: by the database's clock.
+        error: why it failed, or why it is paused; it goes when the search leaves that state.
+        values: further columns.
+    """
+    changes: dict[str, Any] = {"state": to, "state_since": now, "error": error, **(values or {})}
+    if search.active_since is None and to in WORKING:
+        changes |= {"active_since": now, "started_at": search.started_at or utc_now()}
+    if search.active_since is not None and (to.is_terminal or to in (SearchState.QUEUED, SearchState.PAUSED)):
+        worked = (now - search.active_since).total_seconds()
+        changes |= {"active_since": None, "active_seconds": search.active_seconds + max(worked, 0.0)}
     if to.is_terminal:
-        values["finished_at"] = now
-    connection.execute(update(searches).where(searches.c.id == search.id).values(values))
-    write_event(connection, search.id, f"search.{to}", {**(data or {}), **({"error": error} if error is not None else {})})
-    return _get(connection, search.id)
+        changes["finished_at"] = utc_now()
+    connection.execute(update(searches).where(searches.c.id == search.id).values(changes))
+    write_event(connection, search.id, event or f"search.{to}", {**(data or {}), **({"error": error} if error is not None else {})})
+    return get_search(connection, search.id)
 
 
 def _same_request(connection: Connection, idempotency_key: str | None, body_digest: str | None) -> SearchRecord:
     there = connection.execute(select(searches.c.id, searches.c.body_digest).where(searches.c.idempotency_key == idempotency_key)).one()
     if there.body_digest != body_digest:
         raise Conflict(f"idempotency key {idempotency_key!r}: expected the body of search {there.id}, which it made before, got another body")
-    return _get(connection, there.id)
+    return get_search(connection, there.id)
 
 
-def _get(connection: Connection, search_id: str, *, lock: bool = False) -> SearchRecord:
+def get_search(connection: Connection, search_id: str, *, lock: bool = False) -> SearchRecord:
+    """The search; locked until the transaction ends, if asked for."""
     query = select(*_COLUMNS).select_from(_WITH_BOARD).where(searches.c.id == search_id)
     row = connection.execute(query.with_for_update(key_share=True, of=searches) if lock else query).mappings().one_or_none()
     if row is None:
-        raise _not_found(search_id)
+        raise not_found(search_id)
     return _search(row)
 
 
-def _not_found(search_id: str) -> NotFound:
+def not_found(search_id: str) -> NotFound:
+    """There is no such search."""
     return NotFound(f"search: expected the id of one, got {search_id!r}")
 
 
 def _search(row: RowMapping) -> SearchRecord:
     values: dict[str, Any] = {**row}
     version = values.pop("num_events")
-    return SearchRecord(**values | {"state": SearchState(row["state"]), "version": version})
+    return SearchRecord(**values | {"state": SearchState(row["state"]), "labels": row["labels"] or {}, "version": version})

@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     Dialect,
@@ -26,6 +27,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    true,
 )
 
 
@@ -134,6 +136,13 @@ searches = Table(
     Column("finished_at", UtcDateTime),
     Column("idempotency_key", Identifier(255), unique=True),
     Column("body_digest", String(128)),
+    Column("labels", _JSON),
+    # Seconds of work before `active_since`, which is NULL while the search waits in the queue, is paused or has ended.
+    Column("active_seconds", Float(53), nullable=False, server_default="0"),
+    Column("active_since", UtcDateTime),
+    # When it came into its state; NULL in rows of an older version.
+    Column("state_since", UtcDateTime),
+    Column("num_requests", Integer, nullable=False, server_default="0"),
     # The large columns come last: SQLite then reads and rewrites those before without them.
     Column("spec", _JSON, nullable=False),
     Column("inputs", _JSON, nullable=False),
@@ -185,6 +194,8 @@ attempts = Table(
     Column("reason", PlainText),
     Column("started_at", UtcDateTime, nullable=False),
     Column("finished_at", UtcDateTime),
+    Column("counts", Boolean, nullable=False, server_default=true()),
+    Column("device_seconds", Float(53)),
     ForeignKeyConstraint(["search_id", "trial"], ["trials.search_id", "trials.number"]),
     Index(None, "search_id", "trial"),
     Index(None, "state"),

@@ -72,11 +72,11 @@ class Trials(Database):
             }
             connection.execute(insert(trials).values(row))
             write_event(connection, search_id, "trial.proposed", {"trial": number, "origin": origin, "parameters": parameters, "budget": budget})
-            return _get_trial(connection, search_id, number)
+            return get_trial(connection, search_id, number)
 
     def get_trial(self, search_id: str, number: int) -> TrialRecord:
         with self.read() as connection:
-            return _get_trial(connection, search_id, number)
+            return get_trial(connection, search_id, number)
 
     def list_trials(self, search_id: str) -> list[TrialRecord]:
         """All trials of a search, by number."""
@@ -92,14 +92,14 @@ class Trials(Database):
         """
         with self.write(fence=fence) as connection:
             lock_search(connection, search_id)
-            trial = _get_trial(connection, search_id, number)
+            trial = get_trial(connection, search_id, number)
             if trial.state is to:
                 return trial
             if trial.state.is_terminal:
                 raise Conflict(f"trial {number} of search {search_id}: expected one that has not ended, got state {trial.state}")
-            _update_trial(connection, search_id, number, {"state": to, "failure": failure})
+            update_trial(connection, search_id, number, {"state": to, "failure": failure})
             write_event(connection, search_id, f"trial.{to}", {"trial": number, **({"failure": failure} if failure is not None else {})})
-            return _get_trial(connection, search_id, number)
+            return get_trial(connection, search_id, number)
 
     def start_attempt(self, search_id: str, *, stage: Stage, trial: int | None, rung: int | None, fence: Fence | None) -> AttemptRecord:
         """A running attempt. At stage rung its trial is running from now on: event `trial.started`; else event `attempt.started`.
@@ -121,12 +121,12 @@ class Trials(Database):
         with self.write(fence=fence) as connection:
             lock_search(connection, search_id)
             if trial is not None:
-                state = _get_trial(connection, search_id, trial).state
+                state = get_trial(connection, search_id, trial).state
                 if stage == "rung" and state is not TrialState.WAITING:
                     raise Conflict(f"trial {trial} of search {search_id}: expected state waiting, got {state}")
             connection.execute(insert(attempts).values(asdict(attempt)))
             if stage == "rung" and trial is not None:
-                _update_trial(connection, search_id, trial, {"state": TrialState.RUNNING})
+                update_trial(connection, search_id, trial, {"state": TrialState.RUNNING})
             write_event(connection, search_id, "trial.started" if stage == "rung" else "attempt.started", _attempt_data(attempt))
         return attempt
 
@@ -154,12 +154,13 @@ class Trials(Database):
             return [_attempt(row) for row in connection.execute(query).mappings()]
 
     def counted_attempts(self, search_id: str, *, stage: Stage, trial: int | None, rung: int | None) -> int:
-        """Attempts of one step that failed; lost and cancelled ones do not count."""
+        """Attempts of one step that failed since its trial was last retried; lost and cancelled ones do not count."""
         query = _of_search(attempts, search_id, None).where(
             attempts.c.stage == stage,
             attempts.c.trial.is_not_distinct_from(trial),
             attempts.c.rung.is_not_distinct_from(rung),
             attempts.c.state == AttemptState.FAILED,
+            attempts.c.counts,
         )
         with self.read() as connection:
             return connection.execute(select(func.count()).select_from(query.subquery())).scalar_one()
@@ -192,7 +193,7 @@ class Trials(Database):
             )
             connection.execute(insert(rungs).values(_rung_row(record)))
             connection.execute(update(attempts).where(attempts.c.id == attempt_id).values(state=AttemptState.SUCCEEDED, finished_at=record.finished_at))
-            _update_trial(connection, search_id, trial, {"state": trial_state, "rung": rung, "failure": failure})
+            update_trial(connection, search_id, trial, {"state": trial_state, "rung": rung, "failure": failure})
             write_event(connection, search_id, "trial.rung_finished", _rung_data(record, trial_state) | ({} if failure is None else {"failure": failure}))
             return record
 
@@ -208,11 +209,11 @@ class Trials(Database):
         """
         with self.write(fence=fence) as connection:
             lock_search(connection, search_id)
-            _get_trial(connection, search_id, trial)
+            get_trial(connection, search_id, trial)
             if attempt_id is not None:
                 _end_attempt(connection, _lock_running(connection, attempt_id), state=AttemptState.SUCCEEDED, reason=None)
             summary, documents = _split(confirmation)
-            _update_trial(connection, search_id, trial, {"confirmation": summary, "confirmation_documents": documents})
+            update_trial(connection, search_id, trial, {"confirmation": summary, "confirmation_documents": documents})
             write_event(connection, search_id, "trial.confirmed", {"trial": trial, "verified": confirmation["verified"], "reason": confirmation.get("reason")})
 
     def list_confirmations(self, search_id: str) -> dict[int, Json]:
@@ -256,7 +257,8 @@ def _of_search(table: Table, search_id: str, trial: int | None) -> Any:
     return query if trial is None else query.where(table.c.trial == trial)
 
 
-def _get_trial(connection: Connection, search_id: str, number: int) -> TrialRecord:
+def get_trial(connection: Connection, search_id: str, number: int) -> TrialRecord:
+    """The trial of that number."""
     query = select(*_TRIAL_COLUMNS).where(trials.c.search_id == search_id, trials.c.number == number)
     # A number from a URL may be larger than what a database takes for an integer.
     row = connection.execute(query).mappings().one_or_none() if 0 <= number <= _MAX_NUMBER else None
@@ -265,7 +267,8 @@ def _get_trial(connection: Connection, search_id: str, number: int) -> TrialReco
     return _trial(row)
 
 
-def _update_trial(connection: Connection, search_id: str, number: int, values: Json) -> None:
+def update_trial(connection: Connection, search_id: str, number: int, values: Json) -> None:
+    """Change columns of a trial; its search is locked."""
     connection.execute(update(trials).where(trials.c.search_id == search_id, trials.c.number == number).values(**values, updated_at=utc_now()))
 
 
@@ -287,7 +290,7 @@ def _end_attempt(connection: Connection, attempt: AttemptRecord, *, state: Attem
     change = update(attempts).where(attempts.c.id == attempt.id).values(state=state, reason=reason, finished_at=utc_now())
     ended = _attempt(connection.execute(change.returning(attempts)).mappings().one())
     if ended.stage == "rung" and ended.trial is not None:
-        _update_trial(connection, ended.search_id, ended.trial, {"state": TrialState.WAITING})
+        update_trial(connection, ended.search_id, ended.trial, {"state": TrialState.WAITING})
     write_event(connection, ended.search_id, f"attempt.{state}", {**_attempt_data(ended), "reason": ended.reason})
     return ended
 

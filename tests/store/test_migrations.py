@@ -108,3 +108,26 @@ def test_a_board_that_is_there_stays_its_searchs_after_the_upgrade(empty_url: st
 
     assert [store.get_search(name).board for name in ("srch_1", "srch_2")] == [{"winner": 3}, None]
     store.close()
+
+
+def test_a_search_at_work_keeps_its_time_through_the_upgrade(empty_url: str) -> None:
+    old = Database(empty_url)
+    config = Config()
+    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
+    with old.write(fence=None) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0006")
+        columns, now = "id, label, state, num_events, created_at, updated_at, started_at, spec, inputs, plan", "'2026-01-01 00:00:00.000000'"
+        for number, (state, started) in enumerate((("queued", "NULL"), ("searching", now))):
+            values = f"'srch_{number}', '', '{state}', 0, {now}, {now}, {started}, '{{}}', '{{}}', '{{}}'"
+            connection.exec_driver_sql(f"INSERT INTO searches ({columns}) VALUES ({values})")
+    old.close()
+
+    store = Store.open(empty_url, migrate=True)
+
+    queued, searching = (store.get_search(f"srch_{number}") for number in range(2))
+    assert (queued.active_since, queued.labels, queued.active_seconds) == (None, {}, 0.0)
+    assert searching.active_since == searching.started_at
+    assert store.request_pause(queued.id).state == "paused"
+    assert store.request_pause(searching.id).state == "pausing"
+    store.close()

@@ -196,7 +196,7 @@ class TestLists:
 
         for state, search in searches.items():
             assert store.list_searches(state=state) == [search]
-        assert store.active_states() == {search.id: search.state for search in searches.values() if not search.state.is_terminal}
+        assert store.active_states() == {search.id: search.state for search in searches.values() if not (search.state.is_terminal or search.state is S.PAUSED)}
 
     def test_counts_hold_every_state(self, store: Store, new_search: NewSearch, new_trial: Callable[..., object]) -> None:
         search = new_search()
