@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from nas.compress.correction import Correction, load_correction
-from nas.compress.manifest import publish, write_json
 from nas.compress.reconstruction import kept_of, load_reconstruction, rebuild_student
 from nas.compress.second_moments import load_moments
 from nas.compress.sorting import load_sorting
 from nas.compress.teacher import write_checkpoint
 from nas.cost import count_parameters
 from nas.errors import Conflict
+from nas.files import publish, write_json
 from nas.recipe import Recipe
 from nas.search.layout import CORRECTED, MOMENTS, RECONSTRUCTION, SORTED, STUDENT, prepared_key, trial_folder
 from nas.settings import Settings

@@ -12,7 +12,8 @@ NasError
 ├─ CorpusUnavailable              cannot be read, or is too small for the spec       job fails, reason kept
 ├─ TaskUnavailable                cannot be resolved offline, or scores nothing      job fails, reason kept
 ├─ DoesNotFit                     more memory or disk is needed than there is        job fails, numbers kept
-└─ CorruptFile                    a file does not match its manifest                 recomputed where possible
+├─ CorruptFile                    a file does not match its manifest                 recomputed where possible
+└─ FilesUnavailable               the shared files cannot be reached                 tried again
 """
 
 from __future__ import annotations
@@ -87,3 +88,7 @@ class DoesNotFit(NasError):
 
 class CorruptFile(NasError):
     """A stored file's digest differs from its manifest."""
+
+
+class FilesUnavailable(NasError):
+    """The files that all machines share (NAS_SHARED) cannot be reached, or refuse."""

@@ -20,12 +20,12 @@ from nas.compress.distillation import Diverged, Progress, distil
 from nas.compress.distributed import Spread, Spreading, World, shard_teacher
 from nas.compress.fitting import Fitted, check_disk_fits, fit_run
 from nas.compress.held_out import HeldOut, evaluate_kl
-from nas.compress.manifest import write_json
 from nas.compress.objective import TeacherLogits
 from nas.compress.teacher import Teacher, check_context, check_teacher, load_model, load_tokenizer, write_checkpoint
 from nas.compress.train_plan import make_plan
 from nas.compress.train_state import sound_checkpoint
 from nas.errors import CorruptFile, InvalidSpec, NotFound, Problem
+from nas.files import write_json
 from nas.memory import TeacherMemory, state_bytes
 from nas.recipe import Recipe
 from nas.run_folder import CHECKPOINT, claim, read_run

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from nas.compress.corpus import Corpus, Part, build_blocks, check_corpus
 from nas.compress.depth import DepthMethod, choose_layers
 from nas.compress.importance import Method, measure_importance
-from nas.compress.manifest import write_json
 from nas.compress.reconstruction import Reconstruction, kept_of, reconstruct_student, split_calibration
 from nas.compress.second_moments import measure_moments
 from nas.compress.slicing import build_student
 from nas.compress.sorting import Sorting, load_sorting, make_order, save_sorted, sort_teacher
 from nas.compress.teacher import Teacher, check_context, check_teacher, load_model, load_tokenizer, write_checkpoint
 from nas.errors import InvalidSpec, Problem
+from nas.files import write_json
 from nas.run_folder import claim
 from nas.shape import Shape
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nas.compress.manifest import write_json
 from nas.errors import Conflict
+from nas.files import write_json
 
 WORK = ".work"
 """Inside the output folder: blocks and checkpoints, removed at the end."""

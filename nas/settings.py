@@ -28,6 +28,14 @@ class Settings:
     """NAS_EXECUTOR: who runs the trials; local is one process, for tests. Default: ray."""
     ray_address: str | None
     """NAS_RAY_ADDRESS: a running Ray cluster. Default: the controller starts a local one."""
+    ray_insecure: bool
+    """NAS_RAY_INSECURE: 1 to use a Ray cluster by address that asks nobody for a token: whoever reaches it runs code there. Default: 0."""
+    shared_url: str | None
+    """NAS_SHARED: where the nodes of a cluster find files: file:///FOLDER or s3://BUCKET/PREFIX. Default: they have the data folder itself, under its path."""
+    cache_folder: Path
+    """NAS_CACHE: this machine's copies of shared files. Default: nas in the user's cache folder."""
+    cache_bytes: int | None
+    """NAS_CACHE_BYTES: how large they may be together. Default: they leave a tenth of the disk free."""
     num_cpus: int | None
     """NAS_NUM_CPUS: CPU cores of the local cluster. Default: those of the machine."""
     num_gpus: int | None
@@ -51,6 +59,10 @@ class Settings:
             port=reader.read("NAS_PORT", _integer(at_least=1, at_most=65535), default=8400),
             executor=reader.read("NAS_EXECUTOR", _executor, default="ray"),
             ray_address=reader.read("NAS_RAY_ADDRESS", str, default=None),
+            ray_insecure=reader.read("NAS_RAY_INSECURE", _switch, default=False),
+            shared_url=reader.read("NAS_SHARED", _shared_url, default=None),
+            cache_folder=reader.read("NAS_CACHE", _folder, default=_user_cache(environment) / "nas"),
+            cache_bytes=reader.read("NAS_CACHE_BYTES", _integer(at_least=1, at_most=2**60), default=None),
             num_cpus=reader.read("NAS_NUM_CPUS", _integer(at_least=1, at_most=4096), default=None),
             num_gpus=reader.read("NAS_NUM_GPUS", _integer(at_least=0, at_most=4096), default=None),
             lease_seconds=reader.read("NAS_LEASE_SECONDS", _lease_seconds, default=10.0),
@@ -75,6 +87,9 @@ class Settings:
         return self.data_folder / "registry"
 
 
+_URLS = ("NAS_DATABASE_URL", "NAS_SHARED")
+
+
 class _Expected(Exception):
     """What a variable should have held; the reader adds its name and what it held."""
 
@@ -93,8 +108,8 @@ class _Reader:
         try:
             return parse(text)
         except _Expected as error:
-            # A database URL may hold a password: what came is then named by its scheme alone.
-            got = text.split(":", 1)[0] + ":..." if name.endswith("_URL") else repr(text)
+            # A URL may hold a password: what came is then named by its scheme alone.
+            got = text.split(":", 1)[0] + ":..." if name in _URLS else repr(text)
             self.problems.append(Problem(field=name, expected=str(error), got=got))
             return default
 
@@ -112,6 +127,25 @@ def _database_url(text: str) -> str:
     if text.startswith(("postgresql://", "postgresql+psycopg://")):
         return text
     raise _Expected("sqlite:///FILE or postgresql://USER@HOST/NAME")
+
+
+def _shared_url(text: str) -> str:
+    scheme, _, rest = text.partition("://")
+    # Keys belong into the environment or the node's role, where no log shows them.
+    if "@" in rest or not (rest.startswith("/") if scheme == "file" else scheme == "s3" and rest.strip("/")):
+        raise _Expected("file:///FOLDER or s3://BUCKET/PREFIX, without keys")
+    return text.rstrip("/")
+
+
+def _user_cache(environment: Mapping[str, str]) -> Path:
+    """Where programs keep what they can make again (XDG base directories)."""
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise _Expected("0 or 1")
+    return text == "1"
 
 
 def _host(text: str) -> str:

@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports only from rows above its own. A package's row holds all its modules, which may import each other.
 ROWS = (
     "nas.errors",
+    "nas.files",
     "nas.settings",
+    "nas.shared_files",
+    "nas.node_cache",
     "nas.shape",
     "nas.families",
     "nas.deployability",

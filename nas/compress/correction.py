@@ -20,12 +20,12 @@ from torch import Tensor
 
 from nas.compress.distillation import Progress, distil
 from nas.compress.held_out import evaluate_kl
-from nas.compress.manifest import write_json
 from nas.compress.objective import NextToken
 from nas.compress.teacher import check_teacher, load_model, write_checkpoint
 from nas.compress.train_plan import TrainPlan
 from nas.compress.train_state import sound_checkpoint
 from nas.errors import CorruptFile, NotFound, TeacherUnavailable
+from nas.files import write_json
 
 CORRECTION = "correction.json"
 """Beside the corrected teacher's files; last, so with it the folder is whole."""

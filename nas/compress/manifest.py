@@ -1,4 +1,4 @@
-"""Files that survive a kill, and tensors that show a flipped bit: one safetensors file and a JSON manifest with its sha256.
+"""Tensors that survive a kill and show a flipped bit: one safetensors file and a JSON manifest with its sha256.
 
 The tensors' file is named after its content and the manifest is renamed into place last, so a reader sees the old pair or
 the new pair, never a mixture. Does not know what the tensors mean.
@@ -6,7 +6,6 @@ the new pair, never a mixture. Does not know what the tensors mean.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nas.errors import CorruptFile, NotFound
+from nas.files import file_digest, publish, write_json
 
 
 def save_tensors(folder: Path, *, name: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
@@ -53,32 +53,3 @@ def load_tensors(folder: Path, *, name: str) -> tuple[dict[str, torch.Tensor], d
         return load_file(weights), facts
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise CorruptFile(f"{manifest}: expected a manifest and the file it names, got {error!r}") from error
-
-
-def write_json(value: Any, *, target: Path) -> None:
-    """One JSON file, written under a temporary name and renamed: whole or absent.
-
-    Raises:
-        ValueError: the value holds NaN or infinity, which JSON has not: other readers would refuse the file.
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    publish(temporary, target=target)
-
-
-def publish(temporary: Path, *, target: Path) -> None:
-    """Give a finished file its name; what a crash leaves behind is the old file or the new one."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(target)
-    directory = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of one file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

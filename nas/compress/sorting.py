@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 
 from nas.compress.experts import by_file_names
 from nas.compress.importance import Importance
-from nas.compress.manifest import file_digest, load_tensors, save_tensors
+from nas.compress.manifest import load_tensors, save_tensors
 from nas.compress.teacher import WEIGHTS_FILE, checkpoint_weights, write_checkpoint
 from nas.compress.untrusted import CONFIG_FILE
 from nas.errors import CorruptFile
 from nas.families import Architecture, Axis, Side, read_architecture
+from nas.files import file_digest
 from nas.shape import Shape
 
 SORTING = "sorting"

@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nas.compress.experts import by_file_names
-from nas.compress.manifest import file_digest, publish, write_json
 from nas.compress.untrusted import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -40,6 +39,7 @@ from nas.compress.untrusted import (
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem, TeacherUnavailable
 from nas.families import Architecture, Source, Weight, read_architecture
+from nas.files import file_digest, publish, write_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -28,7 +28,6 @@ from nas.compress.correction import RATE_SHARE, Correction, correct_teacher, loa
 from nas.compress.depth import Damage, choose_layers
 from nas.compress.fitting import check_disk_fits, check_host_fits, check_teacher_fits, fit_plan
 from nas.compress.importance import measure_importance
-from nas.compress.manifest import write_json
 from nas.compress.reconstruction import split_calibration
 from nas.compress.second_moments import HELD_BYTES, SecondMoments, load_moments, measure_moments
 from nas.compress.sorting import Sorting, load_sorting, make_order, save_sorted, sort_teacher
@@ -38,6 +37,7 @@ from nas.cost import weight_bytes
 from nas.errors import CorpusUnavailable, CorruptFile, NotFound, TeacherUnavailable
 from nas.evaluate.tasks import load_tasks, split_documents
 from nas.families import Architecture, read_architecture
+from nas.files import write_json
 from nas.memory import TeacherMemory, preparation_disk
 from nas.search.layout import BLOCKS, CORRECTED, MOMENTS, PREPARED, SORTED, SPLITS, searched_depths
 from nas.search.shared import Shared, forget_shared, load_shared, teacher_dtype, teacher_folder

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from nas.compress.corpus import load_blocks
 from nas.compress.hidden_states import TeacherStates
-from nas.compress.manifest import load_tensors, write_json
+from nas.compress.manifest import load_tensors
 from nas.compress.objective import Objective, TeacherLogits
 from nas.compress.reconstruction import stream_map
 from nas.compress.second_moments import SecondMoments, load_moments
@@ -28,6 +28,7 @@ from nas.compress.sorting import SORTING, load_sorting
 from nas.compress.teacher import WEIGHTS_FILE, load_model
 from nas.compress.teacher_outputs import RunningTeacher, TeacherOutputs
 from nas.cost import SignalChoice, SignalKind, choose_signals
+from nas.files import write_json
 from nas.search.layout import BLOCKS, CORRECTED, MOMENTS, SIGNALS, SORTED
 from nas.search.task_scoring import TaskScorer
 from nas.shape import Shape

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from nas.compress.distillation import Diverged, Progress, distil
 from nas.compress.fitting import check_disk_fits, fit_plan
 from nas.compress.held_out import evaluate_kl
-from nas.compress.manifest import save_tensors, write_json
+from nas.compress.manifest import save_tensors
 from nas.compress.reconstruction import Reconstruction, load_reconstruction, rebuild_student, reconstruct_student, split_calibration
 from nas.compress.slicing import build_student
 from nas.compress.teacher import write_checkpoint
@@ -28,6 +28,7 @@ from nas.compress.train_plan import TrainPlan, make_plan
 from nas.compress.train_state import TrainState, load_trunk, sound_checkpoint
 from nas.errors import CorruptFile, NotFound, TaskUnavailable
 from nas.evaluate.scores import MetricValue, TaskScore
+from nas.files import write_json
 from nas.memory import TeacherMemory, rung_disk
 from nas.search.costs import closed_costs, measured_costs
 from nas.search.layout import PROBE, RECONSTRUCTION, STUDENT, rung_folder

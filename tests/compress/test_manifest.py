@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nas.compress.manifest import load_tensors, save_tensors, write_json
+from nas.compress.manifest import load_tensors, save_tensors
 from nas.errors import CorruptFile, NotFound
+from nas.files import write_json
 
 
 def save(folder: Path, *, value: float) -> None:
