@@ -7,6 +7,8 @@ NasError
 ├─ Conflict                       not allowed in this state                          409
 ├─ PreconditionFailed             changed since the caller read it                   412
 ├─ StoreUnavailable               the database does not answer                       503
+├─ KeyRefused                     an API key that is unknown, revoked or expired     401
+├─ QuotaExceeded                  the project has used up what it may                429
 ├─ Fenced                         another controller leads; this write is too late   the controller stops
 ├─ TeacherUnavailable             cannot be loaded, or its family is unknown         job fails, reason kept
 ├─ CorpusUnavailable              cannot be read, or is too small for the spec       job fails, reason kept
@@ -64,6 +66,28 @@ class PreconditionFailed(NasError):
 
 class StoreUnavailable(NasError):
     """The database does not answer. What was asked may be asked again; whether a write was kept can be seen then."""
+
+
+class KeyRefused(NasError):
+    """An API key (or a browser's session) that is unknown, revoked or expired. The message never repeats the secret."""
+
+
+class QuotaExceeded(NasError):
+    """A project would go over one of its quotas; nothing was stored."""
+
+    def __init__(self, message: str, *, quota: str, limit: float, used: float, retry_after_seconds: int | None) -> None:
+        """
+        Args:
+            quota: which one, a field of `nas.store.quotas.Quotas`.
+            limit: what the project may use of it.
+            used: what it has used without this request.
+            retry_after_seconds: when the same request may pass without anybody doing anything; None: time alone does not help.
+        """
+        super().__init__(message)
+        self.quota = quota
+        self.limit = limit
+        self.used = used
+        self.retry_after_seconds = retry_after_seconds
 
 
 class Fenced(NasError):

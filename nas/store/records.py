@@ -17,6 +17,9 @@ from typing import Any, Literal
 Json = dict[str, Any]
 """A JSON object: string keys, finite numbers."""
 
+DEFAULT_PROJECT = "default"
+"""The one project of a deployment that has made no other."""
+
 Stage = Literal["prepare", "rung", "confirm", "bundle"]
 
 
@@ -186,6 +189,8 @@ class SearchRecord:
     started_at: datetime | None
     """When it left the queue for work; None for one that was cancelled in the queue."""
     finished_at: datetime | None
+    project: str
+    """Who sees it."""
     version: int
     """Sequence of the search's last event. Every change but a learning curve's points writes one, so it serves as an ETag."""
     labels: dict[str, str] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
@@ -10,7 +11,8 @@ from sqlalchemy import Connection, RowMapping, delete, func, insert, select, upd
 
 from nas.errors import Conflict, InvalidSpec, NotFound, Problem
 from nas.store.database import Database
-from nas.store.records import WORKING, EventRecord, Fence, Json, SearchRecord, SearchState, TrialState, new_id, utc_now
+from nas.store.quotas import charge, lock_project
+from nas.store.records import DEFAULT_PROJECT, WORKING, EventRecord, Fence, Json, SearchRecord, SearchState, TrialState, new_id, utc_now
 from nas.store.tables import boards, events, searches, trials
 
 _COLUMNS = [*(column for column in searches.c if column.name not in ("idempotency_key", "body_digest")), boards.c.board]
@@ -31,22 +33,28 @@ class Searches(Database):
         plan: Json,
         label: str,
         labels: Mapping[str, str] | None = None,
+        project: str = DEFAULT_PROJECT,
         idempotency_key: str | None = None,
         body_digest: str | None = None,
     ) -> tuple[SearchRecord, bool]:
-        """A queued search, and whether it is new: the same key and body again give the search that they made the first time.
+        """A queued search, and whether it is new: the same key and body again give the project's search that they made the first time.
 
         Raises:
             Conflict: the key came with another body before.
             InvalidSpec: the key is empty or longer than 255 characters.
+            NotFound: no such project.
+            QuotaExceeded: the project may not have this search now; nothing was stored.
         """
-        if idempotency_key is not None and not 1 <= len(idempotency_key) <= 255:
-            raise InvalidSpec(Problem(field="idempotency_key", expected="1 to 255 characters", got=f"{len(idempotency_key)} characters"))
+        if idempotency_key is not None:
+            if not 1 <= len(idempotency_key) <= 255:
+                raise InvalidSpec(Problem(field="idempotency_key", expected="1 to 255 characters", got=f"{len(idempotency_key)} characters"))
+            idempotency_key = _within_project(idempotency_key, project)
         search_id, now = new_id("srch"), utc_now()
         row: dict[str, Any] = {
             "id": search_id,
             "label": label,
             "labels": dict(labels or {}),
+            "project": project,
             "state": SearchState.QUEUED,
             "num_events": 0,
             "created_at": now,
@@ -58,9 +66,12 @@ class Searches(Database):
             "plan": plan,
         }
         with self.write(fence=None) as connection:
+            quotas = lock_project(connection, project)
             row["state_since"] = self.wall_time(connection)
             if connection.execute(self.insert_if_new(searches).values(row).returning(searches.c.id)).first() is None:
                 return _same_request(connection, idempotency_key, body_digest), False
+            num_trials, tokens = plan.get("max_trials", 0), plan.get("max_distillation_tokens", 0)
+            charge(connection, project, quotas=quotas, num_searches=1, num_trials=num_trials, tokens=tokens)
             write_event(connection, search_id, "search.created", {"label": label})
             return get_search(connection, search_id), True
 
@@ -69,10 +80,21 @@ class Searches(Database):
             return get_search(connection, search_id)
 
     def list_searches(
-        self, *, state: SearchState | None = None, labels: Mapping[str, str] | None = None, after: str | None = None, limit: int = 50
+        self,
+        *,
+        project: str | None = None,
+        state: SearchState | None = None,
+        labels: Mapping[str, str] | None = None,
+        after: str | None = None,
+        limit: int = 50,
     ) -> list[SearchRecord]:
-        """Newest first; only those that have all these labels. `after` is the id of the last one already seen: pages stay stable while searches arrive."""
+        """Newest first, of one project or of all; only those that have all these labels.
+
+        `after` is the id of the last one already seen: pages stay stable while searches arrive.
+        """
         query = select(*_COLUMNS).select_from(_WITH_BOARD).order_by(searches.c.id.desc()).limit(limit)
+        if project is not None:
+            query = query.where(searches.c.project == project)
         if state is not None:
             query = query.where(searches.c.state == state)
         for name, value in (labels or {}).items():
@@ -197,6 +219,13 @@ def move_search(
     connection.execute(update(searches).where(searches.c.id == search.id).values(changes))
     write_event(connection, search.id, event or f"search.{to}", {**(data or {}), **({"error": error} if error is not None else {})})
     return get_search(connection, search.id)
+
+
+def _within_project(idempotency_key: str, project: str) -> str:
+    """The key as its column holds it, which is unique over all projects. The default project's are as they always were."""
+    if project == DEFAULT_PROJECT:
+        return idempotency_key
+    return f"{project}/{hashlib.sha256(idempotency_key.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
 def _same_request(connection: Connection, idempotency_key: str | None, body_digest: str | None) -> SearchRecord:

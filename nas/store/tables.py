@@ -14,6 +14,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Date,
     DateTime,
     Dialect,
     Float,
@@ -91,6 +92,53 @@ def _search_id(**options: Any) -> Column[str]:
     return Column("search_id", Identifier(64), ForeignKey("searches.id"), nullable=False, **options)
 
 
+projects = Table(
+    "projects",
+    metadata,
+    Column("name", Identifier(64), primary_key=True),
+    Column("created_at", UtcDateTime, nullable=False),
+    # Quotas: NULL is no limit.
+    Column("max_active_searches", Integer),
+    Column("max_active_trials", BigInteger),
+    Column("max_tokens_per_day", BigInteger),
+    Column("max_device_seconds_per_day", Float(53)),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    # The visible part of the key.
+    Column("id", Identifier(32), primary_key=True),
+    Column("project", Identifier(64), ForeignKey("projects.name"), nullable=False, index=True),
+    Column("name", PlainText, nullable=False),
+    Column("scopes", _JSON, nullable=False),
+    # SHA-256 of the whole key, which is stored nowhere.
+    Column("digest", String(64), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime),
+    Column("revoked_at", UtcDateTime),
+    Column("last_used_at", UtcDateTime),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    # SHA-256 of what the browser's cookie holds.
+    Column("digest", String(64), primary_key=True),
+    Column("key_id", Identifier(32), ForeignKey("api_keys.id"), nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False, index=True),
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    # Apart from the searches, so that deleting one gives nothing back.
+    Column("project", Identifier(64), ForeignKey("projects.name"), primary_key=True),
+    Column("day", Date, primary_key=True),
+    Column("tokens", BigInteger, nullable=False),
+    Column("device_seconds", Float(53), nullable=False),
+)
+
 teachers = Table(
     "teachers",
     metadata,
@@ -143,6 +191,7 @@ searches = Table(
     # When it came into its state; NULL in rows of an older version.
     Column("state_since", UtcDateTime),
     Column("num_requests", Integer, nullable=False, server_default="0"),
+    Column("project", Identifier(64), nullable=False, server_default="default"),
     # The large columns come last: SQLite then reads and rewrites those before without them.
     Column("spec", _JSON, nullable=False),
     Column("inputs", _JSON, nullable=False),
@@ -151,6 +200,7 @@ searches = Table(
     Column("winner", _JSON),
     Column("error", _JSON),
     Index(None, "state", "id"),
+    Index(None, "project", "id"),
 )
 
 boards = Table(

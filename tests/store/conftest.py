@@ -116,6 +116,7 @@ def _empty(url: str) -> None:
     with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
         connection.execute("SET lock_timeout = '10s'")
         connection.execute(f"TRUNCATE {tables}")
+        connection.execute("INSERT INTO projects (name, created_at) VALUES ('default', '2000-01-01')")
         connection.execute("UPDATE leadership SET owner = NULL, token = 0, expires_at = '2000-01-01'")
 
 

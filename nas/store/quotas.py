@@ -1,0 +1,129 @@
+"""What a project may use, and what it has used. A search is checked and charged in the transaction that stores it.
+
+Whoever charges a project locks its row first, so of many submits at once no more pass than the quota allows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, date, datetime, time, timedelta
+
+from sqlalchemy import Connection, RowMapping, func, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from nas.errors import InvalidSpec, NotFound, Problem, QuotaExceeded
+from nas.store.records import SearchState, utc_now
+from nas.store.tables import projects, searches, usage
+
+ACTIVE = tuple(state for state in SearchState if not state.is_terminal)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quotas:
+    """Limits of one project; None is no limit. A day is one of UTC."""
+
+    max_active_searches: int | None = None
+    """Searches that have not ended, paused ones among them."""
+    max_active_trials: int | None = None
+    """Trials that all of these may have together."""
+    max_tokens_per_day: int | None = None
+    """Distillation tokens that the searches submitted in a day may take at most."""
+    max_device_seconds_per_day: float | None = None
+    """Device seconds spent in a day after which no further search is taken; those that run go on."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            Problem(field=name, expected="0 or more", got=str(value)) for name, value in asdict(self).items() if value is not None and not 0 <= value <= 2**53
+        ]
+        if problems:
+            raise InvalidSpec(*problems)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a project uses now; each field is what the quota of the same place limits."""
+
+    active_searches: int
+    active_trials: int
+    tokens_today: int
+    device_seconds_today: float
+
+
+def read_quotas(row: RowMapping) -> Quotas:
+    """The quotas in a project's row."""
+    return Quotas(**{field.name: row[field.name] for field in fields(Quotas)})
+
+
+def lock_project(connection: Connection, project: str) -> Quotas:
+    """The project's quotas, its row locked until the transaction ends. Foreign keys may still point at it meanwhile.
+
+    Raises:
+        NotFound: no such project.
+    """
+    row = connection.execute(select(projects).where(projects.c.name == project).with_for_update(key_share=True)).mappings().one_or_none()
+    if row is None:
+        raise NotFound(f"project: expected the name of one, got {project!r}")
+    return read_quotas(row)
+
+
+def read_usage(connection: Connection, project: str) -> Usage:
+    trials = func.coalesce(func.sum(searches.c.plan["max_trials"].as_integer()), 0)
+    active = select(func.count(), trials).where(searches.c.project == project, searches.c.state.in_(ACTIVE))
+    num_searches, num_trials = connection.execute(active).one()
+    today = select(usage.c.tokens, usage.c.device_seconds).where(usage.c.project == project, usage.c.day == _today())
+    tokens, device_seconds = connection.execute(today).one_or_none() or (0, 0.0)
+    return Usage(active_searches=num_searches, active_trials=int(num_trials), tokens_today=tokens, device_seconds_today=device_seconds)
+
+
+def charge(connection: Connection, project: str, *, quotas: Quotas, num_searches: int, num_trials: int, tokens: int) -> None:
+    """Take a new search, or what an extended one has more; it is in its table already, and leaves it if this raises.
+
+    Args:
+        quotas: of `lock_project`, in the same transaction.
+        num_searches, num_trials, tokens: what this request adds at most.
+
+    Raises:
+        QuotaExceeded: it is more than the project may have now.
+    """
+    used = read_usage(connection, project)
+    _check(project, "max_active_searches", limit=quotas.max_active_searches, used=used.active_searches - num_searches, asked=num_searches)
+    _check(project, "max_active_trials", limit=quotas.max_active_trials, used=used.active_trials - num_trials, asked=num_trials)
+    _check(project, "max_tokens_per_day", limit=quotas.max_tokens_per_day, used=used.tokens_today, asked=tokens)
+    _check(project, "max_device_seconds_per_day", limit=quotas.max_device_seconds_per_day, used=used.device_seconds_today, asked=0)
+    add_usage(connection, project, tokens=tokens)
+
+
+def add_usage(connection: Connection, project: str, *, tokens: int = 0, device_seconds: float = 0.0) -> None:
+    """Count what a project uses today."""
+    make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    row = make(usage).values(project=project, day=_today(), tokens=tokens, device_seconds=device_seconds)
+    sums = {"tokens": usage.c.tokens + row.excluded.tokens, "device_seconds": usage.c.device_seconds + row.excluded.device_seconds}
+    connection.execute(row.on_conflict_do_update(index_elements=[usage.c.project, usage.c.day], set_=sums))
+
+
+def _check(project: str, quota: str, *, limit: float | None, used: float, asked: float) -> None:
+    # Nothing is asked of device seconds, which nobody knows before: a project goes over them once, and then waits.
+    if limit is None or (used + asked <= limit if asked else used < limit):
+        return
+    is_daily = quota.endswith("_per_day")
+    retry = _seconds_to_midnight() if is_daily and asked <= limit and limit > 0 else None
+    when = "a new day (UTC) begins" if is_daily else "one of its searches has ended"
+    raise QuotaExceeded(
+        f"{quota} of project {project}: expected at most {limit:,}, got {used:,.0f} in use"
+        + (f" and {asked:,} asked for" if asked else "")
+        + (f"; ask again when {when}" if retry is not None or (not is_daily and asked <= limit) else ""),
+        quota=quota,
+        limit=limit,
+        used=used,
+        retry_after_seconds=retry,
+    )
+
+
+def _today() -> date:
+    return utc_now().date()
+
+
+def _seconds_to_midnight() -> int:
+    now = utc_now()
+    midnight = datetime.combine(now.date() + timedelta(days=1), time(), tzinfo=UTC)
+    return int((midnight - now).total_seconds()) + 1
