@@ -10,6 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import openapi, pages, routes
+from api.feed import Feed
 from api.problems import install_problem_handlers, problem_response
 from api.requests import RequestId
 from api.schemas.common import Health
@@ -49,7 +50,7 @@ def create_app(*, store: Store, settings: Settings, allow_remote: bool = False) 
         docs_url=None,
         redoc_url=None,
     )
-    app.state.store, app.state.settings = store, settings
+    app.state.store, app.state.settings, app.state.feed = store, settings, Feed(store)
     install_problem_handlers(app)
     app.include_router(routes.router)
     app.add_api_route(

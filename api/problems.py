@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from api.feed import TooManyStreams
 from api.rendering import TEMPLATES
 from api.requests import REQUEST_ID_HEADER, request_id
 from nas.errors import (
@@ -133,6 +134,12 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = {
             title="The service failed",
             meaning="A bug, or the machine is in trouble. The service's log has the details under the request_id.",
         ),
+        ProblemType(
+            code="too-many-streams",
+            status=503,
+            title="Too many open event streams",
+            meaning="This process keeps no more event streams open. Try again in a moment, or read the events as a list.",
+        ),
         ProblemType(code="not-ready", status=503, title="The service is not ready", meaning="The store does not answer. Try again in a moment."),
     )
 }
@@ -155,6 +162,7 @@ _CODES_BY_ERROR: tuple[tuple[type[NasError], str], ...] = (
     (PreconditionFailed, "precondition-failed"),
     (Conflict, "conflict"),
     (StoreUnavailable, "not-ready"),
+    (TooManyStreams, "too-many-streams"),
     (TeacherUnavailable, "input-unavailable"),
     (CorpusUnavailable, "input-unavailable"),
     (TaskUnavailable, "input-unavailable"),

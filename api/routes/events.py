@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
+import re
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from starlette.concurrency import run_in_threadpool
 
+from api.feed import Feed, Stream
 from api.openapi import problems
 from api.routes.dependencies import MAX_INTEGER, SearchDep, StoreDep
 from api.schemas.common import Page
 from api.schemas.events import EventAnswer
-from nas.store.records import EventRecord, SearchState
 
-POLL_SECONDS = 0.5
-"""How often an open event stream looks for new events."""
+RECONNECT_MILLISECONDS = 2000
+"""How long a browser waits before it takes a broken stream up again."""
+
+_SEQUENCE = re.compile(r"[0-9]{1,9}")
 
 router = APIRouter(tags=["events"])
+
+
+async def open_stream(search: SearchDep, request: Request) -> AsyncIterator[Stream]:
+    """A place in the feed, given back when the answer has ended, however it ended."""
+    feed: Feed = request.app.state.feed
+    with feed.subscribe(search) as stream:
+        yield stream
+
+
+StreamDep = Annotated[Stream, Depends(open_stream)]
 
 
 @router.get("/searches/{search_id}/events", operation_id="list_events", summary="List events", responses=problems(404, 422))
@@ -42,37 +52,18 @@ def list_events(
     operation_id="stream_events",
     summary="Follow the events",
     response_class=EventSourceResponse,
-    responses=problems(404, 422),
+    responses=problems(404, 422, 503),
 )
 async def stream_events(
+    stream: StreamDep,
     search: SearchDep,
-    store: StoreDep,
     after: Annotated[int, Query(ge=0, le=MAX_INTEGER, description="Only events after this sequence number.")] = 0,
     last_event_id: Annotated[str | None, Header(description="Sent by a browser that reconnects; wins over `after`.")] = None,
 ) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events: past ones first, then as they happen. The stream ends after the event that ends the search."""
-    seen = after
-    if last_event_id is not None and last_event_id.isdecimal() and int(last_event_id) <= MAX_INTEGER:
-        seen = int(last_event_id)
-    yield ServerSentEvent(comment=f"events of {search.id}", retry=2000)
-    while True:
-        # The state is read before the events: whatever ended the search is then among the events, or already seen.
-        ended = (await run_in_threadpool(store.get_search, search.id)).state.is_terminal
-        events = await run_in_threadpool(store.list_events, search.id, after=seen, limit=500)
-        for event in events:
-            yield _frame(event)
-            seen = event.sequence
-            if event.type in _TERMINAL_EVENTS:
-                return
-        if ended and not events:
-            return
-        if not events:
-            await asyncio.sleep(POLL_SECONDS)
-
-
-_TERMINAL_EVENTS = frozenset(f"search.{state}" for state in SearchState if state.is_terminal)
-
-
-def _frame(event: EventRecord) -> ServerSentEvent:
-    data = json.loads(EventAnswer.model_validate(event).model_dump_json())
-    return ServerSentEvent(id=str(event.sequence), event=event.type, data=data)
+    if last_event_id is not None and _SEQUENCE.fullmatch(last_event_id):
+        after = int(last_event_id)
+    yield ServerSentEvent(comment=f"events of {search.id}", retry=RECONNECT_MILLISECONDS)
+    async for frames in stream.frames(after=after):
+        for frame in frames:
+            yield frame.event

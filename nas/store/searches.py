@@ -118,6 +118,12 @@ class Searches(Database):
             counts = {TrialState(state): count for state, count in connection.execute(query)}
         return {state: counts.get(state, 0) for state in TrialState}
 
+    def search_versions(self, search_ids: Collection[str]) -> dict[str, tuple[int, SearchState]]:
+        """Version and state of each of these that exists: what has changed, for one question."""
+        query = select(searches.c.id, searches.c.num_events, searches.c.state).where(searches.c.id.in_(search_ids))
+        with self.read() as connection:
+            return {search_id: (version, SearchState(state)) for search_id, version, state in connection.execute(query)}
+
     def change_search(
         self,
         search_id: str,
