@@ -36,7 +36,7 @@ def main() -> int:
         return 2
     if allow_remote:
         logger.warning("NAS_ALLOW_REMOTE=1: anybody who reaches %s:%d can submit and cancel searches; there are no API keys", settings.host, settings.port)
-    store = Store.open(settings.database_url, migrate=True)
+    store = Store.open_for_service(settings.database_url, migrate=settings.migrate)
     app = create_app(store=store, settings=settings, allow_remote=allow_remote)
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, log_level="info", access_log=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS

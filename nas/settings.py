@@ -40,6 +40,9 @@ class Settings:
     """NAS_NUM_CPUS: CPU cores of the local cluster. Default: those of the machine."""
     num_gpus: int | None
     """NAS_NUM_GPUS: GPUs of the local cluster. Default: those of the machine."""
+    migrate: bool
+    """NAS_MIGRATE: 1: the API and the controllers bring the database's schema up to date when they start; 0: they refuse another one, and
+    `nas migrate` is a step of its own. Default: 1."""
     lease_seconds: float
     """NAS_LEASE_SECONDS: a controller that has not renewed its leadership for so long may be replaced. Default: 10."""
 
@@ -65,6 +68,7 @@ class Settings:
             cache_bytes=reader.read("NAS_CACHE_BYTES", _integer(at_least=1, at_most=2**60), default=None),
             num_cpus=reader.read("NAS_NUM_CPUS", _integer(at_least=1, at_most=4096), default=None),
             num_gpus=reader.read("NAS_NUM_GPUS", _integer(at_least=0, at_most=4096), default=None),
+            migrate=reader.read("NAS_MIGRATE", _switch, default=True),
             lease_seconds=reader.read("NAS_LEASE_SECONDS", _lease_seconds, default=10.0),
         )
         if reader.problems:
@@ -161,6 +165,12 @@ def _executor(text: str) -> Literal["ray", "local"]:
         case "local":
             return "local"
     raise _Expected("ray or local")
+
+
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise _Expected("0 or 1")
+    return text == "1"
 
 
 def _integer(*, at_least: int, at_most: int) -> Callable[[str], int]:

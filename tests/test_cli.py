@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -375,3 +376,19 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys: pytest.Captu
             report(Progress(step=1, tokens=tokens, loss=1.5, learning_rate=0.1, tokens_per_second=50.0))
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["100 / 300 tokens  loss 1.5000  50 tokens/s  4 s left", "300 / 300 tokens  loss 1.5000  50 tokens/s  0 s left"]
+
+
+def test_local_commands_never_change_the_schema_under_a_running_service(nas: Nas, tmp_path: Path) -> None:
+    assert nas("teachers", "list").code == 0  # a new database gets its schema
+    assert nas("migrate", "--check").code == 0
+    with sqlite3.connect(tmp_path / "data" / "nas.db") as connection:
+        connection.execute("UPDATE nas_alembic_version SET version_num = '0001'")
+    for command in (("teachers", "list"), ("migrate", "--check")):
+        answer = nas(*command)
+        assert answer.code == errors.CONFLICT
+        assert "got 0001; back up the database, stop the service, and run `nas migrate`" in answer.err
+
+
+def test_migrate_says_from_where_to_where(nas: Nas) -> None:
+    assert "schema none -> 0" in nas("migrate").err
+    assert "->" not in nas("migrate").err

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +108,41 @@ OWNERS = {
 
 HEAVY = ("torch", "transformers", "ray", "optuna", "lm_eval")
 
+# What the extra `worker` installs, by the name under which it is imported.
+WORKER = (
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "lm_eval",
+    "optuna",
+    "pyarrow",
+    "yaml",
+    "ray",
+    "safetensors",
+    "sklearn",
+    "scipy",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+WITHOUT_WORKER = """
+import sys
+for name in {names!r}:
+    sys.modules[name] = None  # importing it raises
+from fastapi.testclient import TestClient
+from nas.settings import Settings
+from nas.store.store import Store
+import api.__main__, nas.serve, nas.cli
+from api.app import create_app
+settings = Settings.from_environment({{"NAS_DATA": {folder!r}}})
+store = Store.open_for_service(settings.database_url, migrate=True)
+with TestClient(create_app(store=store, settings=settings), base_url="http://localhost") as client:
+    for path in ("/healthz", "/openapi.json", "/v1/searches", "/v1/teachers", "/"):
+        assert client.get(path).status_code == 200, client.get(path).text
+    assert client.post("/v1/searches", content="{{}}", headers={{"Content-Type": "application/json"}}).status_code == 422
+store.close()
+"""
+
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
@@ -180,3 +217,20 @@ def test_importing_the_api_loads_nothing_heavy():
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+def test_the_api_and_the_client_need_nothing_of_the_worker_s_packages(tmp_path):
+    code = WITHOUT_WORKER.format(names=WORKER, folder=str(tmp_path))
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_extra_worker_is_what_the_api_is_tested_without():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    imported_as = {"huggingface-hub": "huggingface_hub", "lm-eval": "lm_eval", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+
+    names = {re.split("[=<>]", requirement)[0] for requirement in extras["worker"]}
+
+    assert {imported_as.get(name, name) for name in names} == set(WORKER)

@@ -25,6 +25,7 @@ def test_an_empty_environment_gives_a_local_installation(monkeypatch: pytest.Mon
         cache_bytes=None,
         num_cpus=None,
         num_gpus=None,
+        migrate=True,
         lease_seconds=10.0,
     )
     assert list(tmp_path.iterdir()) == []
@@ -45,6 +46,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
             "NAS_CACHE_BYTES": "1000",
             "NAS_NUM_CPUS": "2",
             "NAS_NUM_GPUS": "0",
+            "NAS_MIGRATE": "0",
             "NAS_LEASE_SECONDS": "2.5",
         }
     )
@@ -62,6 +64,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         cache_bytes=1000,
         num_cpus=2,
         num_gpus=0,
+        migrate=False,
         lease_seconds=2.5,
     )
     assert {settings.prepared_folder, settings.searches_folder, settings.registry_folder} == {tmp_path / name for name in ("prepared", "searches", "registry")}

@@ -30,7 +30,7 @@ def main() -> int:
         settings.data_folder.mkdir(parents=True, exist_ok=True)
         if parent := os.environ.pop("NAS_PARENT_PID", None):
             watch_parent(int(parent), exit_process=_end_group)
-        store = Store.open(settings.database_url, migrate=True)
+        store = Store.open_for_service(settings.database_url, migrate=settings.migrate)
     except (InvalidSpec, Conflict) as error:
         print(f"nas workers: {error}", file=sys.stderr)
         return REFUSED

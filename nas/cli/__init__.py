@@ -12,7 +12,7 @@ import sys
 import typer
 
 from nas.cli import estimate, models, registry, searches, service
-from nas.cli.errors import exit_code
+from nas.cli.errors import WRONG_INPUT, exit_code
 from nas.errors import NasError
 from nas.terminal import err
 
@@ -39,6 +39,11 @@ def main() -> None:
     except BrokenPipeError:  # `nas ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.split(".")[0] in ("nas", "api", "workers"):
+            raise
+        err.print(f"nas: this command needs {missing.name}: install nas with its extra `worker`", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(WRONG_INPUT)
     except (NasError, OSError, FloatingPointError) as error:
         err.print(f"nas: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(exit_code(error))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nas.cli.options import Json
-from nas.errors import InvalidSpec, NasError, Problem
+from nas.errors import InvalidSpec, Problem, StoreUnavailable
 from nas.settings import Settings
 from nas.terminal import print_rows
 
@@ -25,17 +25,19 @@ tasks = typer.Typer(help="lm-eval tasks that searches may name.", no_args_is_hel
 
 @contextmanager
 def open_store() -> Iterator[tuple[Store, Settings]]:
-    """The store of this deployment and its settings; an older schema is brought up to date."""
+    """The store of this deployment and its settings. A new database gets its schema; an older one is never changed here: a service may run on it."""
     from nas.store.store import Store
 
     settings = Settings.from_environment(os.environ)
     settings.data_folder.mkdir(parents=True, exist_ok=True)
     try:
-        store = Store.open(settings.database_url, migrate=True)
-    except NasError:
-        raise
-    except Exception as error:  # a driver's own types, which differ from database to database
-        raise InvalidSpec(Problem(field="NAS_DATABASE_URL", expected="a database that can be opened", got=str(error).splitlines()[0])) from error
+        store = Store.open(settings.database_url)
+        if store.schema_revisions()[0] is None:
+            store.migrate()
+        store.check_schema()
+    except StoreUnavailable as error:
+        # To the operator at the terminal the driver's own words are the answer.
+        raise InvalidSpec(Problem(field="NAS_DATABASE_URL", expected="a database that can be opened", got=str(error.__cause__).splitlines()[0])) from error
     try:
         yield store, settings
     finally:

@@ -43,3 +43,21 @@ def serve(
     check_port(settings)
     say(f"serving http://{settings.host}:{settings.port}, data in {settings.data_folder}")
     sys.exit(run())
+
+
+@commands.command()
+def migrate(check: Annotated[bool, typer.Option("--check", help="Only say whether the schema is current; exit code 4 when it is not.")] = False) -> None:
+    """Bring the database's schema up to date. Back it up first: there is no way back."""
+    from nas.store.store import Store
+
+    settings = Settings.from_environment(os.environ)
+    store = Store.open(settings.database_url)
+    try:
+        before, expected = store.schema_revisions()
+        if check:
+            store.check_schema()
+        else:
+            store.migrate()
+        say(f"schema {expected}" if before == expected else f"schema {before or 'none'} -> {expected}")
+    finally:
+        store.close()

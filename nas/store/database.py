@@ -98,15 +98,13 @@ class Database:
         """
         # alembic costs a fifth of a second, and only the process that migrates needs it.
         from alembic import command
-        from alembic.config import Config
         from alembic.util import CommandError
 
         if self.is_sqlite:
             assert self.url.database is not None
             Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
             self._switch_to_wal()
-        config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+        config = _alembic_config()
         with self._write_engine.begin() as connection:
             if not self.is_sqlite:
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
@@ -115,6 +113,30 @@ class Database:
                 command.upgrade(config, "head")
             except CommandError as error:
                 raise Conflict(f"database schema: expected one that this version of nas knows, got another ({error}); use the newer nas") from error
+
+    def schema_revisions(self) -> tuple[str | None, str]:
+        """The schema's revision in the database, None where there is no schema yet, and the one that this version of nas works with."""
+        from alembic.migration import MigrationContext
+        from alembic.script import ScriptDirectory
+
+        expected = ScriptDirectory.from_config(_alembic_config()).get_current_head()
+        assert expected is not None
+        if self.is_sqlite and not Path(self.url.database or "").exists():
+            return None, expected  # looking would make the file
+        with self.read() as connection:
+            return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision(), expected
+
+    def check_schema(self) -> None:
+        """Refuse a schema of another version.
+
+        Raises:
+            Conflict: with both revisions, and what to do.
+        """
+        found, expected = self.schema_revisions()
+        if found != expected:
+            raise Conflict(
+                f"database schema: expected revision {expected}, got {found or 'none'}; back up the database, stop the service, and run `nas migrate`"
+            )
 
     def close(self) -> None:
         self._engine.dispose()
@@ -142,6 +164,14 @@ def _known_errors() -> Iterator[None]:
         yield
     except (OperationalError, InterfaceError, PoolTimeout) as error:
         raise StoreUnavailable("the database does not answer") from error
+
+
+def _alembic_config() -> Any:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    return config
 
 
 def _parse_url(text: str) -> URL:

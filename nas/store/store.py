@@ -30,3 +30,15 @@ class Store(Registry, Searches, Requests, Trials, Leases, Speeds, Access):
         if migrate:
             store.migrate()
         return store
+
+    @classmethod
+    def open_for_service(cls, url: str, *, migrate: bool) -> Store:
+        """The store of a process that serves: its schema brought up to date, or refused where that is a step of its own.
+
+        Raises:
+            InvalidSpec, Conflict: as `open` and `check_schema` do.
+        """
+        store = cls.open(url, migrate=migrate)
+        if not migrate:
+            store.check_schema()
+        return store

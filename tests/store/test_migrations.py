@@ -131,3 +131,13 @@ def test_a_search_at_work_keeps_its_time_through_the_upgrade(empty_url: str) -> 
     assert store.request_pause(queued.id).state == "paused"
     assert store.request_pause(searching.id).state == "pausing"
     store.close()
+
+
+def test_a_process_that_may_not_migrate_refuses_what_is_not_current_and_changes_nothing(empty_url: str) -> None:
+    with pytest.raises(Conflict, match="got none; back up the database"):
+        Store.open_for_service(empty_url, migrate=False)
+    store = Store.open_for_service(empty_url, migrate=True)
+    found, expected = store.schema_revisions()
+    assert found == expected
+    store.close()
+    Store.open_for_service(empty_url, migrate=False).close()
