@@ -167,12 +167,6 @@ def _executor(text: str) -> Literal["ray", "local"]:
     raise _Expected("ray or local")
 
 
-def _switch(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise _Expected("0 or 1")
-    return text == "1"
-
-
 def _integer(*, at_least: int, at_most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         # isascii: int() also takes other digits, signs and underscores.
