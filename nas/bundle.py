@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import tarfile
@@ -30,7 +29,7 @@ from nas.compress.sorting import load_sorting
 from nas.compress.teacher import write_checkpoint
 from nas.cost import count_parameters
 from nas.errors import Conflict
-from nas.files import publish, write_json
+from nas.files import whole_file, write_json
 from nas.recipe import Recipe
 from nas.search.layout import CORRECTED, MOMENTS, RECONSTRUCTION, SORTED, STUDENT, prepared_key, trial_folder
 from nas.settings import Settings
@@ -265,11 +264,9 @@ def _write_tar(folder: Path, *, tar: Path) -> str:
         entry.mode = 0o755 if entry.isdir() else 0o644  # the umask of the machine says nothing about the bundle
         return entry
 
-    temporary = tar.with_suffix(f".{os.getpid()}.partial")
-    with tarfile.open(temporary, "w") as archive:
+    with whole_file(tar) as temporary, tarfile.open(temporary, "w") as archive:  # closed before it is published
         for path in sorted(folder.rglob("*")):
             archive.add(path, arcname=str(Path(BUNDLE) / path.relative_to(folder)), recursive=False, filter=plain)
-    publish(temporary, target=tar)
     with tar.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

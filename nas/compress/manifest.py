@@ -24,10 +24,13 @@ def save_tensors(folder: Path, *, name: str, tensors: Mapping[str, torch.Tensor]
     """Write `folder/name.json` (the facts and the digest) and the tensors beside it; replaces an older pair of that name."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.{os.getpid()}.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
-    digest = file_digest(temporary)
-    weights = folder / f"{name}-{digest[:16]}.safetensors"
-    publish(temporary, target=weights)
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+        digest = file_digest(temporary)
+        weights = folder / f"{name}-{digest[:16]}.safetensors"
+        publish(temporary, target=weights)
+    finally:
+        temporary.unlink(missing_ok=True)
     write_json({"file": weights.name, "sha256": digest, "facts": dict(facts)}, target=folder / f"{name}.json")
     for stale in folder.glob(f"{name}-{'[0-9a-f]' * 16}.safetensors"):
         if stale != weights:

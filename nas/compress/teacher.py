@@ -7,7 +7,6 @@ Loads nothing but safetensors and never runs code that came with a model. Says n
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from nas.compress.untrusted import (
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem, TeacherUnavailable
 from nas.families import Architecture, Source, Weight, read_architecture
-from nas.files import file_digest, publish, write_json
+from nas.files import file_digest, whole_file, write_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -222,14 +221,12 @@ def write_checkpoint(state_dict: Mapping[str, Tensor], *, config: Mapping[str, A
     assert len(dtypes) == 1, f"a checkpoint has one dtype, got {dtypes}"
     assert sum(tensor.numel() for tensor in tensors.values()) == count_parameters(architecture, architecture.shape).total
 
-    temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    publish(temporary, target=folder / WEIGHTS_FILE)
+    with whole_file(folder / WEIGHTS_FILE) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     if tokenizer_from.resolve() != folder.resolve():
         for name, content in tokenizer_files(tokenizer_from).items():
-            temporary = folder / f".{name}.{os.getpid()}"
-            temporary.write_bytes(content)
-            publish(temporary, target=folder / name)
+            with whole_file(folder / name) as temporary:
+                temporary.write_bytes(content)
     write_json(
         {**config, **_legacy_rope(config), **architecture.config_values(architecture.shape), "dtype": str(dtypes.pop()).removeprefix("torch.")},
         target=folder / CONFIG_FILE,

@@ -66,9 +66,10 @@ def load_trunk(checkpoint: Path) -> TrainState:
 
 
 def sound_checkpoint(checkpoint: Path) -> Path:
-    """The folder as `distil` can go on from it: a damaged state is removed, and what was trained for it is trained again, to the same bits.
+    """The folder as `distil` can go on from it: a damaged state is set aside, and what was trained for it is trained again, to the same bits.
 
-    Without the trunk the whole run starts again; without the branch, the branch.
+    Without the trunk the whole run starts again, from the checkpoint of the rung below; without the branch, the branch. The damaged files
+    are in `<folder>.damaged` beside it, until others are.
     """
     for name in ("trunk", "branch"):
         try:
@@ -76,10 +77,13 @@ def sound_checkpoint(checkpoint: Path) -> Path:
         except NotFound:
             continue
         except CorruptFile as damaged:
-            logger.warning("checkpoint is damaged, its %s is trained again", name, extra={"action": "checkpoint_lost", "reason": str(damaged)})
+            logger.warning("corrupt_checkpoint: its %s is trained again", name, extra={"action": "checkpoint_lost", "reason": str(damaged)})
+            quarantine = checkpoint.with_name(f"{checkpoint.name}.damaged")
+            shutil.rmtree(quarantine, ignore_errors=True)
             if name == "trunk":
-                shutil.rmtree(checkpoint)
+                checkpoint.rename(quarantine)
                 break
+            quarantine.mkdir()
             for file in checkpoint.glob(f"{name}*"):
-                file.unlink()
+                file.rename(quarantine / file.name)
     return checkpoint

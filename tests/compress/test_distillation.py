@@ -366,13 +366,16 @@ def test_a_damaged_state_alone_is_trained_again_to_the_same_bits(
     tmp_path: Path, teacher: LlamaForCausalLM, blocks_NT: Tensor, damaged: str, kept: set[str], trained: int
 ) -> None:
     straight, _ = run(TeacherLogits(teacher), blocks_NT, plan())
+    checkpoint = tmp_path / "rung1"
     with pytest.raises(Stopped):
-        run(TeacherLogits(teacher), blocks_NT, plan(), checkpoint=tmp_path, should_stop=stop_at(10))
-    flip_a_bit(tmp_path, name=damaged)
-    sound_checkpoint(tmp_path)
-    assert {path.stem for path in tmp_path.glob("*.json")} == kept
-    assert len(list(tmp_path.glob("*"))) == 2 * len(kept)
-    resumed, found = run(TeacherLogits(teacher), blocks_NT, plan(), checkpoint=sound_checkpoint(tmp_path))
+        run(TeacherLogits(teacher), blocks_NT, plan(), checkpoint=checkpoint, should_stop=stop_at(10))
+    flip_a_bit(checkpoint, name=damaged)
+    sound_checkpoint(checkpoint)
+    assert {path.stem for path in checkpoint.glob("*.json")} == kept
+    assert len(list(checkpoint.glob("*"))) == 2 * len(kept)
+    quarantined = {path.suffix for path in (tmp_path / "rung1.damaged").glob(f"{damaged}*")}
+    assert quarantined == {".json", ".safetensors"}
+    resumed, found = run(TeacherLogits(teacher), blocks_NT, plan(), checkpoint=sound_checkpoint(checkpoint))
     assert_same_bits(resumed, straight)
     assert found.trained_tokens == trained * STEP_TOKENS
 
