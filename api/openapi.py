@@ -7,9 +7,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
 
 from api.problems import MEDIA_TYPE, PROBLEM_TYPES
 from api.schemas.common import ProblemAnswer
+from api.schemas.searches import UPDATE_ADAPTER
 from nas.spec import SPEC_ADAPTER
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -84,12 +86,30 @@ SUBMIT_EXAMPLES: dict[str, dict[str, Any]] = {
     },
 }
 
+UPDATE_EXAMPLES: dict[str, dict[str, Any]] = {
+    "extend": {"summary": "More shapes, more of them at once", "value": {"max_trials": 96, "max_parallel_trials": 16}},
+    "label": {"summary": "Other labels, in place of those that were there", "value": {"labels": {"team": "edge", "release": "2027-01"}}},
+}
+
 SUBMIT_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(model="SearchSpec")}, "examples": SUBMIT_EXAMPLES}},
     }
 }
+
+
+UPDATE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(model="SearchUpdate")}, "examples": UPDATE_EXAMPLES}},
+    }
+}
+
+
+def not_modified_answer() -> dict[int | str, dict[str, Any]]:
+    """The answer to who has the present version."""
+    return {304: {"description": "Unchanged: If-None-Match names the present version."}}
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -118,7 +138,8 @@ def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
                 title=app.title, version=app.version, summary=app.summary, description=app.description, routes=app.routes, tags=app.openapi_tags
             )
             schemas = document["components"]["schemas"]
-            for name, schema in (("SearchSpec", SPEC_ADAPTER.json_schema(ref_template=_REFERENCE)), ("ProblemAnswer", ProblemAnswer.model_json_schema())):
+            bodies: dict[str, TypeAdapter[Any]] = {"SearchSpec": SPEC_ADAPTER, "SearchUpdate": UPDATE_ADAPTER, "ProblemAnswer": TypeAdapter(ProblemAnswer)}
+            for name, schema in ((name, adapter.json_schema(ref_template=_REFERENCE)) for name, adapter in bodies.items()):
                 nested = schema.pop("$defs", {})
                 for key, value in {**nested, name: schema}.items():
                     schemas.setdefault(key, value)

@@ -25,6 +25,7 @@ def summarise_search(search: SearchRecord, *, counts: Mapping[TrialState, int]) 
     return SearchSummary(
         id=search.id,
         label=search.label,
+        labels=search.labels,
         state=search.state,
         teacher=search.spec["teacher"],
         max_parameters=budget,
@@ -54,6 +55,7 @@ def describe_search(search: SearchRecord, *, trials: Sequence[TrialRecord], rung
         inputs=describe_inputs(search.inputs),
         rungs=rung_progress(search, trials=trials, rungs=rungs),
         cost=describe_cost(search.board),
+        version=search.version,
         error=search.error,
         end_reason=(search.board or {}).get("end_reason"),
     )

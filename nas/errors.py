@@ -5,6 +5,7 @@ NasError
 │  └─ BudgetInfeasible            nothing in the space fits the budget               422
 ├─ NotFound(LookupError)          unknown search, trial, teacher, corpus, task       404
 ├─ Conflict                       not allowed in this state                          409
+├─ IdempotencyKeyReused           the key of a request came with another one before  422
 ├─ PreconditionFailed             changed since the caller read it                   412
 ├─ StoreUnavailable               the database does not answer                       503
 ├─ KeyRefused                     an API key that is unknown, revoked or expired     401
@@ -58,6 +59,10 @@ class NotFound(NasError, LookupError):
 
 class Conflict(NasError):
     """The resource exists, but not in a state that allows this."""
+
+
+class IdempotencyKeyReused(NasError):
+    """The key of a request came with another operation or body before."""
 
 
 class PreconditionFailed(NasError):

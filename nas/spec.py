@@ -6,16 +6,15 @@ here; what needs it (ranges, budget) is checked in `space.py`, what needs the re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
-from nas.errors import InvalidSpec, Problem
 from nas.shape import Shape
+from nas.strict_json import read_object, validate
 
 _CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 _value = dataclass(frozen=True, slots=True, kw_only=True, config=_CONFIG)
@@ -437,23 +436,11 @@ def parse_spec(text: str | bytes) -> SearchSpec:
     Raises:
         InvalidSpec: not JSON, or any field that is unknown, missing, of another type or out of range.
     """
-    try:
-        values = json.loads(text, object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise InvalidSpec(Problem(field="(body)", expected="a JSON object", got=str(error))) from error
-    if not isinstance(values, dict):
-        raise InvalidSpec(Problem(field="(body)", expected="a JSON object", got=type(values).__name__))
+    values = read_object(text)
     preset = values.get("preset")
     if isinstance(preset, str) and preset in PRESETS:
         values = _merge(PRESETS[preset], values)
-    try:
-        # JSON mode: strict about types, yet an array is a tuple.
-        return SPEC_ADAPTER.validate_json(json.dumps(values))
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-        # One wrong item also makes its tuple too short, since pydantic counts the valid ones: the item says it better.
-        told = [one for one in details if not any(other["loc"][: len(one["loc"])] == one["loc"] and len(other["loc"]) > len(one["loc"]) for other in details)]
-        raise InvalidSpec(*(_problem(dict(detail)) for detail in told)) from error
+    return validate(values, adapter=SPEC_ADAPTER)
 
 
 def dump_spec(spec: SearchSpec) -> dict[str, Any]:
@@ -469,42 +456,9 @@ def objective_metrics(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> dict[st
     return {task.name: task.metric or cards[task.name]["default_metric"] for task in spec.tasks}
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError("the name " + ", ".join(sorted({repr(name) for name in names if names.count(name) > 1})) + " twice in one object")
-    return values
-
-
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**base, **over}
     for key, value in base.items():
         if isinstance(value, Mapping) and isinstance(over.get(key), Mapping):
             merged[key] = _merge(value, over[key])
     return merged
-
-
-def _problem(detail: dict[str, Any]) -> Problem:
-    """pydantic's error as field, expected, got."""
-    where = ".".join(str(part) for part in detail["loc"]) or "(body)"
-    message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    kind = str(detail["type"])
-    if kind.startswith("missing"):
-        return Problem(field=where, expected="a value", got="nothing")
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        return Problem(field=where, expected="no such field", got=_shorten(detail.get("input")))
-    if kind == "too_short":
-        return Problem(field=where, expected=f"at least {detail['ctx']['min_length']} item", got=_shorten(detail.get("input")))
-    if kind == "string_pattern_mismatch":
-        message = "a name of 1 to 96 letters, digits, dots, dashes and underscores, the first a letter or digit"
-        if detail["loc"][:1] == ("objectives",):
-            message = "parameters, memory_bytes, flops_per_token, prefill_ms:NAME or decode_ms:NAME"
-    if kind == "json_invalid":
-        return Problem(field="(body)", expected="Unicode text in every string", got=message)
-    return Problem(field=where, expected=message, got=_shorten(detail.get("input")))
-
-
-def _shorten(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -26,6 +26,7 @@ ROWS = (
     "nas.deployability",
     "nas.cost",
     "nas.memory",
+    "nas.strict_json",
     "nas.spec",
     "nas.budget",
     "nas.space",

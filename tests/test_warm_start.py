@@ -36,7 +36,7 @@ def submit(store: Store, tiny_spec: Callable[..., dict[str, Any]]) -> Callable[.
     def run(**changes: Any) -> SearchRecord:
         spec = parse_spec(json.dumps(tiny_spec(**changes)))
         submission = check_submission(spec, store=store)
-        return store.create_search(spec=dump_spec(spec), inputs=submission.inputs, plan=submission.plan, label="")[0]
+        return store.create_search(spec=dump_spec(spec), inputs=submission.inputs, plan=submission.plan, label="")
 
     return run
 

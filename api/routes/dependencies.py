@@ -1,4 +1,4 @@
-"""What several routes take from a request: the store, the search of the path, limits of numbers, the raw JSON body."""
+"""What several routes take from a request: the store, the search of the path, limits of numbers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import re
 from typing import Annotated
 
 from fastapi import Depends, Path, Query, Request
-from starlette.exceptions import HTTPException
 
 from nas.errors import NotFound
 from nas.settings import Settings
 from nas.store.records import SearchRecord
 from nas.store.store import Store
-
-MAX_BODY_BYTES = 2**20
 
 MAX_INTEGER = 2**31 - 1
 """Trial numbers and event sequences are 32-bit in the store."""
@@ -52,23 +49,3 @@ def get_other(store: StoreDep, other_id: Annotated[str, Query(alias="with", desc
 OtherDep = Annotated[SearchRecord, Depends(get_other)]
 TrialNumber = Annotated[int, Path(ge=0, le=MAX_INTEGER, description="The trial's number within its search.")]
 BudgetIndex = Annotated[int, Query(ge=0, le=15, description="Which budget of a search that has several: 0 the first, 1 the first of `more_budgets`, ...")]
-
-
-async def read_json_body(request: Request) -> bytes:
-    """The raw body: `parse_spec` reads it itself, so that its errors name the field, and NaN is seen.
-
-    Asking for the JSON media type also makes a browser ask before another site's page may send one.
-    """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise HTTPException(415, f"Content-Type: expected application/json, got {media_type or 'nothing'}")
-    # FastAPI's own limit answers in plain text, and from outside every handler of ours.
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body: expected at most {MAX_BODY_BYTES} bytes, got more")
-    return bytes(body)
-
-
-BodyDep = Annotated[bytes, Depends(read_json_body)]

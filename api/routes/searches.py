@@ -1,26 +1,32 @@
-"""Submit, price, list, read and cancel searches."""
+"""Submit, price, list, read, change and delete searches; pause, resume and cancel them."""
 
 from __future__ import annotations
 
-import hashlib
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from api.openapi import SUBMIT_BODY, problems
-from api.routes.dependencies import SEARCH_ID, BodyDep, SearchDep, StoreDep
+from api.bodies import JsonBodyDep, read_no_body
+from api.conditional import check_match, etag_of, is_unchanged, not_modified
+from api.once import OnceDep
+from api.openapi import SUBMIT_BODY, UPDATE_BODY, not_modified_answer, problems
+from api.routes.dependencies import SEARCH_ID, SearchDep, StoreDep
 from api.schemas.common import Page
-from api.schemas.searches import PreviewAnswer, SearchAnswer, SearchSummary
+from api.schemas.searches import UPDATE_ADAPTER, PreviewAnswer, SearchAnswer, SearchSummary
 from api.summary import describe_inputs, describe_search, summarise_search
 from nas.errors import InvalidSpec, Problem
 from nas.shape import Shape
 from nas.spec import dump_spec, parse_spec
-from nas.store.records import SearchRecord, SearchState
+from nas.store.records import DEFAULT_PROJECT, SearchRecord, SearchState
 from nas.store.store import Store
+from nas.strict_json import read_object, validate
 from nas.submission import ask_about, check_submission, estimate_time
 
 router = APIRouter(tags=["searches"])
+
+_Route = TypeVar("_Route", bound=Callable[..., Any])
 
 
 @router.post(
@@ -31,30 +37,17 @@ router = APIRouter(tags=["searches"])
     openapi_extra=SUBMIT_BODY,
     responses=problems(409, 413, 415, 422),
 )
-def submit_search(
-    store: StoreDep,
-    body: BodyDep,
-    response: Response,
-    idempotency_key: Annotated[
-        str | None, Header(min_length=1, max_length=200, pattern=r"^[!-~]+$", description="Any text; the same key and body again give the same search.")
-    ] = None,
-) -> SearchAnswer:
+def submit_search(store: StoreDep, body: JsonBodyDep, once: OnceDep, response: Response) -> SearchAnswer:
     """Check and price a spec, and queue it. Nothing is computed on the teacher yet."""
     spec = parse_spec(body)
     submission = check_submission(spec, store=store)
-    search, created = store.create_search(
-        spec=dump_spec(submission.spec),
-        inputs=submission.inputs,
-        plan=submission.plan,
-        label=spec.label,
-        labels=spec.labels,
-        idempotency_key=idempotency_key,
-        body_digest=hashlib.sha256(body).hexdigest() if idempotency_key else None,
+    search = once.search(
+        lambda: store.create_search(
+            spec=dump_spec(submission.spec), inputs=submission.inputs, plan=submission.plan, label=spec.label, labels=spec.labels, project=DEFAULT_PROJECT
+        )
     )
     response.headers["Location"] = f"/v1/searches/{search.id}"
-    if not created:
-        response.headers["Idempotency-Replayed"] = "true"
-    return _answer_search(search, store=store)
+    return _answer(search, store=store, response=response)
 
 
 @router.post(
@@ -66,7 +59,7 @@ def submit_search(
 )
 def preview_search(
     store: StoreDep,
-    body: BodyDep,
+    body: JsonBodyDep,
     shape: Annotated[list[str], Query(max_length=100, description="Shapes to ask about, as the leaderboard writes them: `L4-D56-F144-H4-K4-E8`.")] = [],  # noqa: B006  (FastAPI copies it)
 ) -> PreviewAnswer:
     """The same checks as a submit, the plan that it would store, and how long it would take; no search is stored."""
@@ -99,23 +92,77 @@ def list_searches(
     return Page(data=data, has_more=has_more, next_cursor=data[-1].id if has_more else None)
 
 
-@router.get("/searches/{search_id}", operation_id="get_search", summary="Get a search", responses=problems(404))
-def read_search(search: SearchDep, store: StoreDep) -> SearchAnswer:
-    """State, progress, plan, cost and error of a search."""
-    return _answer_search(search, store=store)
-
-
-def _answer_search(search: SearchRecord, *, store: Store) -> SearchAnswer:
-    return describe_search(search, trials=store.list_trials(search.id), rungs=store.list_rungs(search.id, with_documents=False))
-
-
-@router.post(
-    "/searches/{search_id}/cancel",
-    operation_id="cancel_search",
-    summary="Cancel a search",
-    status_code=202,
-    responses=problems(404, 409),
+@router.get(
+    "/searches/{search_id}",
+    operation_id="get_search",
+    summary="Get a search",
+    response_model=SearchAnswer,
+    responses={**not_modified_answer(), **problems(404)},
 )
-def cancel_search(search: SearchDep, store: StoreDep) -> SearchAnswer:
+def read_search(search: SearchDep, store: StoreDep, request: Request, response: Response) -> object:
+    """State, progress, plan, cost and error of a search. Its ETag is its version, which grows with everything that happens to it."""
+    if is_unchanged(request, etag_of(search.version)):
+        return not_modified(etag_of(search.version))
+    return _answer(search, store=store, response=response)
+
+
+@router.patch(
+    "/searches/{search_id}",
+    operation_id="update_search",
+    summary="Change a search",
+    openapi_extra=UPDATE_BODY,
+    responses=problems(404, 409, 412, 413, 415, 422, 428),
+)
+def update_search(search: SearchDep, body: JsonBodyDep, store: StoreDep, request: Request, response: Response) -> SearchAnswer:
+    """Extend or narrow a search that has not ended: its trials, how many of them run at once, its labels. If-Match names the version that was decided on."""
+    changes = validate(read_object(body), adapter=UPDATE_ADAPTER)
+    is_named = check_match(request, etag_of(search.version))
+    changed = store.update_search(
+        search.id,
+        version=search.version if is_named else None,
+        max_trials=changes.max_trials,
+        max_parallel_trials=changes.max_parallel_trials,
+        labels=changes.labels,
+    )
+    return _answer(changed, store=store, response=response)
+
+
+@router.delete("/searches/{search_id}", operation_id="delete_search", summary="Delete a search", status_code=204, responses=problems(404, 409))
+def delete_search(search: SearchDep, store: StoreDep) -> None:
+    """Forget a search that has ended, with its trials and events; its files go soon afterwards. 409 while it has not ended, or another one builds on it."""
+    store.delete_search(search.id)
+
+
+def _act(path: str, *, operation_id: str, summary: str) -> Callable[[_Route], _Route]:
+    """A route of a request to a search: 202, since its controller sees to it."""
+    return router.post(
+        f"/searches/{{search_id}}/{path}",
+        operation_id=operation_id,
+        summary=summary,
+        status_code=202,
+        responses=problems(404, 409, 413, 422),
+        dependencies=[Depends(read_no_body)],
+    )
+
+
+@_act("cancel", operation_id="cancel_search", summary="Cancel a search")
+def cancel_search(search: SearchDep, store: StoreDep, once: OnceDep, response: Response) -> SearchAnswer:
     """Stop a search; trials in flight are given a moment to end. Again is no error; a finished search is a 409."""
-    return _answer_search(store.request_cancel(search.id), store=store)
+    return _answer(once.search(lambda: store.request_cancel(search.id)), store=store, response=response)
+
+
+@_act("pause", operation_id="pause_search", summary="Pause a search")
+def pause_search(search: SearchDep, store: StoreDep, once: OnceDep, response: Response) -> SearchAnswer:
+    """Start nothing more; what runs is asked to stop, keeps its checkpoints, and goes on from them later. Again is no error."""
+    return _answer(once.search(lambda: store.request_pause(search.id)), store=store, response=response)
+
+
+@_act("resume", operation_id="resume_search", summary="Resume a search")
+def resume_search(search: SearchDep, store: StoreDep, once: OnceDep, response: Response) -> SearchAnswer:
+    """Queue a paused search again. One that is not paused is left as it is."""
+    return _answer(once.search(lambda: store.request_resume(search.id)), store=store, response=response)
+
+
+def _answer(search: SearchRecord, *, store: Store, response: Response) -> SearchAnswer:
+    response.headers["ETag"] = etag_of(search.version)
+    return describe_search(search, trials=store.list_trials(search.id), rungs=store.list_rungs(search.id, with_documents=False))

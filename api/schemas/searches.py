@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from api.schemas.common import Answer
+from nas.spec import LabelName, LabelValue
 from nas.store.records import SearchState, TrialState
 
 
@@ -49,6 +51,7 @@ class SearchSummary(Answer):
     object: Literal["search"] = "search"
     id: str
     label: str
+    labels: dict[str, str]
     state: SearchState
     teacher: str
     max_parameters: int | None
@@ -110,10 +113,27 @@ class SearchAnswer(SearchSummary):
     inputs: list[Input]
     rungs: list[RungProgress]
     cost: Cost
+    version: int
+    """Grows with everything that happens to the search; also its ETag."""
     error: dict[str, Any] | None
-    """Why the search failed; null unless it did."""
+    """Why the search failed, or was paused by itself; else null."""
     end_reason: str | None = None
     """Why it proposes no more shapes: `max_trials`, or `space_exhausted` where there are fewer legal ones; null while it does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True))
+class SearchUpdate:
+    """What may change of a search that has not ended; what is left out stays as it is."""
+
+    max_trials: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Shapes per budget that the sampler proposes; not fewer than it has proposed."""
+    max_parallel_trials: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Steps that run at once; more that run already end by themselves."""
+    labels: Annotated[dict[LabelName, LabelValue], Field(max_length=32)] | None = None
+    """All labels, in place of those that were there."""
+
+
+UPDATE_ADAPTER = TypeAdapter(SearchUpdate)
 
 
 class PreviewAnswer(Answer):

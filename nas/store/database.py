@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,10 +54,25 @@ class Database:
         self._engine = _make_engine(self.url)
         # Shares the pool; tells the begin hook what to begin with.
         self._write_engine = self._engine.execution_options(nas_begin="BEGIN IMMEDIATE")
+        self._local = threading.local()
+        """Of each thread that is inside of `together`: its connection."""
+
+    @contextmanager
+    def together(self) -> Iterator[Connection]:
+        """One transaction around all that this thread reads and writes meanwhile: it is kept as a whole, or nothing of it."""
+        with self.write(fence=None) as connection:
+            self._local.connection = connection
+            try:
+                yield connection
+            finally:
+                del self._local.connection
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that reads."""
+        if (outer := getattr(self._local, "connection", None)) is not None:
+            yield outer
+            return
         with _known_errors(), self._engine.begin() as connection:
             yield connection
 
@@ -69,11 +85,12 @@ class Database:
         Raises:
             Fenced: another controller has claimed the lease, or this one has released it.
         """
+        if (outer := getattr(self._local, "connection", None)) is not None:
+            _check_fence(outer, fence)
+            yield outer
+            return
         with _known_errors(), self._write_engine.begin() as connection:
-            if fence is not None:
-                current = connection.execute(select(leases.c.token).where(leases.c.name == fence.name).with_for_update(read=True)).scalar_one_or_none()
-                if current != fence.token:
-                    raise Fenced(f"lease {fence.name}: expected token {current}, got {fence.token}; another controller has it")
+            _check_fence(connection, fence)
             yield connection
 
     def wall_time(self, connection: Connection) -> datetime:
@@ -172,6 +189,13 @@ def _alembic_config() -> Any:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     return config
+
+
+def _check_fence(connection: Connection, fence: Fence | None) -> None:
+    if fence is not None:
+        current = connection.execute(select(leases.c.token).where(leases.c.name == fence.name).with_for_update(read=True)).scalar_one_or_none()
+        if current != fence.token:
+            raise Fenced(f"lease {fence.name}: expected token {current}, got {fence.token}; another controller has it")
 
 
 def _parse_url(text: str) -> URL:

@@ -214,6 +214,19 @@ class ActiveSearch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OnceRequest:
+    """A request that may arrive twice, as its sender named it."""
+
+    project: str
+    key: str
+    """The sender's own word for it: 1 to 255 characters."""
+    operation: str
+    """What it asks for: method and path."""
+    body_digest: str
+    """SHA-256 of its body."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRecord:
     """One proposed shape of a search."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
 
-from nas.errors import Conflict, InvalidSpec, NotFound, Problem
+from nas.errors import Conflict, NotFound
 from nas.store.database import Database
 from nas.store.quotas import charge, lock_project
 from nas.store.records import DEFAULT_PROJECT, WORKING, EventRecord, Fence, Json, SearchRecord, SearchState, TrialState, new_id, utc_now
@@ -26,29 +25,14 @@ class Searches(Database):
     """
 
     def create_search(
-        self,
-        *,
-        spec: Json,
-        inputs: Json,
-        plan: Json,
-        label: str,
-        labels: Mapping[str, str] | None = None,
-        project: str = DEFAULT_PROJECT,
-        idempotency_key: str | None = None,
-        body_digest: str | None = None,
-    ) -> tuple[SearchRecord, bool]:
-        """A queued search, and whether it is new: the same key and body again give the project's search that they made the first time.
+        self, *, spec: Json, inputs: Json, plan: Json, label: str, labels: Mapping[str, str] | None = None, project: str = DEFAULT_PROJECT
+    ) -> SearchRecord:
+        """A queued search.
 
         Raises:
-            Conflict: the key came with another body before.
-            InvalidSpec: the key is empty or longer than 255 characters.
             NotFound: no such project.
             QuotaExceeded: the project may not have this search now; nothing was stored.
         """
-        if idempotency_key is not None:
-            if not 1 <= len(idempotency_key) <= 255:
-                raise InvalidSpec(Problem(field="idempotency_key", expected="1 to 255 characters", got=f"{len(idempotency_key)} characters"))
-            idempotency_key = _within_project(idempotency_key, project)
         search_id, now = new_id("srch"), utc_now()
         row: dict[str, Any] = {
             "id": search_id,
@@ -59,21 +43,17 @@ class Searches(Database):
             "num_events": 0,
             "created_at": now,
             "updated_at": now,
-            "idempotency_key": idempotency_key,
-            "body_digest": body_digest,
             "spec": spec,
             "inputs": inputs,
             "plan": plan,
         }
         with self.write(fence=None) as connection:
             quotas = lock_project(connection, project)
-            row["state_since"] = self.wall_time(connection)
-            if connection.execute(self.insert_if_new(searches).values(row).returning(searches.c.id)).first() is None:
-                return _same_request(connection, idempotency_key, body_digest), False
+            connection.execute(insert(searches).values(**row, state_since=self.wall_time(connection)))
             num_trials, tokens = plan.get("max_trials", 0), plan.get("max_distillation_tokens", 0)
             charge(connection, project, quotas=quotas, num_searches=1, num_trials=num_trials, tokens=tokens)
             write_event(connection, search_id, "search.created", {"label": label})
-            return get_search(connection, search_id), True
+            return get_search(connection, search_id)
 
     def get_search(self, search_id: str) -> SearchRecord:
         with self.read() as connection:
@@ -225,20 +205,6 @@ def move_search(
     connection.execute(update(searches).where(searches.c.id == search.id).values(changes))
     write_event(connection, search.id, event or f"search.{to}", {**(data or {}), **({"error": error} if error is not None else {})})
     return get_search(connection, search.id)
-
-
-def _within_project(idempotency_key: str, project: str) -> str:
-    """The key as its column holds it, which is unique over all projects. The default project's are as they always were."""
-    if project == DEFAULT_PROJECT:
-        return idempotency_key
-    return f"{project}/{hashlib.sha256(idempotency_key.encode('utf-8', 'surrogatepass')).hexdigest()}"
-
-
-def _same_request(connection: Connection, idempotency_key: str | None, body_digest: str | None) -> SearchRecord:
-    there = connection.execute(select(searches.c.id, searches.c.body_digest).where(searches.c.idempotency_key == idempotency_key)).one()
-    if there.body_digest != body_digest:
-        raise Conflict(f"idempotency key {idempotency_key!r}: expected the body of search {there.id}, which it made before, got another body")
-    return get_search(connection, there.id)
 
 
 def get_search(connection: Connection, search_id: str, *, lock: bool = False) -> SearchRecord:

@@ -182,6 +182,7 @@ searches = Table(
     Column("updated_at", UtcDateTime, nullable=False),
     Column("started_at", UtcDateTime),
     Column("finished_at", UtcDateTime),
+    # These two are of versions before `idempotency_keys`; nothing writes them any more.
     Column("idempotency_key", Identifier(255), unique=True),
     Column("body_digest", String(128)),
     Column("labels", _JSON),
@@ -201,6 +202,19 @@ searches = Table(
     Column("error", _JSON),
     Index(None, "state", "id"),
     Index(None, "project", "id"),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("project", Identifier(64), primary_key=True),
+    Column("key", Identifier(255), primary_key=True),
+    Column("operation", Identifier(255), nullable=False),
+    Column("body_digest", String(64), nullable=False),
+    # What the operation made or changed; NULL only within the transaction that claims the key.
+    Column("search_id", Identifier(64), ForeignKey("searches.id")),
+    Column("created_at", UtcDateTime, nullable=False),
+    Index(None, "created_at"),
 )
 
 boards = Table(

@@ -48,7 +48,7 @@ def test_the_document_is_openapi_3_1_with_named_tagged_operations(service: Servi
     names = [operation["operationId"] for operation in operations]
 
     assert document["openapi"].startswith("3.1")
-    assert len(set(names)) == len(names) == 18
+    assert len(set(names)) == len(names)
     assert {tag for operation in operations for tag in operation["tags"]} == {tag["name"] for tag in document["tags"]}
     assert all(operation["summary"] and operation["description"] for operation in operations)
 

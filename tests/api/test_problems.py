@@ -174,14 +174,36 @@ def test_cancelling_a_finished_search_is_a_conflict(service: Service) -> None:
     assert_problem(answer, "conflict")
 
 
-def test_an_idempotency_key_with_another_body_is_a_conflict(service: Service) -> None:
+def test_an_idempotency_key_with_another_body_is_refused(service: Service) -> None:
     headers = {"Content-Type": "application/json", "Idempotency-Key": "k1"}
     service.client.post("/v1/searches", content=json.dumps(service.spec()), headers=headers)
 
     answer = service.client.post("/v1/searches", content=json.dumps(service.spec(seed=1)), headers=headers)
 
-    assert answer.status_code == 409
-    assert_problem(answer, "conflict")
+    assert answer.status_code == 422
+    assert_problem(answer, "idempotency-key-reused")
+
+
+@pytest.mark.parametrize("body", [b'{"force": true}', b"null", b"x", b"\xff"])
+def test_an_action_takes_no_body(service: Service, body: bytes) -> None:
+    search = service.submit()
+
+    answer = service.client.post(f"/v1/searches/{search.id}/cancel", content=body)
+
+    assert answer.status_code == 422
+    assert_problem(answer, "invalid-request", field="body", expected="no body")
+    assert service.store.get_search(search.id).state is SearchState.QUEUED
+
+
+@pytest.mark.parametrize("path", ["", "/cancel"])
+def test_no_route_reads_more_than_a_mebibyte(service: Service, path: str) -> None:
+    search = service.submit()
+    method = "POST" if path else "PATCH"
+
+    answer = service.client.request(method, f"/v1/searches/{search.id}{path}", content=b" " * (2**20 + 1), headers={"Content-Type": "application/json"})
+
+    assert answer.status_code == 413
+    assert_problem(answer, "body-too-large")
 
 
 def test_a_bug_is_a_500_that_tells_nothing_of_the_inside(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def _search(folder: Path, *, address: str, seconds: float) -> list[tuple[float, 
     store = Store.open(settings.database_url, migrate=True)
     values = make_spec(num_trials=num_workers * STEPS_PER_WORKER, num_workers=num_workers, label=str(seconds), rungs={"num_trained": 1})
     spec = parse_spec(json.dumps({**values, "controls": {"num_random": 0}}))
-    search_id = store.create_search(spec=dump_spec(spec), inputs=INPUTS, plan={}, label="")[0].id
+    search_id = store.create_search(spec=dump_spec(spec), inputs=INPUTS, plan={}, label="").id
     executor = SleepingExecutor(settings)
     controller = Controller(store=store, executor=executor, settings=settings)
     assert controller._lead()

@@ -97,7 +97,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     store.add_task(TaskRecord(name="pairs", digest="c" * 64, folder="/t", card=card, added_at=now))
     spec = parse_spec(json.dumps(SPEC))
     submission = check_submission(spec, store=store)
-    search, _ = store.create_search(spec=dump_spec(spec), inputs=submission.inputs, plan=submission.plan, label=spec.label)
+    search = store.create_search(spec=dump_spec(spec), inputs=submission.inputs, plan=submission.plan, label=spec.label)
     store.change_search(search.id, to=SearchState.SEARCHING, expected=[SearchState.QUEUED], fence=None)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

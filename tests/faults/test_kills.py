@@ -290,7 +290,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, register_tiny: Callabl
     register_tiny(store=store, settings=settings)
     parsed = parse_spec(json.dumps(spec))
     submission = check_submission(parsed, store=store)
-    search, _ = store.create_search(spec=dump_spec(parsed), inputs=submission.inputs, plan=submission.plan, label="")
+    search = store.create_search(spec=dump_spec(parsed), inputs=submission.inputs, plan=submission.plan, label="")
     controller = Controller(store=store, executor=InlineExecutor(), settings=settings)
     threading.Thread(target=lambda: (wait_for_terminal(store, search.id), controller.stop()), daemon=True).start()
     controller.run()

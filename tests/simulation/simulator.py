@@ -80,7 +80,7 @@ class Simulation:
         self.settings = dataclasses.replace(Settings.from_environment(environment), lease_seconds=LEASE_SECONDS)
         self.store = Store.open(self.settings.database_url, migrate=True)
         spec = parse_spec(json.dumps(self.spec))
-        self.search_id = self.store.create_search(spec=dump_spec(spec), inputs=INPUTS, plan={}, label="")[0].id
+        self.search_id = self.store.create_search(spec=dump_spec(spec), inputs=INPUTS, plan={}, label="").id
         self._take_over()
 
     def _take_over(self) -> None:

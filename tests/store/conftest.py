@@ -124,7 +124,7 @@ def _empty(url: str) -> None:
 def new_search(store: Store) -> Callable[..., SearchRecord]:
     def make(**changes: Any) -> SearchRecord:
         values: dict[str, Any] = {"spec": {"teacher": "t"}, "inputs": {}, "plan": {}, "label": "a label"}
-        return store.create_search(**values | changes)[0]
+        return store.create_search(**values | changes)
 
     return make
 

@@ -203,12 +203,3 @@ class TestTenants:
         assert store.list_searches(project="default") == [theirs]
         assert len(store.list_searches()) == 2
         assert (ours.project, theirs.project) == ("team-a", "default")
-
-    def test_an_idempotency_key_is_the_projects_own(self, store: Store, new_search: Callable[..., SearchRecord]) -> None:
-        store.create_project("team-a")
-        store.create_project("team-b")
-        made = [new_search(project=project, idempotency_key="k", body_digest=project) for project in ("default", "team-a", "team-b")]
-        again = [new_search(project=project, idempotency_key="k", body_digest=project) for project in ("default", "team-a", "team-b")]
-
-        assert [search.id for search in again] == [search.id for search in made]
-        assert len({search.id for search in made}) == 3

@@ -15,7 +15,7 @@ WRITE_FOR_EVER = """
 import sys
 from nas.store.store import Store
 store = Store.open(sys.argv[1])
-search, _ = store.create_search(spec={}, inputs={}, plan={}, label="")
+search = store.create_search(spec={}, inputs={}, plan={}, label="")
 print(search.id, flush=True)
 while True:
     print(store.add_event(search.id, "test.event", {}).sequence, flush=True)

@@ -23,7 +23,7 @@ FIRST_RUN = """
 import sys
 from nas.store.store import Store
 store = Store.open(sys.argv[1], migrate=True)
-print(store.create_search(spec={}, inputs={}, plan={}, label="")[0].id)
+print(store.create_search(spec={}, inputs={}, plan={}, label="").id)
 """
 
 
@@ -43,7 +43,7 @@ def test_primary_keys_and_foreign_keys_are_enforced(store: Store) -> None:
 
 
 def test_migrating_again_changes_nothing(url: str, store: Store) -> None:
-    search, _ = store.create_search(spec={}, inputs={}, plan={}, label="kept")
+    search = store.create_search(spec={}, inputs={}, plan={}, label="kept")
     again = Store.open(url, migrate=True)
 
     assert again.get_search(search.id) == search

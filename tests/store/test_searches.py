@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nas.errors import Conflict, InvalidSpec, NotFound
+from nas.errors import Conflict, NotFound
 from nas.store.records import SearchRecord, SearchState, TrialState
 from nas.store.store import Store
 
@@ -47,41 +47,6 @@ def test_ids_sort_by_the_time_of_submission(new_search: NewSearch) -> None:
     ids = [new_search().id for _ in range(20)]
 
     assert ids == sorted(ids)
-
-
-class TestIdempotency:
-    def test_the_same_key_and_body_give_the_same_search(self, store: Store, new_search: NewSearch) -> None:
-        first = new_search(idempotency_key="k", body_digest="d")
-        again, created = store.create_search(spec={}, inputs={}, plan={}, label="", idempotency_key="k", body_digest="d")
-
-        assert (again, created) == (first, False)
-        assert len(store.list_searches()) == 1
-
-    def test_the_same_key_with_another_body_is_refused(self, store: Store, new_search: NewSearch) -> None:
-        first = new_search(idempotency_key="k", body_digest="d")
-
-        with pytest.raises(Conflict, match=f"idempotency key 'k'.*{first.id}"):
-            new_search(idempotency_key="k", body_digest="e")
-        assert len(store.list_searches()) == 1
-
-    def test_without_a_key_every_request_is_a_new_search(self, store: Store, new_search: NewSearch) -> None:
-        assert new_search(body_digest="d").id != new_search(body_digest="d").id
-
-    @pytest.mark.parametrize("key", ["", "k" * 256])
-    def test_a_key_of_a_bad_length_is_refused(self, new_search: NewSearch, key: str) -> None:
-        with pytest.raises(InvalidSpec, match="idempotency_key: expected 1 to 255 characters"):
-            new_search(idempotency_key=key)
-
-    def test_of_requests_at_the_same_time_one_creates(self, store: Store) -> None:
-        def submit(_: int) -> tuple[str, bool]:
-            search, created = store.create_search(spec={}, inputs={}, plan={}, label="", idempotency_key="k", body_digest="d")
-            return search.id, created
-
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(submit, range(16)))
-
-        assert len({search_id for search_id, _ in answers}) == 1
-        assert sum(created for _, created in answers) == 1
 
 
 class TestChangeSearch:

@@ -75,7 +75,7 @@ class Service:
     def submit(self, **changes: Any) -> str:
         spec = parse_spec(json.dumps(self.make_spec(**changes)))
         submission = check_submission(spec, store=self.store)
-        return self.store.create_search(spec=dump_spec(spec), inputs=submission.inputs, plan=submission.plan, label="")[0].id
+        return self.store.create_search(spec=dump_spec(spec), inputs=submission.inputs, plan=submission.plan, label="").id
 
     def run(self, search_id: str, *, until: Callable[[SearchRecord], bool] | None = None, seconds: float = 120.0) -> SearchRecord:
         """A controller of its own, until the search has ended (or the condition holds): as if it was killed there."""

@@ -1,0 +1,59 @@
+"""Requests that may arrive twice: what the first of them did is what every later one is answered with.
+
+The name of a request and its effect are written in one transaction, so there is no moment at which one is there without the
+other. Of two at the same moment the second waits for the first one's transaction and then finds it done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+from sqlalchemy import delete, select, tuple_, update
+
+from nas.errors import IdempotencyKeyReused
+from nas.store.database import Database
+from nas.store.records import OnceRequest
+from nas.store.tables import idempotency_keys
+
+KEPT_HOURS = 24
+"""How long a key is remembered; afterwards it is a new one."""
+
+_T = TypeVar("_T")
+
+
+class Idempotency(Database):
+    """Doing a thing once, however often it is asked for."""
+
+    def once(self, request: OnceRequest | None, effect: Callable[[], _T], *, search_of: Callable[[_T], str], again: Callable[[str], _T]) -> tuple[_T, bool]:
+        """What the effect made, and whether it was made now. Without a request it always is.
+
+        Args:
+            effect: calls methods of this store, in this thread; all of them are part of one transaction. What it raises undoes the whole.
+            search_of: the search that it made or changed; a deleted one's keys are forgotten with it.
+            again: reads what was made the first time, as it is now.
+
+        Raises:
+            IdempotencyKeyReused: the key came before, with another operation or body.
+        """
+        if request is None:
+            return effect(), True
+        row = {"project": request.project, "key": request.key, "operation": request.operation, "body_digest": request.body_digest}
+        with self.together() as connection:
+            now = self.wall_time(connection)
+            # Two that clean up at once must not wait for each other.
+            old = select(idempotency_keys.c.project, idempotency_keys.c.key).where(idempotency_keys.c.created_at <= now - timedelta(hours=KEPT_HOURS))
+            names = connection.execute(old.with_for_update(skip_locked=True)).all()
+            if names:
+                connection.execute(delete(idempotency_keys).where(tuple_(idempotency_keys.c.project, idempotency_keys.c.key).in_(names)))
+            is_this = (idempotency_keys.c.project == request.project) & (idempotency_keys.c.key == request.key)
+            claim = self.insert_if_new(idempotency_keys).values(**row, created_at=now).returning(idempotency_keys.c.key)
+            if connection.execute(claim).first() is None:
+                there = connection.execute(select(idempotency_keys).where(is_this)).mappings().one()
+                if (there["operation"], there["body_digest"]) != (request.operation, request.body_digest):
+                    raise IdempotencyKeyReused(f"Idempotency-Key {request.key!r}: expected the request that it came with before, got another")
+                return again(there["search_id"]), False
+            made = effect()
+            connection.execute(update(idempotency_keys).where(is_this).values(search_id=search_of(made)))
+            return made, True

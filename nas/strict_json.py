@@ -1,0 +1,76 @@
+"""JSON from outside, read strictly: no name twice, no number that is not finite, no coercion; what is wrong is told field by field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from nas.errors import InvalidSpec, Problem
+
+_T = TypeVar("_T")
+
+
+def read_object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InvalidSpec: not JSON, nested too deeply, no object, or a name is twice in one.
+    """
+    try:
+        values = json.loads(text, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise InvalidSpec(Problem(field="(body)", expected="a JSON object", got=str(error))) from error
+    if not isinstance(values, dict):
+        raise InvalidSpec(Problem(field="(body)", expected="a JSON object", got=type(values).__name__))
+    return values
+
+
+def validate(values: dict[str, Any], *, adapter: TypeAdapter[_T]) -> _T:
+    """The values as what the adapter makes of them.
+
+    Raises:
+        InvalidSpec: a field is unknown, missing, of another type or out of range.
+    """
+    try:
+        # JSON mode: strict about types, yet an array is a tuple.
+        return adapter.validate_json(json.dumps(values))
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        # One wrong item also makes its tuple too short, since pydantic counts the valid ones: the item says it better.
+        told = [one for one in details if not any(other["loc"][: len(one["loc"])] == one["loc"] and len(other["loc"]) > len(one["loc"]) for other in details)]
+        raise InvalidSpec(*(_problem(dict(detail)) for detail in told)) from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError("the name " + ", ".join(sorted({repr(name) for name in names if names.count(name) > 1})) + " twice in one object")
+    return values
+
+
+def _problem(detail: dict[str, Any]) -> Problem:
+    """pydantic's error as field, expected, got."""
+    where = ".".join(str(part) for part in detail["loc"]) or "(body)"
+    message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    kind = str(detail["type"])
+    if kind.startswith("missing"):
+        return Problem(field=where, expected="a value", got="nothing")
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return Problem(field=where, expected="no such field", got=_shorten(detail.get("input")))
+    if kind == "too_short":
+        return Problem(field=where, expected=f"at least {detail['ctx']['min_length']} item", got=_shorten(detail.get("input")))
+    if kind == "string_pattern_mismatch":
+        message = "a name of 1 to 96 letters, digits, dots, dashes and underscores, the first a letter or digit"
+        if detail["loc"][:1] == ("objectives",):
+            message = "parameters, memory_bytes, flops_per_token, prefill_ms:NAME or decode_ms:NAME"
+    if kind == "json_invalid":
+        return Problem(field="(body)", expected="Unicode text in every string", got=message)
+    return Problem(field=where, expected=message, got=_shorten(detail.get("input")))
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

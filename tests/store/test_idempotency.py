@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select
+
+from nas.errors import Conflict, IdempotencyKeyReused, NotFound, QuotaExceeded
+from nas.store.idempotency import KEPT_HOURS
+from nas.store.quotas import Quotas
+from nas.store.records import OnceRequest, SearchRecord, SearchState, utc_now
+from nas.store.store import Store
+from nas.store.tables import idempotency_keys
+
+
+def a_request(**changes: str) -> OnceRequest:
+    return OnceRequest(**{"project": "default", "key": "k", "operation": "POST /v1/searches", "body_digest": "d", **changes})
+
+
+def create(store: Store, request: OnceRequest | None, **values: Any) -> tuple[SearchRecord, bool]:
+    row: dict[str, Any] = {"spec": {}, "inputs": {}, "plan": {}, "label": "", **values}
+    return store.once(request, lambda: store.create_search(**row), search_of=lambda search: search.id, again=store.get_search)
+
+
+def test_the_same_request_again_gives_what_the_first_one_made_as_it_is_now(store: Store) -> None:
+    made, is_new = create(store, a_request())
+    store.request_cancel(made.id)
+
+    again, is_new_again = create(store, a_request())
+
+    assert (is_new, is_new_again) == (True, False)
+    assert (again.id, again.state) == (made.id, SearchState.CANCELLED)
+    assert len(store.list_searches()) == 1
+
+
+def test_without_a_name_every_request_is_a_new_one(store: Store) -> None:
+    assert create(store, None)[0].id != create(store, None)[0].id
+
+
+@pytest.mark.parametrize("changes", [{"body_digest": "e"}, {"operation": "POST /v1/searches/srch_1/cancel"}])
+def test_the_key_of_another_request_is_refused(store: Store, changes: dict[str, str]) -> None:
+    create(store, a_request())
+
+    with pytest.raises(IdempotencyKeyReused, match="'k'"):
+        create(store, a_request(**changes))
+
+    assert len(store.list_searches()) == 1
+
+
+def test_a_key_is_the_projects_own(store: Store) -> None:
+    projects = ("default", "team-a", "team-b")
+    for name in projects[1:]:
+        store.create_project(name)
+
+    made = [create(store, a_request(project=name, body_digest=name), project=name)[0].id for name in projects]
+    again = [create(store, a_request(project=name, body_digest=name), project=name)[0].id for name in projects]
+
+    assert again == made
+    assert len(set(made)) == 3
+
+
+def test_of_requests_at_the_same_time_one_acts(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: create(store, a_request()), range(16)))
+
+    assert len({search.id for search, _ in answers}) == 1
+    assert sum(is_new for _, is_new in answers) == 1
+
+
+def test_an_effect_that_fails_leaves_the_key_free_and_nothing_behind(store: Store) -> None:
+    def fail() -> SearchRecord:
+        store.create_search(spec={}, inputs={}, plan={}, label="")
+        raise Conflict("no")
+
+    with pytest.raises(Conflict):
+        store.once(a_request(), fail, search_of=lambda search: search.id, again=store.get_search)
+
+    assert store.list_searches() == []
+    assert create(store, a_request())[1]
+
+
+def test_what_a_quota_refuses_may_be_asked_again_and_what_was_made_is_answered_whatever_the_quota(store: Store) -> None:
+    store.create_project("team", quotas=Quotas(max_active_searches=1))
+    first, _ = create(store, a_request(project="team"), project="team")
+
+    with pytest.raises(QuotaExceeded):
+        create(store, a_request(project="team", key="other"), project="team")
+    assert create(store, a_request(project="team"), project="team") == (first, False)
+    store.request_cancel(first.id)
+    assert create(store, a_request(project="team", key="other"), project="team")[1]
+
+
+def test_a_key_is_forgotten_after_a_day_and_with_its_search(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = create(store, a_request())
+    later = utc_now() + timedelta(hours=KEPT_HOURS, seconds=1)
+    monkeypatch.setattr(store, "wall_time", lambda _: later)
+
+    second, is_new = create(store, a_request(body_digest="e"))
+    store.request_cancel(second.id)
+    store.delete_search(second.id)
+
+    assert is_new
+    assert second.id != first.id
+    with store.read() as connection:
+        assert connection.execute(select(func.count()).select_from(idempotency_keys)).scalar() == 0
+
+
+def test_inside_of_one_transaction_a_thread_reads_what_it_wrote_and_others_do_not(store: Store, new_search: Callable[..., SearchRecord]) -> None:
+    with store.together():
+        search = new_search()
+        assert store.get_search(search.id) == search
+        with ThreadPoolExecutor(1) as other, pytest.raises(NotFound):
+            other.submit(store.get_search, search.id).result()
+
+    assert store.get_search(search.id) == search
