@@ -13,6 +13,7 @@ import uvicorn
 
 from api.app import create_app
 from nas.errors import InvalidSpec, Problem
+from nas.logs import set_up_logging
 from nas.settings import Settings
 from nas.store.store import Store
 
@@ -24,9 +25,6 @@ SHUTDOWN_SECONDS = 2
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("uvicorn.error").addFilter(is_worth_telling)
     try:
         settings = Settings.from_environment(os.environ)
         allow_remote = remote_is_allowed(os.environ, host=settings.host)
@@ -34,12 +32,14 @@ def main() -> int:
     except InvalidSpec as error:
         print(f"nas api: {error}", file=sys.stderr)
         return 2
+    set_up_logging(environment=os.environ, format=settings.log_format, level=settings.log_level)
+    logging.getLogger("uvicorn.error").addFilter(is_worth_telling)
     if allow_remote:
         logger.warning("NAS_ALLOW_REMOTE=1: anybody who reaches %s:%d can submit and cancel searches; there are no API keys", settings.host, settings.port)
     store = Store.open_for_service(settings.database_url, migrate=settings.migrate)
     app = create_app(store=store, settings=settings, allow_remote=allow_remote)
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_level="info", access_log=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS
+        app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS
     )
     server = uvicorn.Server(config)
     if parent is not None:

@@ -46,6 +46,19 @@ class Settings:
     lease_seconds: float
     """NAS_LEASE_SECONDS: a controller that has not renewed its leadership for so long may be replaced. Default: 10."""
 
+    log_format: Literal["json", "text"] | None
+    """NAS_LOG_FORMAT: json or text. Default: text on a terminal, JSON anywhere else."""
+    log_level: str
+    """NAS_LOG_LEVEL: debug, info, warning or error. Default: info."""
+    metrics_port: int | None
+    """NAS_METRICS_PORT: where a controller shows its own metrics (/metrics) and whether it is alive (/healthz). Default: nowhere."""
+    log_days: int
+    """NAS_LOG_DAYS: logs of attempts are kept for so many days. Default: 30."""
+    max_log_bytes: int
+    """NAS_MAX_LOG_BYTES: characters of all logs of attempts together; the oldest go first. Default: 2**30."""
+    event_days: int
+    """NAS_EVENT_DAYS: events of a search are kept for so many days after its end; its last one stays. Default: 365."""
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
         """Settings from variables; an empty variable counts as absent.
@@ -70,6 +83,12 @@ class Settings:
             num_gpus=reader.read("NAS_NUM_GPUS", _integer(at_least=0, at_most=4096), default=None),
             migrate=reader.read("NAS_MIGRATE", _switch, default=True),
             lease_seconds=reader.read("NAS_LEASE_SECONDS", _lease_seconds, default=10.0),
+            log_format=reader.read("NAS_LOG_FORMAT", _log_format, default=None),
+            log_level=reader.read("NAS_LOG_LEVEL", _log_level, default="INFO"),
+            metrics_port=reader.read("NAS_METRICS_PORT", _integer(at_least=1, at_most=65535), default=None),
+            log_days=reader.read("NAS_LOG_DAYS", _integer(at_least=1, at_most=36500), default=30),
+            max_log_bytes=reader.read("NAS_MAX_LOG_BYTES", _integer(at_least=2**20, at_most=2**50), default=2**30),
+            event_days=reader.read("NAS_EVENT_DAYS", _integer(at_least=1, at_most=36500), default=365),
         )
         if reader.problems:
             raise InvalidSpec(*reader.problems)
@@ -165,6 +184,21 @@ def _executor(text: str) -> Literal["ray", "local"]:
         case "local":
             return "local"
     raise _Expected("ray or local")
+
+
+def _log_format(text: str) -> Literal["json", "text"]:
+    match text:
+        case "json":
+            return "json"
+        case "text":
+            return "text"
+    raise _Expected("json or text")
+
+
+def _log_level(text: str) -> str:
+    if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise _Expected("debug, info, warning or error")
+    return text.upper()
 
 
 def _integer(*, at_least: int, at_most: int) -> Callable[[str], int]:

@@ -21,6 +21,7 @@ ROWS = (
     "nas.settings",
     "nas.shared_files",
     "nas.node_cache",
+    "nas.logs",
     "nas.shape",
     "nas.families",
     "nas.deployability",
@@ -105,6 +106,7 @@ OWNERS = {
     "fastapi": "api",
     "starlette": "api",
     "uvicorn": "api",
+    "structlog": "nas.logs",
 }
 
 HEAVY = ("torch", "transformers", "ray", "optuna", "lm_eval")

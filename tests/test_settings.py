@@ -27,6 +27,12 @@ def test_an_empty_environment_gives_a_local_installation(monkeypatch: pytest.Mon
         num_gpus=None,
         migrate=True,
         lease_seconds=10.0,
+        log_format=None,
+        log_level="INFO",
+        metrics_port=None,
+        log_days=30,
+        max_log_bytes=2**30,
+        event_days=365,
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -48,6 +54,12 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
             "NAS_NUM_GPUS": "0",
             "NAS_MIGRATE": "0",
             "NAS_LEASE_SECONDS": "2.5",
+            "NAS_LOG_FORMAT": "json",
+            "NAS_LOG_LEVEL": "warning",
+            "NAS_METRICS_PORT": "9100",
+            "NAS_LOG_DAYS": "7",
+            "NAS_MAX_LOG_BYTES": "1048576",
+            "NAS_EVENT_DAYS": "14",
         }
     )
 
@@ -66,6 +78,12 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         num_gpus=0,
         migrate=False,
         lease_seconds=2.5,
+        log_format="json",
+        log_level="WARNING",
+        metrics_port=9100,
+        log_days=7,
+        max_log_bytes=2**20,
+        event_days=14,
     )
     assert {settings.prepared_folder, settings.searches_folder, settings.registry_folder} == {tmp_path / name for name in ("prepared", "searches", "registry")}
 

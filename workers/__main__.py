@@ -9,6 +9,7 @@ import signal
 import sys
 
 from nas.errors import Conflict, Fenced, InvalidSpec
+from nas.logs import set_up_logging
 from nas.settings import Settings
 from nas.store.store import Store
 from workers.controller import Controller
@@ -23,10 +24,9 @@ LOST_LEADERSHIP = 3
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         settings = Settings.from_environment(os.environ)
+        set_up_logging(environment=os.environ, format=settings.log_format, level=settings.log_level)
         settings.data_folder.mkdir(parents=True, exist_ok=True)
         if parent := os.environ.pop("NAS_PARENT_PID", None):
             watch_parent(int(parent), exit_process=_end_group)

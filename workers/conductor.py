@@ -30,6 +30,7 @@ from workers.board import make_board
 from workers.executor import Executor
 from workers.family import Family
 from workers.folders import SearchFolder
+from workers.logs import last_lines, read_tail
 from workers.progress import ProgressReader, make_point
 from workers.search_run import Advance, NewTrial
 from workers.step import RESULT, STOP, Outcome, Step, read_outcome
@@ -100,7 +101,8 @@ class Conductor:
         self.record = self._store.get_search(self.record.id)
         for attempt in self._store.list_attempts(self.record.id):
             if attempt.state is AttemptState.RUNNING and attempt.id not in self.running:
-                self._store.finish_attempt(attempt.id, state=AttemptState.LOST, reason="the controller does not know its step", fence=self._fence)
+                log = read_tail(self.folder.attempt(attempt.id))
+                self._store.finish_attempt(attempt.id, state=AttemptState.LOST, reason="the controller does not know its step", log=log, fence=self._fence)
         self._load()
 
     def _load(self) -> None:
@@ -187,36 +189,37 @@ class Conductor:
         self._pass_on_progress([running])
         attempt = running.attempt
         if outcome.succeeded and outcome.result is not None:
-            self._record(attempt, outcome.result)
+            self._record(attempt, outcome.result, log=read_tail(running.progress.folder))
             return
         reason = running.killed or outcome.reason or "error"
         cancelled = self.record.state is SearchState.CANCELLING
         state = AttemptState.CANCELLED if cancelled else AttemptState.LOST if reason == "stopped" else AttemptState.FAILED
         if not outcome.retryable and read_outcome(running.progress.folder) is None:
             _leave_outcome(running.progress.folder, outcome)
-        self._store.finish_attempt(attempt.id, state=state, reason=f"{reason}: {outcome.message}"[:4000], fence=self._fence)
+        log = read_tail(running.progress.folder)
+        self._store.finish_attempt(attempt.id, state=state, reason=f"{reason}: {outcome.message}"[:4000], log=log, fence=self._fence)
         logger.warning("attempt failed: %s", reason, extra={"action": "attempt_failed", "search_id": self.record.id, "attempt_id": attempt.id})
         if attempt.trial is not None:
             self._run.set_trial(self._store.get_trial(self.record.id, attempt.trial))
         if attempt.stage in ("rung", "confirm"):  # the others end the search when they are spent: that waits until all is settled
             self._give_up_if_spent(attempt.stage, trial=attempt.trial, rung=attempt.rung)
 
-    def _record(self, attempt: AttemptRecord, result: dict[str, Any]) -> None:
+    def _record(self, attempt: AttemptRecord, result: dict[str, Any], *, log: str | None) -> None:
         search_id, number = self.record.id, attempt.trial
         match attempt.stage:
             case "prepare":
                 self._store.save_prepared(search_id, result, fence=self._fence)
-                self._store.finish_attempt(attempt.id, state=AttemptState.SUCCEEDED, reason=None, fence=self._fence)
+                self._store.finish_attempt(attempt.id, state=AttemptState.SUCCEEDED, reason=None, log=log, fence=self._fence)
             case "rung":
                 assert number is not None
-                self._record_rung(attempt, number, result)
+                self._record_rung(attempt, number, result, log=log)
             case "confirm":
                 assert number is not None
-                self._save_confirmation(attempt.id, number, confirmation=result)
+                self._save_confirmation(attempt.id, number, confirmation=result, log=log)
             case "bundle":
                 assert number is not None
                 self._record_winner(number, result)
-                self._store.finish_attempt(attempt.id, state=AttemptState.SUCCEEDED, reason=None, fence=self._fence)
+                self._store.finish_attempt(attempt.id, state=AttemptState.SUCCEEDED, reason=None, log=log, fence=self._fence)
                 self._board_is_old = True
         if attempt.stage in ("prepare", "bundle"):
             self.record = self._store.get_search(search_id)
@@ -229,7 +232,7 @@ class Conductor:
             winner = {**first, "more": [*first.get("more", ()), winner]}
         self._store.save_winner(self.record.id, winner, fence=self._fence)
 
-    def _record_rung(self, attempt: AttemptRecord, number: int, result: dict[str, Any]) -> None:
+    def _record_rung(self, attempt: AttemptRecord, number: int, result: dict[str, Any], *, log: str | None = None) -> None:
         rung_result = RungResult.from_dict(result)
         is_last = rung_result.rung == self._run.last_rung
         failure = self._over_budget(number, rung_result)
@@ -241,6 +244,7 @@ class Conductor:
             result=result,
             trial_state=TrialState.STOPPED if failure else TrialState.COMPLETED if is_last else TrialState.WAITING,
             failure=failure,
+            log=log,
             fence=self._fence,
         )
         self._run.set_trial(self._store.get_trial(self.record.id, number))
@@ -271,27 +275,28 @@ class Conductor:
         if len(failed) < self._run.spec.limits.max_attempts and (outcome is None or outcome.retryable):
             return False
         reason, _, message = (failed[-1].reason or "error: ").partition(": ")
-        self._give_up(stage, trial=trial, rung=rung, reason=reason, message=message, tries=len(failed))
+        log = self._store.read_log(failed[-1].id)
+        self._give_up(stage, trial=trial, rung=rung, reason=reason, message=message, tries=len(failed), log=last_lines(log.text if log else None))
         return True
 
-    def _give_up(self, stage: Stage, *, trial: int | None, rung: int | None, reason: str, message: str, tries: int) -> None:
+    def _give_up(self, stage: Stage, *, trial: int | None, rung: int | None, reason: str, message: str, tries: int, log: str) -> None:
         """A step failed for good: a rung fails its trial, a confirmation leaves its trial unverified, the others fail the search."""
         if stage == "rung" and trial is not None:
-            failure = {"stage": f"rung {rung}", "reason": reason, "message": message[:2000], "attempts": tries}
+            failure = {"stage": f"rung {rung}", "reason": reason, "message": message[:2000], "attempts": tries, "log": log}
             self._change_trial(trial, to=TrialState.FAILED, failure=failure)
             self.folder.drop_trial(trial)
             self._stop_left_behind()
             self._board_is_old = True
         elif stage == "confirm" and trial is not None:
-            confirmation = {"verified": False, "reason": f"{reason}: {message}"[:2000]}
+            confirmation = {"verified": False, "reason": f"{reason}: {message}"[:2000], "log": log}
             self._save_confirmation(None, trial, confirmation=confirmation)
         else:
-            self.fail(reason=reason, message=f"{stage}: {message}"[:4000])
+            self.fail(reason=reason, message=f"{stage}: {message}"[:4000], log=log)
 
-    def fail(self, *, reason: str, message: str) -> None:
-        """End the search, with the reason for the user to read."""
+    def fail(self, *, reason: str, message: str, log: str = "") -> None:
+        """End the search, with the reason and the last lines of its log for the user to read."""
         logger.error("search failed: %s", reason, extra={"action": "search_failed", "search_id": self.record.id, "reason": reason})
-        self._end(SearchState.FAILED, error={"reason": reason, "message": message})
+        self._end(SearchState.FAILED, error={"reason": reason, "message": message, **({"log": log} if log else {})})
 
     # -- what runs ---------------------------------------------------------------------------------------------------------
 
@@ -456,6 +461,7 @@ class Conductor:
             request={"spec": self.record.spec, "inputs": run.inputs, "prepared": str(prepared), **request},
             cpus=run.spec.resources.cpus,
             gpus=run.spec.resources.gpus,
+            context={"search_id": run.id, "trial": trial, "rung": rung},
         )
         if trial is not None and rung is not None:
             run.add_start(trial, rung=rung)
@@ -483,8 +489,8 @@ class Conductor:
             if not trial.state.is_terminal:
                 self._change_trial(trial.number, to=TrialState.CANCELLED)
 
-    def _save_confirmation(self, attempt_id: str | None, number: int, *, confirmation: dict[str, Any]) -> None:
-        self._store.save_confirmation(attempt_id, search_id=self.record.id, trial=number, confirmation=confirmation, fence=self._fence)
+    def _save_confirmation(self, attempt_id: str | None, number: int, *, confirmation: dict[str, Any], log: str | None = None) -> None:
+        self._store.save_confirmation(attempt_id, search_id=self.record.id, trial=number, confirmation=confirmation, log=log, fence=self._fence)
         self._run.set_trial(self._store.get_trial(self.record.id, number))
         self._confirmations[number], self._final_boards = Confirmation.from_dict(confirmation), None
         self._board_is_old = True
@@ -513,7 +519,8 @@ class Conductor:
         """The search is over: nothing of it runs or waits, and its files go, before its state says so."""
         for key in self.running:
             with suppress(Conflict):  # it may have been settled half-way
-                self._store.finish_attempt(key, state=AttemptState.CANCELLED, reason="the search ended", fence=self._fence)
+                log = read_tail(self.folder.attempt(key))
+                self._store.finish_attempt(key, state=AttemptState.CANCELLED, reason="the search ended", log=log, fence=self._fence)
             self._leader.executor.kill(key)
         self.running.clear()
         self.ended.clear()

@@ -21,6 +21,7 @@ from nas.store.store import Store
 from workers.conductor import WORKING, Conductor, Leader, ask_to_stop
 from workers.executor import Executor
 from workers.folders import SearchFolder
+from workers.logs import read_tail
 from workers.probes import Probes
 from workers.step import read_outcome
 
@@ -217,6 +218,8 @@ class Controller:
         for attempt in lost:
             # Its worker may have outlived the controller, and must not write beside the next attempt for long.
             folder = SearchFolder(path=self._settings.searches_folder / attempt.search_id).attempt(attempt.id)
+            if (log := read_tail(folder)) is not None:
+                self._store.save_log(attempt.id, log, fence=leader.fence)
             try:
                 ask_to_stop(folder)
             except OSError:

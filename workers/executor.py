@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from workers.logs import LOG
 from workers.step import REQUEST, Outcome, Step, read_outcome
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class LocalExecutor:
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NAS_PARENT_PID": str(os.getpid())}
         if not step.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # a step that asked for no GPU must not see one
-        with (folder / "log.txt").open("ab") as log:
+        with (folder / LOG).open("ab") as log:
             process = subprocess.Popen([sys.executable, "-m", "workers.step", str(folder)], stdout=log, stderr=log, env=environment, start_new_session=True)
         self._processes[step.key] = process, folder
 
@@ -77,6 +78,6 @@ class LocalExecutor:
 
 
 def _last_lines(folder: Path, *, count: int = 5) -> str:
-    log = folder / "log.txt"
+    log = folder / LOG
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:] if log.exists() else []
     return "last lines: " + " | ".join(lines) if lines else "it printed nothing"

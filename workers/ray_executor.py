@@ -39,7 +39,7 @@ class RayExecutor:
         # Steps that use no GPU must not see one: since Ray 2.55 the list is no longer emptied for them.
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "1"
         environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
-        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "runtime_env": {"env_vars": environment}}
+        common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "runtime_env": {"env_vars": environment}}
         self._session: _Session | None = None
         self._capacity: dict[str, float] = {}
         if settings.ray_address:
@@ -56,6 +56,9 @@ class RayExecutor:
                 **common,
             )
             self._capacity = ray.cluster_resources()
+        ray_logger = logging.getLogger("ray")
+        ray_logger.propagate = True  # its messages in our format: without this and with `configure_logging` off they go nowhere
+        ray_logger.setLevel(logging.WARNING)
         self._on_cpu = ray.remote(num_cpus=1, max_retries=0)(execute)
         self._on_gpu = ray.remote(num_cpus=1, num_gpus=1, max_calls=1, max_retries=0)(execute)
         self._running: dict[Any, Step] = {}

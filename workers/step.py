@@ -16,9 +16,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from nas.logs import find_secrets, redact
+from workers.logs import captured
 
 PROGRESS, STOP, RESULT, REQUEST = "progress.jsonl", "stop", "result.json", "request.json"
 
@@ -39,6 +42,8 @@ class Step:
     """Arguments of the stage, plain JSON: paths and digests, never weights."""
     cpus: float
     gpus: float
+    context: dict[str, str | int | None] = field(default_factory=dict)
+    """What its log lines carry: search_id, trial, rung."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,23 +66,34 @@ class Outcome:
 
 
 def execute(step: Step) -> Outcome:
-    """Run a step to its end and leave the outcome in its folder. Never raises: what went wrong is the outcome."""
+    """Run a step to its end and leave the outcome, and all that it said, in its folder. Never raises: what went wrong is the outcome."""
     folder = Path(step.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        outcome = Outcome(succeeded=True, result=_run(step, folder=folder))
-    except BaseException as error:
-        outcome = _failure(error)
-        if outcome.reason == "error":
-            logger.exception("step failed", extra={"action": "step_failed", "stage": step.stage, "key": step.key})
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
+    with captured(folder, context={**step.context, "attempt_id": step.key}):
+        outcome = _attempt(step, folder=folder)
     temporary = folder / f".{RESULT}.{os.getpid()}"
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(outcome.as_dict(), file, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / RESULT)
+    return outcome
+
+
+def _attempt(step: Step, *, folder: Path) -> Outcome:
+    began = time.monotonic()
+    logger.info("%s begins", step.stage, extra={"action": "step_begin", "host": socket.gethostname(), "pid": os.getpid(), "cpus": step.cpus, "gpus": step.gpus})
+    try:
+        outcome = Outcome(succeeded=True, result=_run(step, folder=folder))
+    except BaseException as error:
+        outcome = _failure(error)
+        outcome = replace(outcome, message=redact(outcome.message, secrets=find_secrets(os.environ)))
+        # The traceback of what nobody expected; of the others the message says it all.
+        logger.error("%s failed: %s", step.stage, outcome.message.partition("\n")[0], exc_info=error if outcome.reason == "error" else None)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+    ended = outcome.reason or "succeeded"
+    logger.info("%s ended: %s", step.stage, ended, extra={"action": "step_end", "seconds": round(time.monotonic() - began, 3)})
     return outcome
 
 
@@ -104,6 +120,8 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
     from nas.spec import parse_spec
 
     transformers_logging.disable_progress_bar()
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
     torch.set_num_threads(max(1, round(step.cpus)))
     device = "cuda" if step.gpus > 0 else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from nas.logs import set_up_logging
 from nas.settings import Settings
 from nas.terminal import say
 
@@ -40,6 +41,7 @@ def serve(
     }
     os.environ.update({name: str(value) for name, value in options.items() if value is not None})
     settings = Settings.from_environment(os.environ)
+    set_up_logging(environment=os.environ, format=settings.log_format, level=settings.log_level)
     check_port(settings)
     say(f"serving http://{settings.host}:{settings.port}, data in {settings.data_folder}")
     sys.exit(run())

@@ -276,6 +276,17 @@ class AttemptRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogRecord:
+    """The end of what an attempt said."""
+
+    attempt_id: str
+    search_id: str
+    text: str
+    """At most 64 KiB, without secrets; what was before it is left out with a line that says so."""
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RungRecord:
     """The result of one trial at one rung: `RungResult.as_dict()`."""
 

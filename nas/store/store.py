@@ -1,7 +1,7 @@
 """Store: the one place where the service's state is, on SQLite or PostgreSQL. Rows go in and records come out.
 
 It keeps and it guards (states, fences, idempotency, gap-free events); it decides nothing about searching. The methods are
-in eight parts, by what they keep; all of them are short transactions, and all may be called from any thread.
+in nine parts, by what they keep; all of them are short transactions, and all may be called from any thread.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from nas.store.access import Access
 from nas.store.idempotency import Idempotency
 from nas.store.leases import Leases
+from nas.store.logs import Logs
 from nas.store.registry import Registry
 from nas.store.requests import Requests
 from nas.store.searches import Searches
@@ -16,8 +17,8 @@ from nas.store.speeds import Speeds
 from nas.store.trials import Trials
 
 
-class Store(Registry, Searches, Requests, Idempotency, Trials, Leases, Speeds, Access):
-    """Registry, searches and events, requests of users, each done once, trials and results, leases, speeds, projects and keys; over one engine."""
+class Store(Registry, Searches, Requests, Idempotency, Trials, Leases, Speeds, Access, Logs):
+    """Registry, searches and events, requests of users, each done once, trials and results, leases, speeds, projects and keys, logs; over one engine."""
 
     @classmethod
     def open(cls, url: str, *, migrate: bool = False) -> Store:

@@ -265,6 +265,18 @@ attempts = Table(
     Index(None, "state"),
 )
 
+attempt_logs = Table(
+    "attempt_logs",
+    metadata,
+    # Apart from their attempts, which are listed often.
+    Column("attempt_id", Identifier(64), ForeignKey("attempts.id"), primary_key=True),
+    _search_id(),
+    Column("text", PlainText, nullable=False),
+    Column("updated_at", UtcDateTime, nullable=False),
+    Index(None, "search_id"),
+    Index(None, "updated_at"),
+)
+
 rungs = Table(
     "rungs",
     metadata,

@@ -28,6 +28,7 @@ from nas.store.records import (
     new_id,
     utc_now,
 )
+from nas.store.logs import keep_log
 from nas.store.searches import lock_search, write_event
 from nas.store.tables import attempts, points, rungs, trials
 
@@ -130,14 +131,15 @@ class Trials(Database):
             write_event(connection, search_id, "trial.started" if stage == "rung" else "attempt.started", _attempt_data(attempt))
         return attempt
 
-    def finish_attempt(self, attempt_id: str, *, state: AttemptState, reason: str | None, fence: Fence | None) -> AttemptRecord:
-        """End a running attempt; at stage rung its trial waits again. Event `attempt.<state>` with the reason.
+    def finish_attempt(self, attempt_id: str, *, state: AttemptState, reason: str | None, fence: Fence | None, log: str | None = None) -> AttemptRecord:
+        """End a running attempt; at stage rung its trial waits again. Event `attempt.<state>` with the reason. Its log is kept with it.
 
         Raises:
             Conflict: the attempt is not running any more.
         """
         with self.write(fence=fence) as connection:
             attempt = _lock_running(connection, attempt_id)
+            keep_log(connection, attempt_id, search_id=attempt.search_id, text=log)
             return _end_attempt(connection, attempt, state=state, reason=reason)
 
     def lose_running_attempts(self, *, fence: Fence | None) -> list[AttemptRecord]:
@@ -166,9 +168,19 @@ class Trials(Database):
             return connection.execute(select(func.count()).select_from(query.subquery())).scalar_one()
 
     def record_rung(
-        self, attempt_id: str, *, search_id: str, trial: int, rung: int, result: Json, trial_state: TrialState, fence: Fence | None, failure: Json | None = None
+        self,
+        attempt_id: str,
+        *,
+        search_id: str,
+        trial: int,
+        rung: int,
+        result: Json,
+        trial_state: TrialState,
+        fence: Fence | None,
+        failure: Json | None = None,
+        log: str | None = None,
     ) -> RungRecord:
-        """Keep a rung's result, all in one transaction: the rung, the attempt's success, the trial's state, event `trial.rung_finished`.
+        """Keep a rung's result, all in one transaction: the rung, the attempt's success and log, the trial's state, event `trial.rung_finished`.
 
         Args:
             failure: why this result ends the trial, where it does (a measured cost is over its ceiling).
@@ -192,13 +204,16 @@ class Trials(Database):
                 finished_at=utc_now(),
             )
             connection.execute(insert(rungs).values(_rung_row(record)))
+            keep_log(connection, attempt_id, search_id=search_id, text=log)
             connection.execute(update(attempts).where(attempts.c.id == attempt_id).values(state=AttemptState.SUCCEEDED, finished_at=record.finished_at))
             update_trial(connection, search_id, trial, {"state": trial_state, "rung": rung, "failure": failure})
             write_event(connection, search_id, "trial.rung_finished", _rung_data(record, trial_state) | ({} if failure is None else {"failure": failure}))
             return record
 
-    def save_confirmation(self, attempt_id: str | None, *, search_id: str, trial: int, confirmation: Json, fence: Fence | None) -> None:
-        """Keep what the confirm step found of a finalist, and end its attempt with success. Event `trial.confirmed`.
+    def save_confirmation(
+        self, attempt_id: str | None, *, search_id: str, trial: int, confirmation: Json, fence: Fence | None, log: str | None = None
+    ) -> None:
+        """Keep what the confirm step found of a finalist, and end its attempt with success and its log. Event `trial.confirmed`.
 
         Its `documents` are kept apart: `list_confirmations` has them, a TrialRecord has not.
 
@@ -212,6 +227,7 @@ class Trials(Database):
             get_trial(connection, search_id, trial)
             if attempt_id is not None:
                 _end_attempt(connection, _lock_running(connection, attempt_id), state=AttemptState.SUCCEEDED, reason=None)
+                keep_log(connection, attempt_id, search_id=search_id, text=log)
             summary, documents = _split(confirmation)
             update_trial(connection, search_id, trial, {"confirmation": summary, "confirmation_documents": documents})
             write_event(connection, search_id, "trial.confirmed", {"trial": trial, "verified": confirmation["verified"], "reason": confirmation.get("reason")})

@@ -266,7 +266,7 @@ def test_a_failing_trial_is_tried_so_often_and_recorded_with_its_reason(service:
     trial = service.store.get_trial(search_id, 0)
     assert search.state is SearchState.SUCCEEDED
     assert trial.state is TrialState.FAILED
-    assert trial.failure == {"stage": "rung 1", "reason": "out_of_memory", "message": "no room", "attempts": 2}
+    assert trial.failure == {"stage": "rung 1", "reason": "out_of_memory", "message": "no room", "attempts": 2, "log": ""}
     assert service.executor.ran(trial=0, rung=1) == 2
 
 

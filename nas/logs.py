@@ -1,0 +1,157 @@
+"""What our processes say: one set-up of logging for the API, the controller, the supervisor and the steps, and what no line may hold.
+
+The code logs with the standard library and `extra={...}`; structlog only renders. Who a line is about (search_id, trial,
+attempt_id, request_id) is bound once with `about` and stands in every line below, those of other libraries included.
+Passwords, keys and tokens are masked in every line (`redact`), also in a message or a traceback that somebody else wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
+from urllib.parse import unquote, urlsplit
+
+import structlog
+from structlog.contextvars import bound_contextvars, merge_contextvars
+from structlog.stdlib import ExtraAdder, ProcessorFormatter
+
+LogFormat = Literal["json", "text"]
+
+MASK = "***"
+_SECRET_WORDS = "password|passwd|secret|secret[_-]?(?:access[_-]?)?key|api[_-]?key|(?:auth|access|session|csrf)[_-]?token"
+_PATTERNS = (
+    (re.compile(r"(://[^/\s:@\"']*:)[^/\s@\"']+(?=@)"), rf"\g<1>{MASK}"),
+    (re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w.~+/=-]{6,}"), rf"\g<1>{MASK}"),
+    (re.compile(rf"(?i)\b([\w-]*(?:{_SECRET_WORDS})[\"']?\s*[=:]\s*[\"']?)[^\s\"',;&]+"), rf"\g<1>{MASK}"),
+    (re.compile(r"(?i)([?&](?:key|token|sig|signature|credential)=)[^&\s\"']+"), rf"\g<1>{MASK}"),
+    # A key of ours: its visible prefix stays, so that an operator finds which one it was.
+    (re.compile(r"\b(nas_[0-9a-f]{12}_)[A-Za-z0-9_-]{20,}"), rf"\g<1>{MASK}"),
+)
+_SECRET_NAME = re.compile(rf"(?i)(?:{_SECRET_WORDS}|credentials|_headers|^authorization|^cookie)$")
+_MIN_SECRET_LENGTH = 8
+"""A shorter value of the environment is not masked by itself: it would be found in innocent words."""
+
+
+def set_up_logging(*, environment: Mapping[str, str], format: LogFormat | None = None, level: str = "INFO", stream: TextIO | None = None) -> None:
+    """Every message of this process, warnings and those of libraries included, as one line on a stream (standard error).
+
+    Args:
+        environment: of the process; the secrets in it are masked wherever they appear.
+        format: None is text on a terminal and JSON anywhere else.
+    """
+    stream = sys.stderr if stream is None else stream
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(make_formatter(format or ("text" if stream.isatty() else "json"), secrets=find_secrets(environment)))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+
+
+def make_formatter(format: LogFormat, *, secrets: Iterable[str] = ()) -> logging.Formatter:
+    """Renders a record of any logger as one JSON object, or as a line for people (a traceback follows on lines of its own)."""
+    known = tuple(secrets)
+
+    def mask(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        return {name: _masked(name, value, known) for name, value in event.items()}
+
+    return ProcessorFormatter(
+        foreign_pre_chain=[merge_contextvars, ExtraAdder()],
+        processors=[
+            _add_origin,
+            ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            mask,
+            structlog.processors.JSONRenderer(serializer=_dump) if format == "json" else _render_text,
+        ],
+    )
+
+
+def about(**names: str | int | None) -> AbstractContextManager[None]:
+    """Every line inside carries these names (search_id, trial, attempt_id, request_id); None is left out. Threads started inside do not inherit them."""
+    return bound_contextvars(**{name: value for name, value in names.items() if value is not None})
+
+
+def redact(text: str, *, secrets: Iterable[str] = ()) -> str:
+    """Text without passwords in URLs, keys, tokens, and without the given secrets themselves."""
+    for secret in secrets:
+        text = text.replace(secret, MASK)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def find_secrets(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Values in the environment that are secret by their name, and passwords in URLs; the longest first."""
+    found = set()
+    for name, value in environment.items():
+        if _SECRET_NAME.search(name) or name.endswith("_TOKEN"):
+            found.add(value)
+        elif "://" in value and "@" in value and (password := _password(value)):
+            found |= {password, unquote(password)}
+    return tuple(sorted((value for value in found if len(value) >= _MIN_SECRET_LENGTH), key=len, reverse=True))
+
+
+def _password(url: str) -> str | None:
+    try:
+        return urlsplit(url).password
+    except ValueError:
+        return None
+
+
+def _masked(name: str, value: Any, secrets: tuple[str, ...]) -> Any:
+    if isinstance(value, str):
+        return MASK if _SECRET_NAME.search(name) else redact(value, secrets=secrets)
+    if isinstance(value, Mapping):
+        return {str(key): _masked(str(key), item, secrets) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_masked(name, item, secrets) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return redact(str(value), secrets=secrets)
+
+
+def _add_origin(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """When, how bad and by whom: from the record, first in the line."""
+    record: logging.LogRecord = event["_record"]
+    time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return {"time": time, "level": record.levelname.lower(), "logger": record.name, **event}
+
+
+def _dump(event: Mapping[str, Any], **_: Any) -> str:
+    return json.dumps(_finite(event), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no number for what is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+_SUBJECTS = ("search_id", "trial", "attempt_id", "request_id")
+
+
+def _render_text(_: Any, __: str, event: structlog.typing.EventDict) -> str:
+    values = dict(event)
+    line = f"{values.pop('time')} {values.pop('level').upper():<7} {values.pop('logger')}: {values.pop('event')}"
+    exception = values.pop("exception", None)
+    names = [*(name for name in _SUBJECTS if name in values), *(name for name in values if name not in _SUBJECTS)]
+    line += "".join(f" {name}={_quoted(values[name])}" for name in names)
+    return line if exception is None else f"{line}\n{exception}"
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if not text or any(character.isspace() for character in text) else text
