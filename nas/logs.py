@@ -62,7 +62,8 @@ def make_formatter(format: LogFormat, *, secrets: Iterable[str] = ()) -> logging
     known = tuple(secrets)
 
     def mask(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        return {name: _masked(name, value, known) for name, value in event.items()}
+        # Names with an underscore are a library's own: ray adds one to every record of its process.
+        return {name: _masked(name, value, known) for name, value in event.items() if not name.startswith("_")}
 
     return ProcessorFormatter(
         foreign_pre_chain=[merge_contextvars, ExtraAdder()],

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, RowMapping, Table, func, insert, select, upda
 from nas.errors import Conflict, NotFound
 from nas.shape import Shape
 from nas.store.database import Database
+from nas.store.logs import keep_log
 from nas.store.records import (
     AttemptRecord,
     AttemptState,
@@ -28,7 +29,6 @@ from nas.store.records import (
     new_id,
     utc_now,
 )
-from nas.store.logs import keep_log
 from nas.store.searches import lock_search, write_event
 from nas.store.tables import attempts, points, rungs, trials
 
@@ -210,9 +210,7 @@ class Trials(Database):
             write_event(connection, search_id, "trial.rung_finished", _rung_data(record, trial_state) | ({} if failure is None else {"failure": failure}))
             return record
 
-    def save_confirmation(
-        self, attempt_id: str | None, *, search_id: str, trial: int, confirmation: Json, fence: Fence | None, log: str | None = None
-    ) -> None:
+    def save_confirmation(self, attempt_id: str | None, *, search_id: str, trial: int, confirmation: Json, fence: Fence | None, log: str | None = None) -> None:
         """Keep what the confirm step found of a finalist, and end its attempt with success and its log. Event `trial.confirmed`.
 
         Its `documents` are kept apart: `list_confirmations` has them, a TrialRecord has not.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.logs import FAILURE_LINES, LOG, MAX_LOG_BYTES, last_lines, read_tail
+from workers.logs import FAILURE_LINES, LOG, MAX_LOG_BYTES, captured, last_lines, read_tail
 
 TWO_STEPS = """
 import ctypes, logging, os, subprocess, sys, warnings
@@ -62,13 +62,15 @@ def test_a_crash_of_native_code_leaves_its_stack_in_the_log(tmp_path: Path) -> N
 
 
 def test_a_step_that_raises_leaves_everything_as_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from workers.logs import captured
+    def fail() -> None:
+        with captured(tmp_path, context={}):
+            os.write(1, b"inside\n")
+            raise ValueError("no")
 
     root = logging.getLogger()
     before = (root.level, root.handlers[:], len(os.listdir("/proc/self/fd")))
-    with pytest.raises(ValueError, match="no"), captured(tmp_path, context={}):
-        os.write(1, b"inside\n")
-        raise ValueError("no")
+    with pytest.raises(ValueError, match="no"):
+        fail()
     os.write(1, b"outside\n")
 
     assert (root.level, root.handlers[:], len(os.listdir("/proc/self/fd"))) == before
