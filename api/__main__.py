@@ -1,8 +1,7 @@
-"""`python -m api`: read the settings, open the store, serve. It listens on loopback only, since there are no API keys yet."""
+"""`python -m api`: read the settings, open the store, serve. Where others can reach it, only with API keys."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Mapping
 import uvicorn
 
 from api.app import create_app
+from api.guard import check_exposure
 from nas.errors import InvalidSpec, Problem
 from nas.logs import set_up_logging
 from nas.settings import Settings
@@ -27,17 +27,15 @@ SHUTDOWN_SECONDS = 2
 def main() -> int:
     try:
         settings = Settings.from_environment(os.environ)
-        allow_remote = remote_is_allowed(os.environ, host=settings.host)
         parent = read_parent(os.environ)
+        set_up_logging(environment=os.environ, format=settings.log_format, level=settings.log_level)
+        logging.getLogger("uvicorn.error").addFilter(is_worth_telling)
+        store = Store.open_for_service(settings.database_url, migrate=settings.migrate)
+        check_exposure(settings, has_keys=store.has_keys())
     except InvalidSpec as error:
         print(f"nas api: {error}", file=sys.stderr)
         return 2
-    set_up_logging(environment=os.environ, format=settings.log_format, level=settings.log_level)
-    logging.getLogger("uvicorn.error").addFilter(is_worth_telling)
-    if allow_remote:
-        logger.warning("NAS_ALLOW_REMOTE=1: anybody who reaches %s:%d can submit and cancel searches; there are no API keys", settings.host, settings.port)
-    store = Store.open_for_service(settings.database_url, migrate=settings.migrate)
-    app = create_app(store=store, settings=settings, allow_remote=allow_remote)
+    app = create_app(store=store, settings=settings)
     config = uvicorn.Config(
         app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS
     )
@@ -54,29 +52,6 @@ def main() -> int:
 def is_worth_telling(record: logging.LogRecord) -> bool:
     """Whether uvicorn's message is one: open event streams are cut at every stop, which it calls an error."""
     return "timeout graceful shutdown exceeded" not in record.getMessage()
-
-
-def remote_is_allowed(environment: Mapping[str, str], *, host: str) -> bool:
-    """Whether the operator has opened the service to other machines.
-
-    Raises:
-        InvalidSpec: the host is not loopback, and they have not.
-    """
-    if environment.get("NAS_ALLOW_REMOTE") == "1":
-        return True
-    if not is_loopback(host):
-        expected = "a loopback address (there are no API keys yet; NAS_ALLOW_REMOTE=1 serves other machines all the same)"
-        raise InvalidSpec(Problem(field="NAS_HOST", expected=expected, got=host))
-    return False
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def read_parent(environment: Mapping[str, str]) -> int | None:

@@ -10,8 +10,9 @@ from typing import Annotated
 from fastapi import Depends, Header, Request, Response
 
 from api.bodies import RawBodyDep
+from api.principal import PrincipalDep
 from api.routes.dependencies import StoreDep
-from nas.store.records import DEFAULT_PROJECT, OnceRequest, SearchRecord, TrialRecord
+from nas.store.records import OnceRequest, SearchRecord, TrialRecord
 from nas.store.store import Store
 
 REPLAYED_HEADER = "Idempotency-Replayed"
@@ -47,6 +48,7 @@ def get_once(
     request: Request,
     response: Response,
     store: StoreDep,
+    principal: PrincipalDep,
     body: RawBodyDep,
     idempotency_key: Annotated[
         str | None,
@@ -61,7 +63,7 @@ def get_once(
     named = None
     if idempotency_key is not None:
         operation = f"{request.method} {request.url.path}"
-        named = OnceRequest(project=DEFAULT_PROJECT, key=idempotency_key, operation=operation, body_digest=hashlib.sha256(body).hexdigest())
+        named = OnceRequest(project=principal.project, key=idempotency_key, operation=operation, body_digest=hashlib.sha256(body).hexdigest())
     return Once(store=store, request=named, response=response)
 
 

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
+from api.auth import is_public, needed_scope
 from api.problems import MEDIA_TYPE, PROBLEM_TYPES
 from api.schemas.common import ProblemAnswer
 from api.schemas.searches import UPDATE_ADAPTER
@@ -144,10 +145,26 @@ def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
                 for key, value in {**nested, name: schema}.items():
                     schemas.setdefault(key, value)
             _drop_foreign_errors(document)
+            _add_security(document)
             app.openapi_schema = document
         return app.openapi_schema
 
     return build
+
+
+def _add_security(document: dict[str, Any]) -> None:
+    """The API key, the scope that each operation needs, and how every one of them refuses a key: routes know nothing of it."""
+    document["components"]["securitySchemes"] = {
+        "ApiKey": {"type": "http", "scheme": "bearer", "description": "A key of `nas keys create`. In single-user mode, on loopback, none is needed."}
+    }
+    refusals = {str(status): answer for status, answer in problems(401, 403, 429).items()}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            if is_public(path):
+                continue
+            scope = needed_scope(method.upper(), path)
+            operation["security"] = [{"ApiKey": [scope] if scope else []}, {}]
+            operation["responses"] = dict(sorted((refusals | operation["responses"]).items()))
 
 
 def _drop_foreign_errors(document: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse, HTMLResponse
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
+from api.principal import PrincipalDep
 from api.problems import PROBLEM_TYPES
 from api.rendering import TEMPLATES
 from api.routes.dependencies import BudgetIndex, OtherDep, SearchDep, StoreDep, TrialNumber
@@ -38,8 +39,10 @@ def render(name: str, **values: Any) -> HTMLResponse:
 
 
 @router.get("/")
-def searches_page(store: StoreDep, after: Annotated[str | None, Query(max_length=100, pattern=r"^srch_[0-9a-z]+$")] = None) -> HTMLResponse:
-    found = store.list_searches(after=after, limit=SEARCHES_PER_PAGE + 1)
+def searches_page(
+    store: StoreDep, principal: PrincipalDep, after: Annotated[str | None, Query(max_length=100, pattern=r"^srch_[0-9a-z]+$")] = None
+) -> HTMLResponse:
+    found = store.list_searches(project=principal.project, after=after, limit=SEARCHES_PER_PAGE + 1)
     searches = [summarise_search(search, counts=store.search_counts(search.id)) for search in found[:SEARCHES_PER_PAGE]]
     next_cursor = searches[-1].id if len(found) > SEARCHES_PER_PAGE else None
     is_active = any(not search.state.is_terminal for search in searches)
@@ -69,7 +72,7 @@ def search_page(search: SearchDep, store: StoreDep, budget: BudgetIndex = 0) -> 
         events=events[::-1],
         pace=measure_pace(answer, now=utc_now()),
         has_winner=shown.winner is not None,
-        others=[other for other in store.list_searches(limit=SEARCHES_PER_PAGE) if other.id != search.id],
+        others=[other for other in store.list_searches(project=search.project, limit=SEARCHES_PER_PAGE) if other.id != search.id],
         score_figure=score_figure(shown, rows=rows),
         rung_figure=rung_figure(rows=rows, rungs=rungs, progress=answer),
     )

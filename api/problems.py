@@ -26,10 +26,12 @@ from nas.errors import (
     CorpusUnavailable,
     IdempotencyKeyReused,
     InvalidSpec,
+    KeyRefused,
     NasError,
     NotFound,
     PreconditionFailed,
     Problem,
+    QuotaExceeded,
     StoreUnavailable,
     TaskUnavailable,
     TeacherUnavailable,
@@ -61,6 +63,19 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = {
             status=400,
             title="The request cannot be understood",
             meaning="The server could not parse the request, or it was sent to a host name that this service does not answer to.",
+        ),
+        ProblemType(
+            code="unauthorized",
+            status=401,
+            title="An API key is needed",
+            meaning="Send `Authorization: Bearer KEY` with a key that is neither revoked nor expired; the operator makes keys with `nas keys create`. "
+            "In a browser, log in.",
+        ),
+        ProblemType(
+            code="missing-scope",
+            status=403,
+            title="The key may not do this",
+            meaning="The key lacks the scope that this needs: `read` to look, `submit` to start and change searches, `admin` for what concerns all projects.",
         ),
         ProblemType(
             code="cross-site",
@@ -130,6 +145,18 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = {
             meaning="A change has to name the version that it was decided on: send the ETag of the resource as If-Match, or * for whichever version is there.",
         ),
         ProblemType(
+            code="quota-exceeded",
+            status=429,
+            title="The quota of the project is used up",
+            meaning="Nothing was stored. `quota` names the limit, `limit` and `used` say how far it goes; Retry-After is there where waiting helps.",
+        ),
+        ProblemType(
+            code="too-many-requests",
+            status=429,
+            title="Too many requests",
+            meaning="This key, or this address with keys that do not exist, asks too often. Wait for as long as Retry-After says.",
+        ),
+        ProblemType(
             code="internal-error",
             status=500,
             title="The service failed",
@@ -147,6 +174,7 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = {
 
 _CODES_BY_STATUS = {
     400: "bad-request",
+    401: "unauthorized",
     403: "cross-site",
     404: "not-found",
     405: "method-not-allowed",
@@ -163,6 +191,8 @@ _CODES_BY_ERROR: tuple[tuple[type[NasError], str], ...] = (
     (IdempotencyKeyReused, "idempotency-key-reused"),
     (PreconditionFailed, "precondition-failed"),
     (Conflict, "conflict"),
+    (KeyRefused, "unauthorized"),
+    (QuotaExceeded, "quota-exceeded"),
     (StoreUnavailable, "not-ready"),
     (TooManyStreams, "too-many-streams"),
     (TeacherUnavailable, "input-unavailable"),
@@ -172,9 +202,16 @@ _CODES_BY_ERROR: tuple[tuple[type[NasError], str], ...] = (
 
 
 def problem_response(
-    request: Request, code: str, *, detail: str, errors: Sequence[Problem] = (), headers: Mapping[str, str] | None = None, status: int | None = None
+    request: Request,
+    code: str,
+    *,
+    detail: str,
+    errors: Sequence[Problem] = (),
+    headers: Mapping[str, str] | None = None,
+    status: int | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Response:
-    """One error as problem+json, or as a page for a browser that asked for a page. A 503 says when to try again."""
+    """One error as problem+json, or as a page for a browser that asked for a page. A 503 says when to try again; `more` is what this kind adds."""
     kind = PROBLEM_TYPES[code]
     headers = {**({"Retry-After": str(RETRY_SECONDS)} if kind.status == 503 else {}), REQUEST_ID_HEADER: request_id(request), **(headers or {})}
     body: dict[str, Any] = {
@@ -184,35 +221,46 @@ def problem_response(
         "detail": detail,
         "instance": request.url.path,
         "request_id": request_id(request),
+        **(more or {}),
     }
     if errors:
         body["errors"] = [{"field": problem.field, "expected": problem.expected, "got": problem.got} for problem in errors]
-    if _wants_page(request):
+    if wants_page(request):
         page = TEMPLATES.get_template("problem.html").render(problem=body, kind=kind)
         return HTMLResponse(page, status_code=body["status"], headers=headers)
     return JSONResponse(body, status_code=body["status"], headers=headers, media_type=MEDIA_TYPE)
 
 
-def _wants_page(request: Request) -> bool:
+def wants_page(request: Request) -> bool:
+    """Whether a browser asks for something to show."""
     return not request.url.path.startswith("/v1/") and "text/html" in request.headers.get("accept", "")
 
 
 def install_problem_handlers(app: FastAPI) -> None:
     """Answer every exception of this app with a problem."""
-    app.add_exception_handler(NasError, _on_nas_error)
+    app.add_exception_handler(NasError, answer_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(Exception, _on_bug)
 
 
-def _on_nas_error(request: Request, error: Exception) -> Response:
+def answer_error(request: Request, error: Exception) -> Response:
+    """The answer to an error of ours."""
     if isinstance(error, StoreUnavailable):
         logger.warning("the store does not answer", exc_info=error)
     for kind, code in _CODES_BY_ERROR:
         if isinstance(error, kind):
+            if isinstance(error, QuotaExceeded):
+                return _quota_response(request, error)
             return problem_response(request, code, detail=str(error), errors=error.problems if isinstance(error, InvalidSpec) else ())
     logger.error("unexpected error of ours on %s %s", request.method, request.url.path, exc_info=error)
     return _on_bug(request, error)
+
+
+def _quota_response(request: Request, error: QuotaExceeded) -> Response:
+    headers = {} if error.retry_after_seconds is None else {"Retry-After": str(error.retry_after_seconds)}
+    more = {"quota": error.quota, "limit": error.limit, "used": error.used}
+    return problem_response(request, "quota-exceeded", detail=str(error), headers=headers, more=more)
 
 
 def _on_http_exception(request: Request, error: Exception) -> Response:

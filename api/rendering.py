@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
+from api.principal import current_principal
 from nas.shape import Shape
 
 MISSING = "–"
@@ -132,6 +133,7 @@ def _environment() -> Environment:
         "ticks": ticks,
     }
     environment.globals["missing"] = MISSING
+    environment.globals["principal"] = current_principal.get
     return environment
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Literal, TypeVar
 from nas.errors import InvalidSpec, Problem
 
 T = TypeVar("T")
+
+_HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?|[0-9a-f]*:[0-9a-f:]+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,10 @@ class Settings:
     migrate: bool
     """NAS_MIGRATE: 1: the API and the controllers bring the database's schema up to date when they start; 0: they refuse another one, and
     `nas migrate` is a step of its own. Default: 1."""
+    allowed_hosts: tuple[str, ...]
+    """NAS_ALLOWED_HOSTS: host names by which browsers reach the API, separated by commas, beside loopback's and NAS_HOST. Default: none."""
+    requests_per_second: float
+    """NAS_REQUESTS_PER_SECOND: how often one API key may ask one API process, on average; twice as many at once. Default: 50."""
     lease_seconds: float
     """NAS_LEASE_SECONDS: a controller that has not renewed its leadership for so long may be replaced. Default: 10."""
 
@@ -82,6 +89,8 @@ class Settings:
             num_cpus=reader.read("NAS_NUM_CPUS", _integer(at_least=1, at_most=4096), default=None),
             num_gpus=reader.read("NAS_NUM_GPUS", _integer(at_least=0, at_most=4096), default=None),
             migrate=reader.read("NAS_MIGRATE", _switch, default=True),
+            allowed_hosts=reader.read("NAS_ALLOWED_HOSTS", _host_names, default=()),
+            requests_per_second=reader.read("NAS_REQUESTS_PER_SECOND", _requests_per_second, default=50.0),
             lease_seconds=reader.read("NAS_LEASE_SECONDS", _lease_seconds, default=10.0),
             log_format=reader.read("NAS_LOG_FORMAT", _log_format, default=None),
             log_level=reader.read("NAS_LOG_LEVEL", _log_level, default="INFO"),
@@ -175,6 +184,24 @@ def _host(text: str) -> str:
     if "/" in text or any(character.isspace() for character in text):
         raise _Expected("a host name or an address to listen on")
     return text
+
+
+def _host_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
+    # A port or a wildcard would never match, and would seem to.
+    if not all(_HOST_NAME.fullmatch(name) for name in names):
+        raise _Expected("host names or addresses without ports, separated by commas")
+    return names
+
+
+def _requests_per_second(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = float("nan")
+    if not 0.1 <= rate <= 1e6:
+        raise _Expected("a number from 0.1 to 1000000")
+    return rate
 
 
 def _executor(text: str) -> Literal["ray", "local"]:

@@ -19,7 +19,7 @@ from nas.memory import TeacherMemory, Training, inference_memory, least_training
 from nas.shape import Shape
 from nas.space import SearchSpace, build_spaces, forced_anchors
 from nas.spec import SearchSpec
-from nas.store.records import CorpusRecord, SpeedRecord, TaskRecord, TeacherRecord
+from nas.store.records import DEFAULT_PROJECT, CorpusRecord, SpeedRecord, TaskRecord, TeacherRecord
 from nas.store.store import Store
 from nas.warm_start import check_warm_start
 
@@ -43,8 +43,8 @@ class Submission:
     """The legal shapes of each budget."""
 
 
-def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
-    """Look up every name and build the search space.
+def check_submission(spec: SearchSpec, *, store: Store, project: str = DEFAULT_PROJECT) -> Submission:
+    """Look up every name and build the search space. Teachers, corpora and tasks are everybody's; of searches the spec may name the project's own.
 
     Raises:
         InvalidSpec: unknown teacher, corpus, task or metric, a duplicate name, a sequence longer than the teacher's context,
@@ -71,7 +71,7 @@ def check_submission(spec: SearchSpec, *, store: Store) -> Submission:
         "corpora": [{"name": corpus.name, "digest": corpus.digest, "files": list(corpus.files)} for corpus in corpora],
         "tasks": [{"name": task.name, "digest": task.digest, "folder": task.folder, "card": task.card} for task in tasks],
     }
-    if problems := check_warm_start(spec, inputs=inputs, store=store):
+    if problems := check_warm_start(spec, inputs=inputs, store=store, project=project):
         raise InvalidSpec(*problems)
     budgets = _describe_budgets(spec, spaces=spaces)
     spec = with_first_tokens(spec, plans=budgets)

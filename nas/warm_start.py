@@ -52,13 +52,13 @@ class Memory:
         return next((known for known in self.at(tokens) if known.is_answer and known.shape == shape), None)
 
 
-def check_warm_start(spec: SearchSpec, *, inputs: Mapping[str, Any], store: Store) -> list[Problem]:
+def check_warm_start(spec: SearchSpec, *, inputs: Mapping[str, Any], store: Store, project: str) -> list[Problem]:
     """Why the searches that `warm_start_from` names cannot serve this one: field by field, what is expected and what they had."""
     problems = []
     for index, search_id in enumerate(spec.warm_start_from):
         field_ = f"warm_start_from.{index}"
         try:
-            earlier = store.get_search(search_id)
+            earlier = store.get_search(search_id, project=project)
         except NotFound:
             problems.append(Problem(field=field_, expected="the id of a search", got=search_id))
             continue

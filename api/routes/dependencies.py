@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Path, Query, Request
 
+from api.principal import PrincipalDep
 from nas.errors import NotFound
 from nas.settings import Settings
 from nas.store.records import SearchRecord
@@ -32,18 +33,20 @@ StoreDep = Annotated[Store, Depends(get_store)]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 
 
-def get_search(search_id: Annotated[str, Path(description="The search's id: `srch_...`.")], store: StoreDep) -> SearchRecord:
-    """The search of the path. Ids of another form never reach the database, which need not accept every character."""
+def get_search(search_id: Annotated[str, Path(description="The search's id: `srch_...`.")], store: StoreDep, principal: PrincipalDep) -> SearchRecord:
+    """The search of the path; another project's is none. Ids of another form never reach the database, which need not accept every character."""
     if not SEARCH_ID.fullmatch(search_id):
         raise NotFound(f"search: expected an id such as srch_1f2e3d, got {search_id!r}")
-    return store.get_search(search_id)
+    return store.get_search(search_id, project=principal.project)
 
 
 SearchDep = Annotated[SearchRecord, Depends(get_search)]
 
 
-def get_other(store: StoreDep, other_id: Annotated[str, Query(alias="with", description="The id of the other search: `srch_...`.")]) -> SearchRecord:
-    return get_search(other_id, store)
+def get_other(
+    store: StoreDep, principal: PrincipalDep, other_id: Annotated[str, Query(alias="with", description="The id of the other search: `srch_...`.")]
+) -> SearchRecord:
+    return get_search(other_id, store, principal)
 
 
 OtherDep = Annotated[SearchRecord, Depends(get_other)]

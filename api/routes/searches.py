@@ -12,6 +12,7 @@ from api.bodies import JsonBodyDep, read_no_body
 from api.conditional import check_match, etag_of, is_unchanged, not_modified
 from api.once import OnceDep
 from api.openapi import SUBMIT_BODY, UPDATE_BODY, not_modified_answer, problems
+from api.principal import PrincipalDep
 from api.routes.dependencies import SEARCH_ID, SearchDep, StoreDep
 from api.schemas.common import Page
 from api.schemas.searches import UPDATE_ADAPTER, PreviewAnswer, SearchAnswer, SearchSummary
@@ -19,7 +20,7 @@ from api.summary import describe_inputs, describe_search, summarise_search
 from nas.errors import InvalidSpec, Problem
 from nas.shape import Shape
 from nas.spec import dump_spec, parse_spec
-from nas.store.records import DEFAULT_PROJECT, SearchRecord, SearchState
+from nas.store.records import SearchRecord, SearchState
 from nas.store.store import Store
 from nas.strict_json import read_object, validate
 from nas.submission import ask_about, check_submission, estimate_time
@@ -37,13 +38,13 @@ _Route = TypeVar("_Route", bound=Callable[..., Any])
     openapi_extra=SUBMIT_BODY,
     responses=problems(409, 413, 415, 422),
 )
-def submit_search(store: StoreDep, body: JsonBodyDep, once: OnceDep, response: Response) -> SearchAnswer:
+def submit_search(store: StoreDep, principal: PrincipalDep, body: JsonBodyDep, once: OnceDep, response: Response) -> SearchAnswer:
     """Check and price a spec, and queue it. Nothing is computed on the teacher yet."""
     spec = parse_spec(body)
-    submission = check_submission(spec, store=store)
+    submission = check_submission(spec, store=store, project=principal.project)
     search = once.search(
         lambda: store.create_search(
-            spec=dump_spec(submission.spec), inputs=submission.inputs, plan=submission.plan, label=spec.label, labels=spec.labels, project=DEFAULT_PROJECT
+            spec=dump_spec(submission.spec), inputs=submission.inputs, plan=submission.plan, label=spec.label, labels=spec.labels, project=principal.project
         )
     )
     response.headers["Location"] = f"/v1/searches/{search.id}"
@@ -59,13 +60,14 @@ def submit_search(store: StoreDep, body: JsonBodyDep, once: OnceDep, response: R
 )
 def preview_search(
     store: StoreDep,
+    principal: PrincipalDep,
     body: JsonBodyDep,
     shape: Annotated[list[str], Query(max_length=100, description="Shapes to ask about, as the leaderboard writes them: `L4-D56-F144-H4-K4-E8`.")] = [],  # noqa: B006  (FastAPI copies it)
 ) -> PreviewAnswer:
     """The same checks as a submit, the plan that it would store, and how long it would take; no search is stored."""
     spec = parse_spec(body)
     asked = [Shape.from_key(key) for key in shape]
-    submission = check_submission(spec, store=store)
+    submission = check_submission(spec, store=store, project=principal.project)
     speed = store.wish_speed(cpus=spec.resources.cpus, gpus=spec.resources.gpus, dtype=spec.distillation.dtype)
     return PreviewAnswer(
         spec=dump_spec(spec),
@@ -79,6 +81,7 @@ def preview_search(
 @router.get("/searches", operation_id="list_searches", summary="List searches", responses=problems(422))
 def list_searches(
     store: StoreDep,
+    principal: PrincipalDep,
     state: Annotated[SearchState | None, Query(description="Only searches in this state.")] = None,
     after: Annotated[str | None, Query(max_length=100, description="`next_cursor` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 50,
@@ -86,7 +89,7 @@ def list_searches(
     """Searches, newest first. Pages stay in step while new searches arrive."""
     if after is not None and not SEARCH_ID.fullmatch(after):
         raise InvalidSpec(Problem(field="after", expected="the next_cursor of a page", got=repr(after)))
-    found = store.list_searches(state=state, after=after, limit=limit + 1)
+    found = store.list_searches(project=principal.project, state=state, after=after, limit=limit + 1)
     data = [summarise_search(search, counts=store.search_counts(search.id)) for search in found[:limit]]
     has_more = len(found) > limit
     return Page(data=data, has_more=has_more, next_cursor=data[-1].id if has_more else None)

@@ -52,3 +52,7 @@ class ProblemAnswer(Answer):
     request_id: str
     """Also in the header X-Request-Id; the service's log names the request by it."""
     errors: list[FieldError] | None = None
+    quota: str | None = None
+    """Of a 429: the quota that is used up, such as `max_active_searches`."""
+    limit: float | None = None
+    used: float | None = None

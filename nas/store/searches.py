@@ -55,9 +55,13 @@ class Searches(Database):
             write_event(connection, search_id, "search.created", {"label": label})
             return get_search(connection, search_id)
 
-    def get_search(self, search_id: str) -> SearchRecord:
+    def get_search(self, search_id: str, *, project: str | None = None) -> SearchRecord:
+        """The search; of one project, or of any. Another project's is not found, as if it did not exist."""
         with self.read() as connection:
-            return get_search(connection, search_id)
+            search = get_search(connection, search_id)
+        if project is not None and search.project != project:
+            raise not_found(search_id)
+        return search
 
     def list_searches(
         self,

@@ -26,7 +26,16 @@ def assert_problem(answer: httpx2.Response, code: str, *, field: str | None = No
     assert body["detail"]
     assert body["instance"] == answer.request.url.path
     assert body["request_id"] == answer.headers["x-request-id"]
-    assert set(body) <= {"type", "title", "status", "detail", "instance", "request_id", "errors"}
+    assert set(body) <= {
+        "type",
+        "title",
+        "status",
+        "detail",
+        "instance",
+        "request_id",
+        "errors",
+        *(("quota", "limit", "used") if code == "quota-exceeded" else ()),
+    }
     if field is not None:
         errors = [error for error in body["errors"] if error["field"] == field]
         assert errors, body["errors"]

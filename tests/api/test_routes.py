@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import pytest
 
-from api.__main__ import is_loopback, remote_is_allowed
-from nas.errors import InvalidSpec
 from nas.store.records import SearchState
 from tests.api.conftest import a_row
 
@@ -355,19 +353,6 @@ def test_a_bundle_outside_of_the_data_folder_is_not_served(service: Service, pat
 def test_the_service_is_alive_and_ready(service: Service) -> None:
     assert service.client.get("/healthz").json() == {"status": "ok"}
     assert service.client.get("/readyz").json() == {"status": "ready"}
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
-def test_loopback_hosts_need_no_leave(host: str) -> None:
-    assert is_loopback(host)
-    assert not remote_is_allowed({}, host=host)
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
-def test_another_host_is_refused_unless_allowed(host: str) -> None:
-    with pytest.raises(InvalidSpec, match="NAS_HOST"):
-        remote_is_allowed({"NAS_ALLOW_REMOTE": "yes"}, host=host)
-    assert remote_is_allowed({"NAS_ALLOW_REMOTE": "1"}, host=host)
 
 
 def test_the_server_ends_with_its_parent(tmp_path: Path, free_port: int) -> None:

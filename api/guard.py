@@ -1,0 +1,128 @@
+"""Who may reach the service at all: addresses, host names, other sites' pages; and the security headers of every answer.
+
+A browser runs pages of strangers inside the user's network. None of them may reach the service through a host name that it
+points at its address (DNS rebinding), nor send it anything that changes something (cross-site request forgery).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from urllib.parse import urlsplit
+
+from fastapi import Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.problems import problem_response
+from nas.errors import InvalidSpec, Problem
+from nas.settings import Settings
+
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+
+PROBES = frozenset({"/healthz", "/readyz"})
+"""Asked by machines that know an address and no name; they tell nothing that is anybody's."""
+
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+# plotly.js adds <style> elements of its own; nothing else in the pages is inline.
+_CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs on this machine reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_single_user(settings: Settings) -> bool:
+    """Whether the service may serve without keys: it listens on loopback, and nothing says that others are led to it."""
+    return is_loopback(settings.host) and not settings.allowed_hosts
+
+
+def check_exposure(settings: Settings, *, has_keys: bool) -> None:
+    """Whether the service may begin to listen.
+
+    Raises:
+        InvalidSpec: others could reach it and it has no keys, or it does not know the names by which browsers reach it.
+    """
+    if is_single_user(settings):
+        return
+    if not has_keys:
+        field, got = ("NAS_ALLOWED_HOSTS", ",".join(settings.allowed_hosts)) if is_loopback(settings.host) else ("NAS_HOST", settings.host)
+        expected = "a service that only this machine reaches (a loopback address) as long as there is no API key; make one with `nas keys create`"
+        raise InvalidSpec(Problem(field=field, expected=expected, got=got))
+    if _is_every_address(settings.host) and not settings.allowed_hosts:
+        expected = f"the names by which browsers reach a service that listens on {settings.host}, such as nas.example.org,10.0.0.7"
+        raise InvalidSpec(Problem(field="NAS_ALLOWED_HOSTS", expected=expected, got="nothing"))
+
+
+def allowed_hosts(settings: Settings) -> frozenset[str]:
+    """The host names that requests may be sent to."""
+    own = frozenset() if _is_every_address(settings.host) else frozenset({settings.host.lower()})
+    return LOOPBACK_HOSTS | own | frozenset(settings.allowed_hosts)
+
+
+def _is_every_address(host: str) -> bool:
+    return host in ("0.0.0.0", "::")
+
+
+class Guard:
+    """Refuses requests to other host names and of other sites' pages, and adds the security headers to every answer."""
+
+    def __init__(self, app: ASGIApp, *, hosts: frozenset[str]) -> None:
+        self.app = app
+        self.hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = _CONTENT_SECURITY_POLICY
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers["Referrer-Policy"] = "same-origin"
+                headers["Cross-Origin-Resource-Policy"] = "same-origin"
+                headers.setdefault("Cache-Control", "no-cache")
+            await send(message)
+
+        headers = Headers(scope=scope)
+        if scope["path"] not in PROBES and _host_name(headers.get("host", "")) not in self.hosts:
+            detail = f"Host: expected one of {', '.join(sorted(self.hosts))}, got {headers.get('host', 'nothing')!r}"
+            await problem_response(Request(scope), "bad-request", detail=detail)(scope, receive, send_with_headers)
+        elif scope["method"] not in SAFE_METHODS and (why := _cross_site(headers)) is not None:
+            await problem_response(Request(scope), "cross-site", detail=why)(scope, receive, send_with_headers)
+        else:
+            await self.app(scope, receive, send_with_headers)
+
+
+def _cross_site(headers: Headers) -> str | None:
+    """Why a request that changes something is another site's; None if it is not, or comes from outside of a browser."""
+    site = headers.get("sec-fetch-site", "none")
+    if site not in ("same-origin", "none"):
+        return f"Sec-Fetch-Site: expected same-origin, got {site!r}"
+    origin = headers.get("origin")
+    if origin is None:
+        return None
+    # The scheme is left out: behind a proxy that ends TLS this service sees http.
+    scheme, _, place = origin.partition("://")
+    if scheme.lower() not in ("http", "https") or place.lower() != headers.get("host", "").lower():
+        return f"Origin: expected this service's own, at {headers.get('host', '')!r}, got {origin!r}"
+    return None
+
+
+def _host_name(host: str) -> str | None:
+    """The name in a Host header, without its port; None if it is malformed."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import httpx2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from api.app import create_app
+from api.auth import FAILURES_AT_ONCE, is_public, needed_scope
+from api.principal import parse_bearer
+from nas.errors import StoreUnavailable
+from nas.settings import Settings
+from nas.store.quotas import Quotas
+from nas.store.records import SearchState, utc_now
+from tests.api.conftest import Service
+from tests.api.test_problems import assert_problem
+
+SCOPES = ("read", "submit", "admin")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tenants:
+    """A service with two projects, and clients that hold a key of each."""
+
+    service: Service
+    ours: TestClient
+    theirs: TestClient
+    keys: dict[str, str]
+    """Secrets by project."""
+
+
+def client_with(service: Service, secret: str | None) -> TestClient:
+    headers = {} if secret is None else {"Authorization": f"Bearer {secret}"}
+    return TestClient(service.client.app, base_url="http://127.0.0.1", headers=headers, raise_server_exceptions=False)
+
+
+def key_of(service: Service, project: str = "default", scopes: tuple[str, ...] = SCOPES, **values: Any) -> str:
+    return service.store.create_key(project=project, name="a key", scopes=scopes, **values)[1]
+
+
+@pytest.fixture
+def tenants(service: Service) -> Tenants:
+    service.store.create_project("theirs")
+    keys = {project: key_of(service, project) for project in ("default", "theirs")}
+    return Tenants(service=service, ours=client_with(service, keys["default"]), theirs=client_with(service, keys["theirs"]), keys=keys)
+
+
+class TestBearer:
+    @pytest.mark.parametrize(("header", "token"), [("Bearer abc", "abc"), ("bearer  a.b_c-d", "a.b_c-d"), ("BEARER x", "x")])
+    def test_the_scheme_has_any_case_and_any_spaces(self, header: str, token: str) -> None:
+        assert parse_bearer(header) == token
+
+    @pytest.mark.parametrize(
+        "header", ["", "Bearer", "Bearer ", "Basic abc", "Bearerabc", "Bearer a b", " Bearer a", "Bearer a ", "Bearer é", "Bearer a\n", "a"]
+    )
+    def test_anything_else_is_none(self, header: str) -> None:
+        assert parse_bearer(header) is None
+
+    @given(st.text())
+    def test_any_text_is_read_without_an_error(self, text: str) -> None:
+        token = parse_bearer(text)
+        assert token is None or text.endswith(token)
+
+    @given(st.text(alphabet=st.characters(min_codepoint=33, max_codepoint=126), min_size=1), st.integers(1, 3))
+    def test_any_visible_token_comes_out_as_it_went_in(self, token: str, spaces: int) -> None:
+        assert parse_bearer("Bearer" + " " * spaces + token) == token
+
+
+class TestSingleUser:
+    def test_without_any_key_loopback_needs_none(self, service: Service) -> None:
+        assert service.client.get("/v1/searches").status_code == 200
+
+    def test_from_the_first_key_on_everybody_needs_one_for_ever(self, service: Service) -> None:
+        key, secret = service.store.create_key(project="default", name="", scopes=["read"])
+
+        assert_problem(service.client.get("/v1/searches"), "unauthorized")
+        assert client_with(service, secret).get("/v1/searches").status_code == 200
+        service.store.revoke_key(key.id)
+        assert_problem(service.client.get("/v1/searches"), "unauthorized")
+
+    def test_a_wrong_key_is_refused_there_too(self, service: Service) -> None:
+        assert_problem(client_with(service, "nas_wrong").get("/v1/searches"), "unauthorized")
+
+    def test_a_service_that_others_reach_always_needs_one(self, service: Service) -> None:
+        for variables in ({"NAS_HOST": "0.0.0.0"}, {"NAS_ALLOWED_HOSTS": "nas.example.org"}):
+            settings = Settings.from_environment({"NAS_DATA": "/tmp/never-made", **variables})
+            client = TestClient(create_app(store=service.store, settings=settings), base_url="http://127.0.0.1")
+
+            assert_problem(client.get("/v1/searches"), "unauthorized")
+
+
+class TestKeys:
+    @pytest.mark.parametrize("path", ["/v1/searches", "/v1/nothing", "/v1/searches/srch_0/events/stream", "/openapi.json", "/nothing", "/metrics"])
+    def test_without_a_key_nothing_is_told_not_even_what_exists(self, tenants: Tenants, path: str) -> None:
+        answer = tenants.service.client.get(path)
+
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"] == 'Bearer realm="nas"'
+        assert_problem(answer, "unauthorized")
+
+    @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/login", "/static/style.css", "/problems/unauthorized"])
+    def test_what_shows_nothing_of_anybody_is_public(self, tenants: Tenants, path: str) -> None:
+        assert tenants.service.client.get(path).status_code == 200
+
+    @pytest.mark.parametrize("header", ["", "Basic bmFzOm5hcw==", "Bearer", "nas_1"])
+    def test_another_kind_of_authorization_is_refused(self, tenants: Tenants, header: str) -> None:
+        assert_problem(tenants.service.client.get("/v1/searches", headers={"Authorization": header}), "unauthorized")
+
+    def test_two_keys_in_one_request_are_refused(self, tenants: Tenants) -> None:
+        headers = [("Authorization", f"Bearer {secret}") for secret in tenants.keys.values()]
+
+        assert_problem(tenants.service.client.get("/v1/searches", headers=headers), "unauthorized")
+
+    def test_a_refused_key_is_told_why_only_if_the_secret_was_right(self, tenants: Tenants) -> None:
+        store = tenants.service.store
+        revoked, secret = store.create_key(project="default", name="", scopes=["read"])
+        store.revoke_key(revoked.id)
+        expired = key_of(tenants.service, expires_at=utc_now() - timedelta(seconds=1))
+
+        answers = {name: client_with(tenants.service, text).get("/v1/searches") for name, text in (("a", secret), ("b", expired), ("c", secret[:-3] + "AAA"))}
+
+        assert {name: answer.status_code for name, answer in answers.items()} == {"a": 401, "b": 401, "c": 401}
+        assert all('error="invalid_token"' in answer.headers["www-authenticate"] for answer in answers.values())
+        assert [answers[name].json()["detail"].split()[-1] for name in "abc"] == ["revoked", "expired", "service"]
+
+    @pytest.mark.parametrize(
+        ("method", "path", "scope"),
+        [
+            ("GET", "/v1/searches", "read"),
+            ("HEAD", "/v1/searches", "read"),
+            ("POST", "/v1/searches", "submit"),
+            ("POST", "/v1/searches:preview", "read"),
+            ("PATCH", "/v1/searches/srch_1", "submit"),
+            ("DELETE", "/v1/searches/srch_1", "submit"),
+            ("PUT", "/v1/what-may-come", "submit"),
+            ("GET", "/metrics", "admin"),
+            ("HEAD", "/metrics", "admin"),
+            ("POST", "/logout", None),
+        ],
+    )
+    def test_what_a_request_needs_follows_from_its_method(self, method: str, path: str, scope: str | None) -> None:
+        assert needed_scope(method, path) == scope
+        assert not is_public(path)
+
+    @pytest.mark.parametrize(("scopes", "statuses"), [(("read",), (200, 403)), (("submit",), (403, 202)), (("admin",), (403, 403))])
+    def test_a_key_does_only_what_its_scopes_allow(self, tenants: Tenants, scopes: tuple[str, ...], statuses: tuple[int, int]) -> None:
+        search = tenants.service.submit()
+        client = client_with(tenants.service, key_of(tenants.service, scopes=scopes))
+
+        answers = client.get("/v1/searches"), client.post(f"/v1/searches/{search.id}/cancel")
+
+        assert tuple(answer.status_code for answer in answers) == statuses
+        for answer in answers:
+            if answer.status_code == 403:
+                assert ", ".join(scopes) in assert_problem(answer, "missing-scope")["detail"]
+        assert (tenants.service.store.get_search(search.id).state is SearchState.QUEUED) == (statuses[1] == 403)
+
+    def test_a_database_that_is_away_is_a_503_and_never_an_open_door(self, tenants: Tenants, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: Any) -> None:
+            raise StoreUnavailable("the database does not answer")
+
+        for name in ("authenticate_key", "authenticate_session", "has_keys"):
+            monkeypatch.setattr(tenants.service.store, name, fail)
+
+        for client in (tenants.ours, tenants.service.client):
+            assert_problem(client.get("/v1/searches"), "not-ready")
+
+    def test_no_secret_is_ever_logged(self, tenants: Tenants, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.DEBUG)
+        wrong = tenants.keys["default"][:-3] + "AAA"
+        for secret in (*tenants.keys.values(), wrong, "nas_nothing"):
+            client_with(tenants.service, secret).get("/v1/searches")
+        tenants.service.client.post("/login", data={"key": wrong})
+
+        told = caplog.text + " ".join(str(vars(record)) for record in caplog.records)
+
+        assert "a key was refused" in told
+        assert not any(secret.rsplit("_", 1)[1][:20] in told for secret in (*tenants.keys.values(), wrong))
+
+
+class TestLimits:
+    def test_a_key_that_asks_too_often_waits_and_others_do_not(self, service: Service) -> None:
+        service.store.create_project("theirs")
+        ours, theirs = key_of(service), key_of(service, "theirs")
+        settings = Settings.from_environment({"NAS_DATA": str(service.settings.data_folder), "NAS_REQUESTS_PER_SECOND": "0.5"})
+        client = TestClient(create_app(store=service.store, settings=settings), base_url="http://127.0.0.1")
+
+        def ask(secret: str) -> httpx2.Response:
+            return client.get("/v1/teachers", headers={"Authorization": f"Bearer {secret}"})
+
+        assert ask(ours).status_code == 200
+        refused = ask(ours)
+        assert_problem(refused, "too-many-requests")
+        assert refused.headers["retry-after"] == "2"
+        assert ask(theirs).status_code == 200
+
+    def test_an_address_with_wrong_keys_waits_but_a_right_key_is_never_held_up(self, tenants: Tenants) -> None:
+        wrong = client_with(tenants.service, "nas_000000000000_" + "A" * 43)
+
+        answers = [wrong.get("/v1/teachers") for _ in range(int(FAILURES_AT_ONCE) + 1)]
+
+        assert [answer.status_code for answer in answers] == [401] * int(FAILURES_AT_ONCE) + [429]
+        assert_problem(answers[-1], "too-many-requests")
+        assert int(answers[-1].headers["retry-after"]) >= 1
+        assert tenants.ours.get("/v1/teachers").status_code == 200
+
+    def test_a_quota_is_a_429_that_says_which_and_leaves_nothing(self, tenants: Tenants) -> None:
+        store = tenants.service.store
+        store.set_quotas("theirs", Quotas(max_active_searches=1))
+        headers = {"Content-Type": "application/json"}
+        body = json.dumps(tenants.service.spec())
+
+        answers = [tenants.theirs.post("/v1/searches", content=body, headers=headers) for _ in range(2)]
+
+        assert [answer.status_code for answer in answers] == [201, 429]
+        problem = assert_problem(answers[1], "quota-exceeded")
+        assert (problem["quota"], problem["limit"], problem["used"]) == ("max_active_searches", 1, 1)
+        assert "retry-after" not in answers[1].headers
+        assert len(store.list_searches()) == 1
+
+    def test_a_quota_of_the_day_says_when_it_is_there_again(self, tenants: Tenants) -> None:
+        plan = tenants.service.submit().plan
+        tenants.service.store.set_quotas("theirs", Quotas(max_tokens_per_day=int(plan["max_distillation_tokens"])))
+        headers = {"Content-Type": "application/json"}
+
+        answers = [tenants.theirs.post("/v1/searches", content=json.dumps(tenants.service.spec()), headers=headers) for _ in range(2)]
+
+        assert [answer.status_code for answer in answers] == [201, 429]
+        assert 0 < int(answers[1].headers["retry-after"]) <= 86401
