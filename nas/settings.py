@@ -22,7 +22,7 @@ class Settings:
     data_folder: Path
     """NAS_DATA: all files of the service. Default: nas-data in the working folder."""
     database_url: str
-    """NAS_DATABASE_URL: sqlite:///FILE or postgresql://...; default: nas.db in the data folder."""
+    """NAS_DATABASE_URL: sqlite:///FILE or postgresql://..., or NAS_DATABASE_URL_FILE: a file that holds it (a secret). Default: nas.db in the data folder."""
     host: str
     """NAS_HOST: address the API listens on. Default: 127.0.0.1."""
     port: int
@@ -134,7 +134,11 @@ class _Reader:
         self.problems: list[Problem] = []
 
     def read(self, name: str, parse: Callable[[str], T], *, default: T) -> T:
-        text = self.environment.get(name, "").strip()
+        try:
+            text = self.environment.get(name, "").strip() or self._read_file(name)
+        except _Expected as error:
+            self.problems.append(Problem(field=f"{name}_FILE", expected=str(error), got=repr(self.environment[f"{name}_FILE"])))
+            return default
         if not text:
             return default
         try:
@@ -144,6 +148,16 @@ class _Reader:
             got = text.split(":", 1)[0] + ":..." if name in _URLS else repr(text)
             self.problems.append(Problem(field=name, expected=str(error), got=got))
             return default
+
+    def _read_file(self, name: str) -> str:
+        """What may hold a password may lie in a file: that is how secrets come into a container."""
+        path = self.environment.get(f"{name}_FILE", "").strip() if name in _URLS else ""
+        if not path:
+            return ""
+        try:
+            return Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise _Expected("a file that can be read") from error
 
 
 def _folder(text: str) -> Path:

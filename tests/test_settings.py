@@ -130,3 +130,12 @@ def test_all_problems_are_reported_at_once() -> None:
         Settings.from_environment({"NAS_PORT": "x", "NAS_EXECUTOR": "y"})
 
     assert [problem.field for problem in caught.value.problems] == ["NAS_PORT", "NAS_EXECUTOR"]
+
+
+def test_a_database_s_url_may_lie_in_a_file(tmp_path: Path) -> None:
+    secret = tmp_path / "url"
+    secret.write_text("postgresql://nas:pw@db/nas\n")
+    assert Settings.from_environment({"NAS_DATABASE_URL_FILE": str(secret)}).database_url == "postgresql://nas:pw@db/nas"
+    assert Settings.from_environment({"NAS_DATABASE_URL_FILE": str(secret), "NAS_DATABASE_URL": "sqlite:////x.db"}).database_url == "sqlite:////x.db"
+    with pytest.raises(InvalidSpec, match="NAS_DATABASE_URL_FILE: expected a file that can be read, got '/nowhere'"):
+        Settings.from_environment({"NAS_DATABASE_URL_FILE": "/nowhere"})
