@@ -4,7 +4,6 @@
 set -eu
 : "${NAS_RAY_ADDRESS:?expected the address of the cluster's head, HOST:PORT}"
 ray start --address="$NAS_RAY_ADDRESS" --num-cpus=0 --num-gpus=0 --disable-usage-stats
-trap 'ray stop --force >/dev/null 2>&1 || true' EXIT
 python -m workers &
 controller=$!
 trap 'kill -TERM "$controller"' TERM INT
