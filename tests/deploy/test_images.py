@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -62,4 +63,4 @@ def test_the_api_s_image_serves_without_torch_or_ray(tmp_path: Path) -> None:
                 assert client.get(path).status_code == 200, path
     finally:
         service.terminate()
-        assert service.wait(timeout=30) == 0
+        assert service.wait(timeout=30) in (0, -signal.SIGTERM)
