@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "backup.sh"
 
 
 def add_search(store: Store, *, label: str) -> str:
-    return store.create_search(spec={}, inputs={}, plan={}, label=label)[0].id
+    return store.create_search(spec={}, inputs={}, plan={}, label=label).id
 
 
 def run(*arguments: str, url: str) -> subprocess.CompletedProcess[str]:
