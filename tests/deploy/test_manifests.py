@@ -155,17 +155,6 @@ def test_no_secret_lies_in_a_file_but_the_example() -> None:
 # -- the manifests and the code --------------------------------------------------------------------------------------------
 
 
-def test_every_setting_that_is_deployed_exists() -> None:
-    known = set(
-        re.findall(
-            r"NAS_[A-Z_]+", "".join(path.read_text(encoding="utf-8") for package in ("nas", "api", "workers") for path in (ROOT / package).rglob("*.py"))
-        )
-    )
-    for path in (path for path in DEPLOY.rglob("*") if path.is_file() and path.suffix in (".yaml", ".sh", ".Containerfile", ".md")):
-        used = set(re.findall(r"\bNAS_[A-Z_]+\b", path.read_text(encoding="utf-8")))
-        assert {name.removesuffix("_FILE") for name in used} <= known, path
-
-
 def test_images_and_versions_agree() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     (cluster,) = (document for document in DOCUMENTS.values() if document["kind"] == "RayCluster")
