@@ -125,9 +125,13 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return answers
 
 
-def csv_answer() -> dict[int | str, dict[str, Any]]:
-    """The second form in which a route answers."""
-    return {200: {"description": "The board.", "content": {"text/csv": {"schema": {"type": "string"}}}}}
+def leaderboard_answers() -> dict[int | str, dict[str, Any]]:
+    """The other forms in which the leaderboard comes."""
+    text = {"schema": {"type": "string"}}
+    return {
+        200: {"description": "A page of the board, or all of its rows.", "content": {"text/csv": text, "application/x-ndjson": text}},
+        304: {"description": "Unchanged: If-None-Match names this version of the board."},
+    }
 
 
 def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:

@@ -12,18 +12,27 @@ from fastapi.responses import FileResponse, HTMLResponse
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
+from api.cursors import MAX_CURSOR_LENGTH
+from api.leaderboards import cursor_behind, describe_board, of_budget, read_cursor, read_page
 from api.principal import PrincipalDep
 from api.problems import PROBLEM_TYPES
 from api.rendering import TEMPLATES
 from api.routes.dependencies import BudgetIndex, OtherDep, SearchDep, StoreDep, TrialNumber
+from api.routes.leaderboard import Sort, get_query
 from api.routes.results import compare_searches
 from api.schemas.trials import AttemptAnswer
-from api.summary import describe_rung, describe_search, describe_trial, leaderboard, of_budget, summarise_search
-from api.views import board_rows, compare_shapes, curve_figure, group_failures, held_out_rows, measure_pace, rung_figure, score_figure, task_columns
-from nas.store.records import utc_now
+from api.summary import describe_rung, describe_search, describe_trial, summarise_search
+from api.views import board_row, compare_shapes, curve_figure, group_failures, held_out_rows, measure_pace, new_row, rung_figure, score_figure, task_columns
+from nas.store.records import BoardPage, TrialState, utc_now
 
 SEARCHES_PER_PAGE = 50
+ROWS_PER_PAGE = 100
+FAILURES_SHOWN = 100
+MAX_DRAWN = 150
+"""Figures draw at most so many of the best rows, as many spread evenly over all trials, and the front."""
 EVENTS_SHOWN = 40
+
+_SHOWN_WITHOUT_RESULT = (TrialState.WAITING, TrialState.RUNNING, TrialState.STOPPED, TrialState.CANCELLED)
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 
@@ -43,38 +52,59 @@ def searches_page(
     store: StoreDep, principal: PrincipalDep, after: Annotated[str | None, Query(max_length=100, pattern=r"^srch_[0-9a-z]+$")] = None
 ) -> HTMLResponse:
     found = store.list_searches(project=principal.project, after=after, limit=SEARCHES_PER_PAGE + 1)
-    searches = [summarise_search(search, counts=store.search_counts(search.id)) for search in found[:SEARCHES_PER_PAGE]]
+    counts = store.trial_counts([search.id for search in found])
+    searches = [summarise_search(search, counts=counts[search.id]) for search in found[:SEARCHES_PER_PAGE]]
     next_cursor = searches[-1].id if len(found) > SEARCHES_PER_PAGE else None
     is_active = any(not search.state.is_terminal for search in searches)
     return render("searches.html", searches=searches, next_cursor=next_cursor, after=after, is_active=is_active, now=utc_now(), teachers=store.list_teachers())
 
 
 @router.get("/searches/{search_id}")
-def search_page(search: SearchDep, store: StoreDep, budget: BudgetIndex = 0) -> HTMLResponse:
-    """The search, with the leaderboard of one of its budgets."""
-    trials, rungs = store.list_trials(search.id), store.list_rungs(search.id, with_documents=False)
-    answer = describe_search(search, trials=trials, rungs=rungs)
+def search_page(
+    search: SearchDep,
+    store: StoreDep,
+    budget: BudgetIndex = 0,
+    sort: Sort = "rank",
+    pareto: bool | None = None,
+    after: Annotated[str | None, Query(max_length=MAX_CURSOR_LENGTH)] = None,
+) -> HTMLResponse:
+    """The search, with a page of the leaderboard of one of its budgets."""
+    query = get_query(budget=budget, sort=sort, pareto=pareto)
+    counts = store.trial_counts([search.id])[search.id]
+    answer = describe_search(search, counts=counts)
     shown = of_budget(search, budget)
-    rows = board_rows(shown, trials=[trial for trial in trials if trial.budget == budget], rungs=rungs)
+    board, version = shown.board or {}, search.board_version
+    # An open page follows the search: it goes on at the place where the one before ended, in the board as it is now.
+    page = read_page(search, query=query, after=None if after is None else read_cursor(after, query=query)[1], limit=ROWS_PER_PAGE, store=store)
+    states = store.trial_states(search.id, [row["number"] for row in page.rows])
+    rows = [board_row(row, board=board, state=states.get(row["number"])) for row in page.rows]
+    if page.end is None and sort == "rank" and not pareto:
+        new = store.list_trials(search.id, states=_SHOWN_WITHOUT_RESULT, without_result=True, budget=budget, limit=ROWS_PER_PAGE)
+        rows += [new_row(trial, teacher_parameters=search.plan.get("teacher_parameters")) for trial in new]
+    sample = [] if version is None else store.board_sample(search.id, version=version, budget=budget, most=MAX_DRAWN)
+    confirmed = [] if version is None else store.confirmed_rows(search.id, version=version, budget=budget, limit=ROWS_PER_PAGE)
+    num_failed = counts.by_state[TrialState.FAILED]
     events = store.list_events(search.id, after=max(search.version - EVENTS_SHOWN, 0), limit=EVENTS_SHOWN)
     return render(
         "search.html",
         search=answer,
         version=search.version,
         rows=rows,
-        board=leaderboard(search, budget=budget).model_dump(),
+        view={"sort": sort, "pareto": pareto, "next": cursor_behind(page, query=query), "is_first": after is None, "num_drawn": len(sample)},
+        board=describe_board(search, page=BoardPage(version=0, rows=[], end=None), query=query).model_dump(),
         budgets=[of_budget(search, index).plan for index in range(1 + len(search.spec.get("more_budgets", ())))],
         tasks=task_columns(search),
         costs=[name for name in search.spec.get("objectives", ()) if name not in ("parameters", "memory_bytes")],
         show={"memory": any(row.memory_bytes for row in rows), "latency": any(row.latency for row in rows)},
-        held_out=held_out_rows(shown),
-        failures=group_failures(trials),
+        held_out=held_out_rows(confirmed, board=board),
+        failures=group_failures(store.list_trials(search.id, states=[TrialState.FAILED], limit=FAILURES_SHOWN) if num_failed else []),
+        num_failed=num_failed,
         events=events[::-1],
         pace=measure_pace(answer, now=utc_now()),
         has_winner=shown.winner is not None,
-        others=[other for other in store.list_searches(project=search.project, limit=SEARCHES_PER_PAGE) if other.id != search.id],
-        score_figure=score_figure(shown, rows=rows),
-        rung_figure=rung_figure(rows=rows, rungs=rungs, progress=answer),
+        others=[other for other in store.latest_searches(project=search.project, limit=SEARCHES_PER_PAGE) if other.id != search.id],
+        score_figure=score_figure(shown, rows=[board_row(row, board=board) for row in sample]),
+        rung_figure=rung_figure(sample, board=board, progress=answer),
     )
 
 
@@ -90,12 +120,13 @@ def trial_page(search: SearchDep, number: TrialNumber, store: StoreDep) -> HTMLR
     trial = store.get_trial(search.id, number)
     records = store.list_rungs(search.id, trial=number, with_documents=False)
     points = store.list_points(search.id, trial=number)
-    row = next((row for row in board_rows(of_budget(search, trial.budget), trials=[trial], rungs=records) if row.number == number), None)
+    stored = {} if search.board_version is None else store.board_rows(search.id, version=search.board_version, numbers=[number])
+    row = board_row(stored[number], board=of_budget(search, trial.budget).board or {}, state=trial.state) if stored else None
     answer = describe_trial(trial)
     is_active = not trial.state.is_terminal and not search.state.is_terminal
     return render(
         "trial.html",
-        search=summarise_search(search, counts=store.search_counts(search.id)),
+        search=summarise_search(search, counts=store.trial_counts([search.id])[search.id]),
         trial=answer,
         has_winner=search.winner is not None,
         row=row,

@@ -29,6 +29,7 @@ from nas.errors import (
     KeyRefused,
     NasError,
     NotFound,
+    Outdated,
     PreconditionFailed,
     Problem,
     QuotaExceeded,
@@ -97,6 +98,12 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = {
             status=409,
             title="Not in this state",
             meaning="The search exists, but its state does not allow this.",
+        ),
+        ProblemType(
+            code="outdated",
+            status=410,
+            title="This version is gone",
+            meaning="A cursor continues the version of a leaderboard that it came from, and that one is not kept any more. Begin again with the first page.",
         ),
         ProblemType(
             code="precondition-failed",
@@ -179,6 +186,7 @@ _CODES_BY_STATUS = {
     404: "not-found",
     405: "method-not-allowed",
     409: "conflict",
+    410: "outdated",
     412: "precondition-failed",
     413: "body-too-large",
 }
@@ -189,6 +197,7 @@ _CODES_BY_ERROR: tuple[tuple[type[NasError], str], ...] = (
     (InvalidSpec, "invalid-spec"),
     (NotFound, "not-found"),
     (IdempotencyKeyReused, "idempotency-key-reused"),
+    (Outdated, "outdated"),
     (PreconditionFailed, "precondition-failed"),
     (Conflict, "conflict"),
     (KeyRefused, "unauthorized"),

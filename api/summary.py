@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
-from api.schemas.leaderboard import LeaderboardAnswer, LeaderboardRow
 from api.schemas.searches import Best, Cost, Input, Progress, RungProgress, SearchAnswer, SearchSummary
 from api.schemas.trials import MetricAnswer, RungAnswer, TrialAnswer
-from nas.errors import NotFound
 from nas.shape import Shape
-from nas.store.records import RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, all_winners
-
-SHAPE_FIELDS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts")
+from nas.store.records import RungRecord, SearchRecord, SearchState, TrialCounts, TrialRecord
 
 
-def summarise_search(search: SearchRecord, *, counts: Mapping[TrialState, int]) -> SearchSummary:
+def summarise_search(search: SearchRecord, *, counts: TrialCounts) -> SearchSummary:
     teacher_parameters, budget = search.plan.get("teacher_parameters"), search.plan.get("max_parameters")
-    proposed = sum(counts.values())
+    by_state = counts.by_state
+    proposed = sum(by_state.values())
     return SearchSummary(
         id=search.id,
         label=search.label,
@@ -33,8 +26,8 @@ def summarise_search(search: SearchRecord, *, counts: Mapping[TrialState, int]) 
         progress=Progress(
             planned=proposed if search.state.is_terminal else max(planned_trials(search), proposed),
             proposed=proposed,
-            settled=sum(number for state, number in counts.items() if state.is_terminal),
-            trials=dict(counts),
+            settled=sum(number for state, number in by_state.items() if state.is_terminal),
+            trials=by_state,
             seconds_left=_seconds_left(search),
         ),
         best=best_row(search),
@@ -45,15 +38,13 @@ def summarise_search(search: SearchRecord, *, counts: Mapping[TrialState, int]) 
     )
 
 
-def describe_search(search: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Sequence[RungRecord]) -> SearchAnswer:
-    found = Counter(trial.state for trial in trials)
-    summary = summarise_search(search, counts={state: found[state] for state in TrialState})
+def describe_search(search: SearchRecord, *, counts: TrialCounts) -> SearchAnswer:
     return SearchAnswer(
-        **dict(summary),
+        **dict(summarise_search(search, counts=counts)),
         spec=search.spec,
         plan=search.plan,
         inputs=describe_inputs(search.inputs),
-        rungs=rung_progress(search, trials=trials, rungs=rungs),
+        rungs=rung_progress(search, counts=counts),
         cost=describe_cost(search.board),
         version=search.version,
         error=search.error,
@@ -81,18 +72,14 @@ def planned_trials(search: SearchRecord) -> int:
 
 def best_row(search: SearchRecord) -> Best | None:
     """The row of the winner; before there is one, of the leader."""
-    board = search.board or {"rows": []}
-    leader = board.get("leader", board.get("winner"))
-    row = next((row for row in board["rows"] if row["number"] == leader), None)
+    row = (search.board or {}).get("of_rows", {}).get("leader")
     return None if row is None else Best(trial=row["number"], score=row["score"], standard_error=row["standard_error"])
 
 
-def rung_progress(search: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Sequence[RungRecord]) -> list[RungProgress]:
+def rung_progress(search: SearchRecord, *, counts: TrialCounts) -> list[RungProgress]:
     spec = search.spec["rungs"]
     tokens = [0, *(spec["first_tokens"] * spec["factor"] ** step for step in range(spec["num_trained"]))]
-    finished = Counter(record.rung for record in rungs)
-    running = Counter((-1 if trial.rung is None else trial.rung) + 1 for trial in trials if trial.state is TrialState.RUNNING)
-    return [RungProgress(rung=rung, tokens=count, finished=finished[rung], running=running[rung]) for rung, count in enumerate(tokens)]
+    return [RungProgress(rung=rung, tokens=count, finished=counts.finished(rung), running=counts.running(rung)) for rung, count in enumerate(tokens)]
 
 
 def describe_cost(board: Mapping[str, Any] | None) -> Cost:
@@ -140,68 +127,3 @@ def describe_rung(record: RungRecord) -> RungAnswer:
 
 def _without_documents(metric: Mapping[str, Any]) -> dict[str, Any]:
     return {name: metric[name] for name in ("value", "standard_error", "higher_is_better")}
-
-
-def of_budget(search: SearchRecord, budget: int) -> SearchRecord:
-    """The search as if it had only this budget: its board, plan and winner. Cost, baselines and time are of the whole search.
-
-    Raises:
-        NotFound: the search has no such budget.
-    """
-    if budget > (more := len(search.spec.get("more_budgets", ()))):
-        raise NotFound(f"budget: expected one of the search's, 0 to {more}, got {budget}")
-    whole = dict(search.board or {})
-    boards = [whole, *whole.pop("more_budgets", ())]
-    board = {**whole, **boards[budget]} if budget < len(boards) else None
-    plans = search.plan.get("budgets") or [{}]
-    winner = next((winner for winner in all_winners(search) if winner["budget"] == budget), None)
-    return replace(search, board=board or None, plan={**search.plan, **plans[min(budget, len(plans) - 1)]}, winner=winner)
-
-
-def leaderboard(search: SearchRecord, *, budget: int = 0) -> LeaderboardAnswer:
-    """The stored board of one budget, or an empty one before the first result; its cost is that of the whole search.
-
-    Raises:
-        NotFound: the search has no such budget.
-    """
-    board = of_budget(search, budget).board or {"rows": []}
-    cost = describe_cost(board) if "cost" in board else None
-    return LeaderboardAnswer.model_validate({**board, "cost": cost, "budget": budget, "search": search.id, "state": search.state})
-
-
-def leaderboard_csv(board: LeaderboardAnswer, *, task_names: Sequence[str]) -> str:
-    """One line per row with all that the board says of it. Empty where there is no value."""
-    costs = list(dict.fromkeys(name for row in board.rows for name in row.costs if name != "parameters"))
-    out = io.StringIO()
-    lines = [_flat(row, task_names=task_names, costs=costs, board=board) for row in board.rows]
-    writer = csv.DictWriter(out, fieldnames=list(lines[0]) if lines else ["rank", "number"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return out.getvalue()
-
-
-def _flat(row: LeaderboardRow, *, task_names: Sequence[str], costs: Sequence[str], board: LeaderboardAnswer) -> dict[str, Any]:
-    """One row as a line of a table."""
-    difference, confirmation = row.difference, row.confirmation or {}
-    latency, deployability, held_out = (confirmation.get(name) or {} for name in ("latency", "deployability", "held_out"))
-    measured = {"": row.tasks, "held_out_": held_out.get("tasks", {})}
-    return {
-        **{name: getattr(row, name) for name in ("rank", "tie_group", "number", "origin")},
-        **{name: getattr(row.shape, name) for name in SHAPE_FIELDS},
-        **{name: getattr(row, name) for name in ("parameters", "share_of_teacher", "rung", "tokens", "score", "standard_error")},
-        **{f"difference{suffix}": getattr(difference, name, None) for suffix, name in (("", "value"), ("_low", "low"), ("_high", "high"))},
-        **{name: getattr(row, name) for name in ("kl", "kl_standard_error", "loss", "state", "verified", "probability_best")},
-        "is_winner": row.number == board.winner,
-        "is_pareto": row.number in board.pareto,
-        **{name: row.costs.get(name) for name in costs},
-        **{name: latency.get(name) for name in ("prefill_seconds", "decode_seconds_per_token", "peak_memory_bytes")},
-        "tensor_parallel_sizes": " ".join(map(str, deployability.get("tensor_parallel_sizes", []))),
-        "quantization_block_sizes": " ".join(map(str, deployability.get("quantization_block_sizes", []))),
-        **{
-            f"{prefix}{task}{suffix}": tasks.get(task, {}).get(key)
-            for prefix, tasks in measured.items()
-            for task in task_names
-            for suffix, key in (("", "value"), ("_standard_error", "standard_error"))
-        },
-        "held_out_kl": held_out.get("kl", {}).get("value"),
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,7 +12,7 @@ from typing import Any
 from api.rendering import format_count, origin_badge
 from api.schemas.searches import SearchAnswer
 from nas.shape import Shape
-from nas.store.records import PointRecord, RungRecord, SearchRecord, TrialRecord, TrialState
+from nas.store.records import Json, PointRecord, RungRecord, SearchRecord, TrialRecord, TrialState
 
 MAX_CURVE_POINTS = 1000
 """A page draws at most this many points of a learning curve, evenly chosen; the API has them all."""
@@ -52,41 +52,27 @@ class Row:
     tasks: Mapping[str, Mapping[str, Any]]
 
 
-def board_rows(search: SearchRecord, *, trials: Sequence[TrialRecord], rungs: Sequence[RungRecord]) -> list[Row]:
-    """The rows of the board in its order, then the trials that it does not have yet. Failed trials are listed elsewhere."""
-    board = search.board or {"rows": [], "winner": None, "pareto": []}
-    by_number = {trial.number: trial for trial in trials}
-    sizes = Counter(row["tie_group"] for row in board["rows"] if row["tie_group"] is not None)
-    rows = [
-        Row(
-            **{name: row[name] for name in ("number", "origin", "parameters", "share_of_teacher", "rank", "rung", "tokens", "score", "standard_error")},
-            **{name: row[name] for name in ("kl", "kl_standard_error", "tasks")},
-            state=by_number[row["number"]].state,
-            is_verified=row.get("verified"),
-            difference=row.get("difference"),
-            probability_best=row.get("probability_best"),
-            memory_bytes=row.get("costs", {}).get("memory_bytes"),
-            costs=row.get("costs", {}),
-            latency=(row.get("confirmation") or {}).get("latency"),
-            shape=Shape.from_dict(row["shape"]),
-            tie_group=row["tie_group"] if sizes[row["tie_group"]] > 1 else None,
-            is_winner=row["number"] == board.get("leader", board.get("winner")),
-            is_pareto=row["number"] in board.get("pareto", ()),
-        )
-        for row in board["rows"]
-        if row["number"] in by_number
-    ]
-    listed = {row.number for row in rows}
-    latest = {record.trial: record for record in sorted(rungs, key=lambda record: record.rung)}
-    teacher = search.plan.get("teacher_parameters")
-    for trial in trials:
-        if trial.number not in listed and trial.state is not TrialState.FAILED:
-            rows.append(_unranked(trial, latest=latest.get(trial.number), teacher_parameters=teacher))
-    return rows
+def board_row(row: Json, *, board: Json, state: TrialState | None = None) -> Row:
+    """A line of a stored row. `state`: the trial's own, where it is known: it may have changed since the board was stored."""
+    return Row(
+        **{name: row[name] for name in ("number", "origin", "parameters", "share_of_teacher", "rank", "rung", "tokens", "score", "standard_error")},
+        **{name: row[name] for name in ("kl", "kl_standard_error", "tasks")},
+        state=state or TrialState(row["state"]),
+        is_verified=row.get("verified"),
+        difference=row.get("difference"),
+        probability_best=row.get("probability_best"),
+        memory_bytes=row.get("costs", {}).get("memory_bytes"),
+        costs=row.get("costs", {}),
+        latency=(row.get("confirmation") or {}).get("latency"),
+        shape=Shape.from_dict(row["shape"]),
+        tie_group=row["tie_group"] if row.get("tied") else None,
+        is_winner=row["number"] == board.get("leader", board.get("winner")),
+        is_pareto=row["number"] in board.get("pareto", ()),
+    )
 
 
-def _unranked(trial: TrialRecord, *, latest: RungRecord | None, teacher_parameters: int | None) -> Row:
-    kl = latest.result["kl"] if latest else {"value": None, "standard_error": None}
+def new_row(trial: TrialRecord, *, teacher_parameters: int | None) -> Row:
+    """A line of a trial that has no result yet."""
     return Row(
         number=trial.number,
         origin=trial.origin,
@@ -94,11 +80,7 @@ def _unranked(trial: TrialRecord, *, latest: RungRecord | None, teacher_paramete
         shape=Shape.from_dict(trial.shape),
         parameters=trial.parameters,
         share_of_teacher=trial.parameters / teacher_parameters if teacher_parameters else None,
-        rung=trial.rung,
-        tokens=latest.result["tokens"] if latest else None,
-        kl=kl["value"],
-        kl_standard_error=kl["standard_error"],
-        tasks=latest.result["tasks"] if latest else {},
+        tasks={},
     )
 
 
@@ -116,24 +98,27 @@ class HeldOutRow:
     """The trial's row of the board: whether it is a finalist, verified, how probably the best, its latency and where it can be served."""
 
 
-def held_out_rows(search: SearchRecord) -> list[HeldOutRow]:
-    """The comparison that the search did not choose by: the teacher, every confirmed shape, and the median of the random controls."""
-    board = search.board or {}
-    confirmed = [(row, row["confirmation"]["held_out"]) for row in board.get("rows", ()) if (row.get("confirmation") or {}).get("held_out")]
+def held_out_rows(rows: Sequence[Json], *, board: Json) -> list[HeldOutRow]:
+    """The comparison that the search did not choose by: the teacher, every confirmed shape, and the median of the random controls.
+
+    Args:
+        rows: those of the board that were confirmed.
+    """
+    confirmed = [(row, row["confirmation"]["held_out"]) for row in rows]
     if not confirmed:
         return []
-    rows = [HeldOutRow(name="teacher", number=None, parameters=board["teacher"]["held_out"]["parameters"], metrics=_metrics(board["teacher"]["held_out"]))]
+    lines = [HeldOutRow(name="teacher", number=None, parameters=board["teacher"]["held_out"]["parameters"], metrics=_metrics(board["teacher"]["held_out"]))]
     for row, result in confirmed:
         if row["origin"] != "control":
             name = "winner" if row["number"] == board.get("winner") else row["origin"].removeprefix("anchor:").replace("_", " ")
-            rows.append(HeldOutRow(name=name, number=row["number"], parameters=result["parameters"], metrics=_metrics(result), row=row))
+            lines.append(HeldOutRow(name=name, number=row["number"], parameters=result["parameters"], metrics=_metrics(result), row=row))
     controls = [result for row, result in confirmed if row["origin"] == "control"]
     if controls:
         every = [_metrics(result) for result in controls]
         medians = {name: {"value": median(metrics[name]["value"] for metrics in every), "standard_error": None} for name in every[0]}
         parameters = int(median(result["parameters"] for result in controls))
-        rows.append(HeldOutRow(name=f"median of {len(controls)} random shapes", number=None, parameters=parameters, metrics=medians))
-    return rows
+        lines.append(HeldOutRow(name=f"median of {len(controls)} random shapes", number=None, parameters=parameters, metrics=medians))
+    return lines
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -154,7 +139,6 @@ def group_failures(trials: Iterable[TrialRecord]) -> list[dict[str, Any]]:
 def score_figure(search: SearchRecord, *, rows: Sequence[Row]) -> dict[str, Any]:
     """Score versus parameters of the last rung, whose scores alone may be compared, with the teacher and the budget."""
     scored = [row for row in rows if row.score is not None and row.rank is not None]
-    first_group = next((row.tie_group for row in scored if row.rank == 1 and row.tie_group is not None), None)
     points = [
         {
             "number": row.number,
@@ -163,7 +147,7 @@ def score_figure(search: SearchRecord, *, rows: Sequence[Row]) -> dict[str, Any]
             "error": row.standard_error,
             "kind": _kind(row.origin),
             "label": f"#{row.number} {row.shape.key}",
-            "tied": first_group is not None and row.tie_group == first_group,
+            "tied": row.rank == 1 and row.tie_group is not None,
             "pareto": row.is_pareto,
             "winner": row.is_winner,
             "url": f"/searches/{search.id}/trials/{row.number}",
@@ -186,27 +170,24 @@ def _kind(origin: str) -> str:
     return badge[0] if badge else "sampler"
 
 
-def rung_figure(*, rows: Sequence[Row], rungs: Sequence[RungRecord], progress: SearchAnswer) -> dict[str, Any]:
-    """Held-out KL of every trial from rung to rung."""
-    lines: dict[int, list[RungRecord]] = defaultdict(list)
-    for record in sorted(rungs, key=lambda record: record.rung):
-        lines[record.trial].append(record)
-    known = {row.number: row for row in rows}
+def rung_figure(rows: Sequence[Json], *, board: Json, progress: SearchAnswer) -> dict[str, Any]:
+    """Held-out KL of trials from rung to rung."""
+    leader = board.get("leader", board.get("winner"))
     return {
         "kind": "rungs",
         "empty": f"No rung has finished{_yet(progress.state.is_terminal)}",
         "rungs": ["none" if rung.rung == 0 else format_count(rung.tokens) for rung in progress.rungs],
         "lines": [
             {
-                "number": number,
-                "label": f"#{number} {known[number].shape.key}",
-                "kind": _kind(known[number].origin),
-                "winner": known[number].is_winner,
-                "x": [record.rung for record in records],
-                "y": [record.result["kl"]["value"] for record in records],
+                "number": row["number"],
+                "label": f"#{row['number']} {Shape.from_dict(row['shape']).key}",
+                "kind": _kind(row["origin"]),
+                "winner": row["number"] == leader,
+                "x": list(range(len(row["kl_by_rung"]))),
+                "y": row["kl_by_rung"],
             }
-            for number, records in sorted(lines.items())
-            if number in known
+            for row in sorted(rows, key=lambda row: int(row["number"]))
+            if row.get("kl_by_rung")  # boards of an earlier version lack it
         ],
     }
 

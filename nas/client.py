@@ -15,6 +15,8 @@ import httpx2
 from nas.errors import CorruptFile, NasError
 
 TERMINAL_STATES = ("succeeded", "failed", "cancelled")
+_BOARD_PAGE = 500
+"""Rows of a leaderboard asked for at once."""
 RECONNECT_SECONDS = (0.2, 0.5, 1.0, *(2.0 for _ in range(45)))
 """Waits between the tries of `follow` to take a broken stream up again: a restart of the service takes a few of them."""
 
@@ -87,12 +89,36 @@ class Client:
     def trial(self, search_id: str, number: int) -> dict[str, Any]:
         return self._ask("GET", f"/v1/searches/{search_id}/trials/{number}")
 
-    def leaderboard(self, search_id: str, *, budget: int = 0) -> dict[str, Any]:
-        """The board of one of the search's budgets."""
-        return self._ask("GET", f"/v1/searches/{search_id}/leaderboard", params={"budget": budget})
+    def leaderboard(self, search_id: str, *, most: int | None = None, **query: Any) -> dict[str, Any]:
+        """The board of one of the search's budgets with all its rows of one version, or the first few.
 
-    def leaderboard_csv(self, search_id: str, *, budget: int = 0) -> str:
-        return self._send("GET", f"/v1/searches/{search_id}/leaderboard", params={"format": "csv", "budget": budget}).text
+        Args:
+            most: rows at most; then `has_more` and `next_cursor` say whether and where there are others.
+            query: `budget`, `sort`, `state`, `rung`, `pareto`, `min_parameters`, `max_parameters`, `after`, as the API names them.
+        """
+        for is_last_try in (False, False, True):
+            try:
+                return self._whole_leaderboard(search_id, most=most, query=query)
+            except ApiError as error:
+                # It takes minutes until a version is gone: only a very slow reader gets here.
+                if error.status != 410 or is_last_try or "after" in query:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def _whole_leaderboard(self, search_id: str, *, most: int | None, query: Mapping[str, Any]) -> dict[str, Any]:
+        board: dict[str, Any] = {}
+        rows: list[dict[str, Any]] = []
+        asked = _given(query)
+        while not board or (board["has_more"] and (most is None or len(rows) < most)):
+            limit = _BOARD_PAGE if most is None else min(_BOARD_PAGE, most - len(rows))
+            board = self._ask("GET", f"/v1/searches/{search_id}/leaderboard", params={**asked, "limit": limit})
+            rows += board["rows"]
+            asked["after"] = board["next_cursor"]
+        return {**board, "rows": rows}
+
+    def leaderboard_csv(self, search_id: str, **query: Any) -> str:
+        """All rows of the board, or those that the query (see `leaderboard`) is about."""
+        return self._send("GET", f"/v1/searches/{search_id}/leaderboard", params={"format": "csv", **_given(query)}).text
 
     def compare(self, first: str, second: str) -> dict[str, Any]:
         """Two searches side by side: what was asked differently, the shapes on both boards, best against best, and what each took."""
@@ -193,6 +219,10 @@ class Client:
 
     def _unreachable(self, error: Exception) -> ApiError:
         return ApiError(f"the service at {self._url} cannot be reached ({error}); is `nas serve` running?", status=None, problem={})
+
+
+def _given(query: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in query.items() if value is not None}
 
 
 def _error(response: httpx2.Response) -> ApiError:

@@ -94,6 +94,7 @@ class Conductor:
         self._looked, self._stored_board = -math.inf, -math.inf
         """The clock when progress was read last, and when the board was stored last."""
         self._load()
+        self._store.recount_trials(record.id, fence=self._fence)
         self.prepared_key = prepared_key(self._run.spec, inputs=self._run.inputs)
 
     def reload(self) -> None:
@@ -107,6 +108,7 @@ class Conductor:
 
     def _load(self) -> None:
         search_id = self.record.id
+        self._prepared = self._store.get_prepared(search_id)
         trials, rungs, attempts = self._store.list_trials(search_id), self._store.list_rungs(search_id), self._store.list_attempts(search_id)
         self._run = Family(self.record, trials=trials, rungs=rungs, attempts=attempts, memory=recall(self.record, store=self._store))
         self._final_boards: tuple[Board, ...] | None = None
@@ -143,9 +145,9 @@ class Conductor:
         match self.record.state:
             case SearchState.QUEUED:
                 self._move(SearchState.PREPARING)
-            case SearchState.PREPARING if self.record.prepared is not None:
-                self._name_weak_tasks(self.record.prepared)
-                self._run.scales(self.record.prepared)  # refuses a search without a task on which the teacher is better than random weights
+            case SearchState.PREPARING if self._prepared is not None:
+                self._name_weak_tasks(self._prepared)
+                self._run.scales(self._prepared)  # refuses a search without a task on which the teacher is better than random weights
                 self._move(SearchState.SEARCHING)
             case SearchState.PREPARING if not self.running and self.prepared_key not in preparing:
                 self._start("prepare", request={})
@@ -209,6 +211,7 @@ class Conductor:
         match attempt.stage:
             case "prepare":
                 self._store.save_prepared(search_id, result, fence=self._fence)
+                self._prepared = self._store.get_prepared(search_id)
                 self._store.finish_attempt(attempt.id, state=AttemptState.SUCCEEDED, reason=None, log=log, fence=self._fence)
             case "rung":
                 assert number is not None
@@ -411,7 +414,7 @@ class Conductor:
     def _confirm(self) -> None:
         """Confirm every finalist and what the board compares with, then bundle the winner of each budget that has one."""
         run = self._run
-        boards = self._final_boards = self._final_boards or run.boards(self.record.prepared or {}, confirmations=self._confirmations)
+        boards = self._final_boards = self._final_boards or run.boards(self._prepared or {}, confirmations=self._confirmations)
         busy = {running.attempt.trial for running in self.running.values()}
         for number in run.to_confirm(boards):
             if len(self.running) >= run.spec.resources.max_parallel_trials:
@@ -443,7 +446,7 @@ class Conductor:
             "bundle_folder": str(self.folder.winner(budget=run.trials[number].budget)),
             "result": run.results[number][run.last_rung].as_dict(),
             "confirmation": run.trials[number].confirmation,
-            "board": self._board(),
+            "board": self._store.get_search(run.id).board,
             "observations": [{"choices": told.choices.as_dict(), "value": told.value} for told in run.observations(number, most=MAX_FOR_IMPORTANCE)],
         }
 
@@ -502,9 +505,9 @@ class Conductor:
 
     def _board(self) -> dict[str, Any] | None:
         """The leaderboard now; None before there is anything to compare with."""
-        if self.record.prepared is None:
+        if self._prepared is None:
             return None
-        board = make_board(self._run, prepared=self.record.prepared, confirmations=self._confirmations)
+        board = make_board(self._run, prepared=self._prepared, confirmations=self._confirmations)
         return {**board, "importances": (self.record.winner or {}).get("importances", {})}
 
     def _move(self, to: SearchState, *, error: dict[str, Any] | None = None, data: dict[str, Any] | None = None) -> None:

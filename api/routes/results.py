@@ -21,26 +21,30 @@ from nas.store.store import Store
 
 router = APIRouter(tags=["results"])
 
+MAX_SHARED_SHAPES = 500
+
 
 @router.get("/searches/{search_id}/compare", operation_id="compare_searches", summary="Compare two searches", responses=problems(404, 422))
 def compare_searches(search: SearchDep, other: OtherDep, store: StoreDep) -> ComparisonAnswer:
     """What was asked differently, the shapes on both boards, best against best, and what each took."""
-    comparison = compare(load_side(search, store=store), load_side(other, store=store))
+    shared = store.shared_shapes(search.id, other.id, limit=MAX_SHARED_SHAPES)
+    comparison = compare(load_side(search, store=store), load_side(other, store=store), shared=shared)
     costs = describe_cost(search.board), describe_cost(other.board)
     values = {**comparison_as_dict(comparison), "cost": costs, "searches": (search.id, other.id), "states": (search.state, other.state)}
     return ComparisonAnswer.model_validate(values)
 
 
 def load_side(search: SearchRecord, *, store: Store) -> Side:
-    """One search for `compare`: its board, and the results of its leader with their documents."""
+    """One search for `compare`: its board's facts, and its leader with the results and their documents."""
     board = search.board or {}
-    row = next((row for row in board.get("rows", ()) if row["number"] == board.get("leader")), None)
+    row = board.get("of_rows", {}).get("leader")
     best = held_out = None
     if row is not None:
         best = next((record.result for record in store.list_rungs(search.id, trial=row["number"]) if record.rung == row["rung"]), None)
-        if (confirmation := store.list_confirmations(search.id).get(row["number"])) is not None:
+        if (confirmation := store.get_confirmation(search.id, row["number"])) is not None:
             held_out = Confirmation.from_dict(confirmation).held_out
-    return Side(spec=search.spec, inputs=search.inputs, board=board, best=None if best is None else RungResult.from_dict(best), held_out=held_out)
+    result = None if best is None else RungResult.from_dict(best)
+    return Side(spec=search.spec, inputs=search.inputs, board=board, leader=row, best=result, held_out=held_out)
 
 
 @router.get("/searches/{search_id}/winner", operation_id="get_winner", summary="Get the winner", responses=problems(404, 409))

@@ -90,7 +90,8 @@ def list_searches(
     if after is not None and not SEARCH_ID.fullmatch(after):
         raise InvalidSpec(Problem(field="after", expected="the next_cursor of a page", got=repr(after)))
     found = store.list_searches(project=principal.project, state=state, after=after, limit=limit + 1)
-    data = [summarise_search(search, counts=store.search_counts(search.id)) for search in found[:limit]]
+    counts = store.trial_counts([search.id for search in found[:limit]])
+    data = [summarise_search(search, counts=counts[search.id]) for search in found[:limit]]
     has_more = len(found) > limit
     return Page(data=data, has_more=has_more, next_cursor=data[-1].id if has_more else None)
 
@@ -168,4 +169,4 @@ def resume_search(search: SearchDep, store: StoreDep, once: OnceDep, response: R
 
 def _answer(search: SearchRecord, *, store: Store, response: Response) -> SearchAnswer:
     response.headers["ETag"] = etag_of(search.version)
-    return describe_search(search, trials=store.list_trials(search.id), rungs=store.list_rungs(search.id, with_documents=False))
+    return describe_search(search, counts=store.trial_counts([search.id])[search.id])

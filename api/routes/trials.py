@@ -23,7 +23,7 @@ def list_trials(
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
 ) -> Page[TrialAnswer]:
     """The trials of a search, by number."""
-    found = [trial for trial in store.list_trials(search.id) if trial.number > after]
+    found = store.list_trials(search.id, after=after, limit=limit + 1)
     has_more = len(found) > limit
     data = [describe_trial(trial) for trial in found[:limit]]
     return Page(data=data, has_more=has_more, next_cursor=str(data[-1].number) if has_more else None)

@@ -31,6 +31,8 @@ class LeaderboardRow(Answer):
     """Place of the first row of its tie group; null below the last rung."""
     tie_group: int | None
     """Rows of one group cannot be told apart from the best score among them (1.96 standard errors of the paired difference)."""
+    tied: bool = False
+    """Whether there are others in its tie group."""
     number: int
     origin: str
     shape: Shape
@@ -46,6 +48,8 @@ class LeaderboardRow(Answer):
     kl: float | None
     """Null if it was not finite."""
     kl_standard_error: float | None
+    kl_by_rung: list[float | None] = Field(default=[])
+    """The same at each rung that it has finished, rung 0 first."""
     loss: float | None
     tasks: dict[str, dict[str, Any]]
     """By task: value, standard_error, higher_is_better, and its share of the way from random weights (0) to the teacher (1)."""
@@ -94,7 +98,7 @@ class TaskSignalAnswer(Answer):
 
 
 class LeaderboardAnswer(Answer):
-    """The board as it stands: rows of the last rung first, by rank, then those stopped earlier."""
+    """A page of the board. In the board's own order rows of the last rung come first, by rank, then those stopped earlier."""
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
@@ -103,6 +107,13 @@ class LeaderboardAnswer(Answer):
     state: SearchState
     budget: int = 0
     """Index of the search's budget that this is the board of; cost and baselines are of the whole search."""
+    version: int | None = None
+    """Of the board: the sequence of the event `leaderboard.changed` that announced it; null before the first result."""
+    num_rows: int = 0
+    """Rows of the whole board of this budget, whatever this page was filtered by."""
+    has_more: bool = False
+    next_cursor: str | None = None
+    """Give it as `after` to get the next page of this version; null on the last one."""
     winners: list[int | None] = Field(default_factory=list)
     """The winner of each budget, null where there is none yet."""
     rows: list[LeaderboardRow]

@@ -55,7 +55,7 @@ class ComparisonAnswer(Answer):
     kl: GapAnswer | None
     """Of KL to the teacher, where that is the same."""
     shapes: list[BothFigures]
-    """Shapes on both boards, in the order of the first."""
+    """Shapes on both boards, in the order of the first; the first 500 of them."""
     cost: tuple[Cost, Cost]
 
 

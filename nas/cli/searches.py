@@ -108,19 +108,28 @@ BudgetIndex = Annotated[int, typer.Option("--budget", help="Which budget of a se
 @commands.command()
 def leaderboard(
     search_id: SearchId,
-    csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="As CSV, all rows.")] = False,
     budget: BudgetIndex = 0,
+    sort: Annotated[str, typer.Option(help="rank, score, kl, parameters or number; -NAME for the other way round.")] = "rank",
+    state: Annotated[str | None, typer.Option(help="Only trials in this state.")] = None,
+    rung: Annotated[int | None, typer.Option(help="Only trials whose deepest finished rung this is.")] = None,
+    pareto: Annotated[bool | None, typer.Option("--pareto", help="Only trials of the front.")] = None,
+    min_parameters: Annotated[int | None, typer.Option(help="Only shapes with at least so many parameters.")] = None,
+    max_parameters: Annotated[int | None, typer.Option(help="Only shapes with at most so many parameters.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the table at most; --csv and --json have all.")] = 100,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """The leaderboard of a search. Rows that share a rank (=) cannot be told apart; * is the winner, ✓ a file that was verified."""
     if csv and as_json:
         raise InvalidSpec(Problem(field="--csv", expected="one of --csv and --json", got="both"))
+    query = {"budget": budget, "sort": sort, "state": state, "rung": rung, "pareto": pareto or None}
+    query |= {"min_parameters": min_parameters, "max_parameters": max_parameters}
     with make_client(url) as client:
         if csv:
-            sys.stdout.write(client.leaderboard_csv(search_id, budget=budget))
+            sys.stdout.write(client.leaderboard_csv(search_id, **query))
             return
-        board = client.leaderboard(search_id, budget=budget)
+        board = client.leaderboard(search_id, most=None if as_json else rows, **query)
         spec = client.search(search_id)["spec"]
     num_budgets = 1 + len(spec["more_budgets"])
     if num_budgets > 1 and not as_json:
@@ -128,12 +137,14 @@ def leaderboard(
     if as_json:
         print_json(board)
     elif not board["rows"]:
-        say("no trial has been measured yet")
+        say("no row is like that" if board["num_rows"] else "no trial has been measured yet")
     else:
         table = leaderboard_table(board, width=out.width, objectives=spec["objectives"])
         out.print(table)
         if hidden := len(leaderboard_table(board, objectives=spec["objectives"]).columns) - len(table.columns):
             say(f"{hidden} columns are left out, as the terminal is narrow; --csv and --json have all")
+        if board["has_more"]:
+            say(f"the first {len(board['rows'])} rows of a board of {board['num_rows']:,}; --rows N shows more, --csv and --json all")
         print_facts(board_facts(board), as_json=False)
 
 

@@ -7,24 +7,26 @@ errors of both sides.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nas.search.results import RungResult
 from nas.search.rungs import TIE_Z, paired_difference
-from nas.shape import Shape
 
 _UNSET = "(unset)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One search: its spec, what it was run on, its stored board, and the result behind the leading row."""
+    """One search: its spec, what it was run on, its board's facts, and the leading row with the result behind it."""
 
     spec: Mapping[str, Any]
     inputs: Mapping[str, Any]
     board: Mapping[str, Any]
+    """The leaderboard's facts."""
+    leader: Mapping[str, Any] | None
+    """Its leading row; None while nobody leads."""
     best: RungResult | None
     """The leader's result at its rung, with its documents; None while nobody leads."""
     held_out: RungResult | None = None
@@ -62,12 +64,12 @@ class Comparison:
     """Leader against leader, by task that both scored with the same metric."""
     kl: Gap | None
     shapes: tuple[dict[str, Any], ...]
-    """Shapes on both boards: `shape` and the two rows' rank, rung, tokens, score, standard_error and kl."""
+    """Shapes on both boards, in the order of the first: `shape` and the two rows' rank, rung, tokens, score, standard_error and kl."""
     cost: tuple[dict[str, Any] | None, dict[str, Any] | None]
 
 
-def compare(first: Side, second: Side) -> Comparison:
-    """The comparison of two searches at any state; what a side does not have yet is None."""
+def compare(first: Side, second: Side, *, shared: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]] = ()) -> Comparison:
+    """The comparison of two searches at any state; what a side does not have yet is None. `shared`: rows of both boards that have the same shape."""
     held_out = first.held_out is not None and second.held_out is not None
     reasons = _other_documents(first, second, held_out=held_out)
     best = (first.held_out, second.held_out) if held_out else (first.best, second.best)
@@ -83,10 +85,10 @@ def compare(first: Side, second: Side) -> Comparison:
         inputs={name: pair for name, pair in _pairs(_digests(first), _digests(second)) if pair[0] != pair[1]},
         documents="held_out" if held_out else "search",
         other_documents=reasons,
-        best=(_leader(first.board), _leader(second.board)),
+        best=(_leader(first), _leader(second)),
         tasks=tasks,
         kl=kl,
-        shapes=_shapes(first.board, second.board),
+        shapes=tuple({"shape": one["shape"], "parameters": one["parameters"], "first": _figures(one), "second": _figures(other)} for one, other in shared),
         cost=(first.board.get("cost"), second.board.get("cost")),
     )
 
@@ -150,23 +152,15 @@ def _digests(side: Side) -> dict[str, str]:
     return found | {f"task {task['name']}": task["digest"] for task in side.inputs["tasks"]}
 
 
-def _leader(board: Mapping[str, Any]) -> dict[str, Any] | None:
-    row = next((row for row in board.get("rows", ()) if row["number"] == board.get("leader")), None)
-    return None if row is None else {**_figures(row), "shape": row["shape"], "parameters": row["parameters"], "is_winner": row["number"] == board.get("winner")}
+def _leader(side: Side) -> dict[str, Any] | None:
+    row = side.leader
+    if row is None:
+        return None
+    return {**_figures(row), "shape": row["shape"], "parameters": row["parameters"], "is_winner": row["number"] == side.board.get("winner")}
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("number", "origin", "rank", "rung", "tokens", "score", "standard_error", "kl", "kl_standard_error")}
-
-
-def _shapes(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """In the order of the first board."""
-    others = {Shape.from_dict(row["shape"]).key: row for row in second.get("rows", ())}
-    return tuple(
-        {"shape": row["shape"], "parameters": row["parameters"], "first": _figures(row), "second": _figures(others[key])}
-        for row in first.get("rows", ())
-        if (key := Shape.from_dict(row["shape"]).key) in others
-    )
 
 
 def _differing(first: Any, second: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:

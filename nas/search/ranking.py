@@ -116,6 +116,8 @@ class Row:
     """Place of the first row of its tie group (1, 1, 1, 4, ...); None below the last rung."""
     tie_group: int | None
     """1, 2, ... from the best; None below the last rung."""
+    tied: bool
+    """Whether others are in its tie group."""
     number: int
     origin: str
     is_control: bool
@@ -131,6 +133,8 @@ class Row:
     """To the row with the best score; None below the last rung."""
     kl: float
     kl_standard_error: float
+    kl_by_rung: tuple[float, ...]
+    """Held-out KL at each rung that it finished, rung 0 first."""
     loss: float
     tasks: dict[str, TaskCell]
     costs: dict[str, float]
@@ -268,10 +272,10 @@ def rank(
     rows: list[Row] = []
     for tie_group, members in enumerate(groups, start=1):
         place = len(rows) + 1
-        rows += [make_row(trial, rank=place, tie_group=tie_group, best=best) for trial in members]
+        rows += [make_row(trial, rank=place, tie_group=tie_group, tied=len(members) > 1, best=best) for trial in members]
     ranked = tuple(rows)
     stopped = sorted((trial for trial in trials if trial.rung != last), key=lambda trial: (-trial.rung, trial.deepest.kl.value, trial.number))
-    rows += [make_row(trial, rank=None, tie_group=None, best=None) for trial in stopped]
+    rows += [make_row(trial, rank=None, tie_group=None, tied=False, best=None) for trial in stopped]
     return Board(
         rows=tuple(rows),
         leader=finals.winner if finals.winner is not None else next(iter(finals.finalists), None),
@@ -344,6 +348,7 @@ def _row(
     *,
     rank: int | None,
     tie_group: int | None,
+    tied: bool,
     best: CompletedTrial | None,
     scales: Sequence[TaskScale],
     teacher_parameters: int,
@@ -355,6 +360,7 @@ def _row(
     return Row(
         rank=rank,
         tie_group=tie_group,
+        tied=tied,
         number=trial.number,
         origin=trial.origin,
         is_control=trial.origin == CONTROL,
@@ -368,6 +374,7 @@ def _row(
         difference=None if best is None else _difference(result, best.deepest, scales=scales),
         kl=result.kl.value,
         kl_standard_error=result.kl.standard_error,
+        kl_by_rung=tuple(trial.results[rung].kl.value for rung in sorted(trial.results)),
         loss=result.loss.value,
         tasks={scale.name: _cell(result.tasks[scale.name], scale=scale) for scale in scales} if result.tasks else {},
         costs=trial.costs,

@@ -216,7 +216,7 @@ def _parse_url(text: str) -> URL:
 
 def _make_engine(url: URL) -> Engine:
     # Room for every thread of the API's pool; a session holds its connection for milliseconds.
-    make = partial(create_engine, url, pool_size=8, max_overflow=32, json_serializer=_dump_json)
+    make = partial(create_engine, url, pool_size=8, max_overflow=32, json_serializer=dump_json)
     if url.get_backend_name() != "sqlite":
         # pre_ping: a restart of the server costs a reconnect, not an error.
         return make(pool_pre_ping=True, connect_args={"connect_timeout": _CONNECT_SECONDS})
@@ -239,7 +239,12 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql(connection.get_execution_options().get("nas_begin", "BEGIN"))
 
 
-def _dump_json(value: Any) -> str:
+def dump_json(value: Any) -> str:
+    """The value as JSON text.
+
+    Raises:
+        NotJson: with the path of what JSON cannot hold.
+    """
     try:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:

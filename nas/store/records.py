@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -180,8 +181,8 @@ class SearchRecord:
     """Names, digests and paths of teacher, corpora and tasks at submit."""
     plan: Json
     """What submit computed: legal shapes, tokens, parameters."""
-    prepared: Json | None
     board: Json | None
+    """The leaderboard's facts without its rows, as of `board_version`; None before the first result."""
     winner: Json | None
     error: Json | None
     created_at: datetime
@@ -193,6 +194,7 @@ class SearchRecord:
     """Who sees it."""
     version: int
     """Sequence of the search's last event. Every change but a learning curve's points writes one, so it serves as an ETag."""
+    board_version: int | None = None
     labels: dict[str, str] = field(default_factory=dict)
     """The user's own names and values, to filter lists by."""
     active_seconds: float = 0.0
@@ -224,6 +226,66 @@ class OnceRequest:
     """What it asks for: method and path."""
     body_digest: str
     """SHA-256 of its body."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchName:
+    """What a choice among searches shows of one."""
+
+    id: str
+    label: str
+    created_at: datetime
+
+
+BoardSort = Literal["rank", "score", "kl", "parameters", "number"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoardQuery:
+    """Which rows of a leaderboard, in which order."""
+
+    budget: int = 0
+    """Index among the search's budgets."""
+    sort: BoardSort = "rank"
+    """`rank` is the board's own order; `score` has the best first, the others the smallest. Rows without a value come last."""
+    descending: bool = False
+    """The other way round."""
+    state: TrialState | None = None
+    rung: int | None = None
+    """Deepest finished rung."""
+    pareto: bool | None = None
+    min_parameters: int | None = None
+    max_parameters: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoardPage:
+    """Some rows of one version of a leaderboard."""
+
+    version: int
+    rows: list[Json]
+    end: tuple[float, ...] | None
+    """Where the page ends, for the next one; None on the last page."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialCounts:
+    """Numbers of a search's trials, by (state, number of finished rungs). A trial finishes its rungs one after the other, from rung 0."""
+
+    cells: Mapping[tuple[TrialState, int], int]
+
+    @property
+    def by_state(self) -> dict[TrialState, int]:
+        """Every state is a key."""
+        return {state: sum(number for (of_state, _), number in self.cells.items() if of_state is state) for state in TrialState}
+
+    def finished(self, rung: int) -> int:
+        """Trials that have finished this rung."""
+        return sum(number for (_, num_rungs), number in self.cells.items() if num_rungs > rung)
+
+    def running(self, rung: int) -> int:
+        """Trials that are in this rung."""
+        return self.cells.get((TrialState.RUNNING, rung), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,16 +6,16 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, insert, select, update
 
 from nas.errors import Conflict, NotFound
 from nas.store.database import Database
 from nas.store.quotas import charge, lock_project
-from nas.store.records import DEFAULT_PROJECT, WORKING, EventRecord, Fence, Json, SearchRecord, SearchState, TrialState, new_id, utc_now
-from nas.store.tables import boards, events, searches, trials
+from nas.store.records import DEFAULT_PROJECT, WORKING, EventRecord, Fence, Json, SearchName, SearchRecord, SearchState, new_id, utc_now
+from nas.store.tables import board_heads, events, searches
 
-_COLUMNS = [*(column for column in searches.c if column.name not in ("idempotency_key", "body_digest")), boards.c.board]
-_WITH_BOARD = searches.outerjoin(boards, boards.c.search_id == searches.c.id)
+_COLUMNS = [*(column for column in searches.c if column.name not in ("idempotency_key", "body_digest", "prepared")), board_heads.c.head.label("board")]
+_WITH_BOARD = searches.outerjoin(board_heads, (board_heads.c.search_id == searches.c.id) & (board_heads.c.version == searches.c.board_version))
 
 
 class Searches(Database):
@@ -88,19 +88,19 @@ class Searches(Database):
         with self.read() as connection:
             return [_search(row) for row in connection.execute(query).mappings()]
 
+    def latest_searches(self, *, project: str, limit: int) -> list[SearchName]:
+        """A project's newest, by name only."""
+        query = select(searches.c.id, searches.c.label, searches.c.created_at).where(searches.c.project == project)
+        query = query.order_by(searches.c.id.desc()).limit(limit)
+        with self.read() as connection:
+            return [SearchName(**row) for row in connection.execute(query).mappings()]
+
     def active_states(self) -> dict[str, SearchState]:
         """Ids and states of those for which there may be something to do, neither ended nor paused, oldest first."""
         active = [state for state in SearchState if not state.is_terminal and state is not SearchState.PAUSED]
         with self.read() as connection:
             query = select(searches.c.id, searches.c.state).where(searches.c.state.in_(active)).order_by(searches.c.id)
             return {search_id: SearchState(state) for search_id, state in connection.execute(query)}
-
-    def search_counts(self, search_id: str) -> dict[TrialState, int]:
-        """Trials by state; every state is a key."""
-        with self.read() as connection:
-            query = select(trials.c.state, func.count()).where(trials.c.search_id == search_id).group_by(trials.c.state)
-            counts = {TrialState(state): count for state, count in connection.execute(query)}
-        return {state: counts.get(state, 0) for state in TrialState}
 
     def search_versions(self, search_ids: Collection[str]) -> dict[str, tuple[int, SearchState]]:
         """Version and state of each of these that exists: what has changed, for one question."""
@@ -133,12 +133,14 @@ class Searches(Database):
         """Keep what the prepare step made; event `search.prepared`."""
         self._save(search_id, {"prepared": prepared}, event="search.prepared", data={}, fence=fence)
 
-    def save_board(self, search_id: str, board: Json, *, fence: Fence | None, data: Json | None = None) -> None:
-        """Replace the leaderboard; event `leaderboard.changed` with the (small) data."""
-        with self.write(fence=fence) as connection:
-            write_event(connection, search_id, "leaderboard.changed", data or {})
-            connection.execute(delete(boards).where(boards.c.search_id == search_id))
-            connection.execute(insert(boards).values(search_id=search_id, board=board))
+    def get_prepared(self, search_id: str) -> Json | None:
+        """What the prepare step made; None before. Only who ranks reads it: it holds the scores of every document."""
+        with self.read() as connection:
+            row = connection.execute(select(searches.c.prepared).where(searches.c.id == search_id)).one_or_none()
+        if row is None:
+            raise not_found(search_id)
+        prepared: Json | None = row.prepared
+        return prepared
 
     def save_winner(self, search_id: str, winner: Json, *, fence: Fence | None) -> None:
         """Keep the winner; event `search.winner`."""

@@ -7,6 +7,8 @@ in nine parts, by what they keep; all of them are short transactions, and all ma
 from __future__ import annotations
 
 from nas.store.access import Access
+from nas.store.boards import Boards
+from nas.store.counts import Counts
 from nas.store.idempotency import Idempotency
 from nas.store.leases import Leases
 from nas.store.logs import Logs
@@ -17,8 +19,9 @@ from nas.store.speeds import Speeds
 from nas.store.trials import Trials
 
 
-class Store(Registry, Searches, Requests, Idempotency, Trials, Leases, Speeds, Access, Logs):
-    """Registry, searches and events, requests of users, each done once, trials and results, leases, speeds, projects and keys, logs; over one engine."""
+class Store(Registry, Searches, Requests, Idempotency, Trials, Counts, Boards, Leases, Speeds, Access, Logs):
+    """Registry, searches and events, requests of users, each done once, trials, results and their numbers, leaderboards, leases, speeds, projects and keys,
+    logs; over one engine."""
 
     @classmethod
     def open(cls, url: str, *, migrate: bool = False) -> Store:

@@ -193,6 +193,8 @@ searches = Table(
     Column("state_since", UtcDateTime),
     Column("num_requests", Integer, nullable=False, server_default="0"),
     Column("project", Identifier(64), nullable=False, server_default="default"),
+    # Of the newest leaderboard: the sequence of the event that announced it.
+    Column("board_version", BigInteger),
     # The large columns come last: SQLite then reads and rewrites those before without them.
     Column("spec", _JSON, nullable=False),
     Column("inputs", _JSON, nullable=False),
@@ -220,9 +222,53 @@ idempotency_keys = Table(
 boards = Table(
     "boards",
     metadata,
-    # Apart from its search: SQLite copies a whole row at every change, megabytes of it with every event of a search of thousands of trials.
+    # Whole leaderboards as an older version writes and reads them; migration 0011 has moved them to the two tables below. Not used any more.
     _search_id(primary_key=True),
     Column("board", _JSON, nullable=False),
+)
+
+CURRENT = 2**62
+"""`board_rows.until` of rows that no later version has replaced."""
+
+board_heads = Table(
+    "board_heads",
+    metadata,
+    _search_id(primary_key=True),
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("head", _JSON, nullable=False),
+)
+
+_SHOWN = ("until", "since", "state", "rung", "is_pareto", "is_confirmed")
+"""What pages are filtered by. In every index, so that rows which are not wanted are passed over without reading them."""
+
+board_rows = Table(
+    "board_rows",
+    metadata,
+    # A row is part of the versions `since` <= version < `until`.
+    _search_id(primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("since", BigInteger, primary_key=True, autoincrement=False),
+    Column("until", BigInteger, nullable=False),
+    Column("budget", Integer, nullable=False),
+    # The board's order is (tier, place, number): ranked rows by their place, then the others by rung and held-out KL.
+    Column("tier", Integer, nullable=False),
+    Column("place", Float(53), nullable=False),
+    Column("loss_of_score", Float(53), nullable=False),
+    Column("kl", Float(53), nullable=False),
+    Column("parameters", BigInteger, nullable=False),
+    Column("rung", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("is_pareto", Boolean, nullable=False),
+    Column("is_confirmed", Boolean, nullable=False),
+    Column("digest", String(32), nullable=False),
+    # JSON text: it is compared by its digest, and parsed only for the page that shows it.
+    Column("row", Text, nullable=False),
+    Index("ix_board_rows_newest", "search_id", "until", "number", "digest"),
+    Index("ix_board_rows_rank", "search_id", "budget", "tier", "place", "number", *_SHOWN, "parameters"),
+    Index("ix_board_rows_score", "search_id", "budget", "loss_of_score", "number", *_SHOWN, "parameters"),
+    Index("ix_board_rows_kl", "search_id", "budget", "kl", "number", *_SHOWN, "parameters"),
+    Index("ix_board_rows_parameters", "search_id", "budget", "parameters", "number", *_SHOWN),
 )
 
 trials = Table(
@@ -244,6 +290,17 @@ trials = Table(
     Column("updated_at", UtcDateTime, nullable=False),
     Column("confirmation_documents", _JSON),
     UniqueConstraint("search_id", "shape_key"),
+    Index(None, "search_id", "state", "number", "rung"),
+)
+
+trial_counts = Table(
+    "trial_counts",
+    metadata,
+    # Kept with every change of a trial, so that a list of searches counts nothing.
+    _search_id(primary_key=True),
+    Column("state", String(16), primary_key=True),
+    Column("num_rungs", Integer, primary_key=True, autoincrement=False),
+    Column("num_trials", Integer, nullable=False),
 )
 
 attempts = Table(

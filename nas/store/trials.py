@@ -6,7 +6,7 @@ Every write that changes a trial locks the search's row first, so the writes of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +14,7 @@ from sqlalchemy import Connection, RowMapping, Table, func, insert, select, upda
 
 from nas.errors import Conflict, NotFound
 from nas.shape import Shape
+from nas.store.counts import count_change
 from nas.store.database import Database
 from nas.store.logs import keep_log
 from nas.store.records import (
@@ -72,6 +73,7 @@ class Trials(Database):
                 "updated_at": now,
             }
             connection.execute(insert(trials).values(row))
+            count_change(connection, search_id, before=None, after=(TrialState.WAITING, None))
             write_event(connection, search_id, "trial.proposed", {"trial": number, "origin": origin, "parameters": parameters, "budget": budget})
             return get_trial(connection, search_id, number)
 
@@ -79,11 +81,34 @@ class Trials(Database):
         with self.read() as connection:
             return get_trial(connection, search_id, number)
 
-    def list_trials(self, search_id: str) -> list[TrialRecord]:
-        """All trials of a search, by number."""
-        query = select(*_TRIAL_COLUMNS).where(trials.c.search_id == search_id).order_by(trials.c.number)
+    def list_trials(
+        self,
+        search_id: str,
+        *,
+        states: Collection[TrialState] = (),
+        without_result: bool = False,
+        budget: int | None = None,
+        after: int | None = None,
+        limit: int | None = None,
+    ) -> list[TrialRecord]:
+        """Trials of a search by number: all of them, or those in some states, that have finished no rung, of one budget, behind a number, the first few."""
+        query = select(*_TRIAL_COLUMNS).where(trials.c.search_id == search_id).order_by(trials.c.number).limit(limit)
+        if states:
+            query = query.where(trials.c.state.in_(states))
+        if without_result:
+            query = query.where(trials.c.rung.is_(None))
+        if budget is not None:
+            query = query.where(trials.c.budget == budget)
+        if after is not None:
+            query = query.where(trials.c.number > after)
         with self.read() as connection:
             return [_trial(row) for row in connection.execute(query).mappings()]
+
+    def trial_states(self, search_id: str, numbers: Collection[int]) -> dict[int, TrialState]:
+        """Of these trials, as far as they exist."""
+        query = select(trials.c.number, trials.c.state).where(trials.c.search_id == search_id, trials.c.number.in_(numbers))
+        with self.read() as connection:
+            return {number: TrialState(state) for number, state in connection.execute(query)}
 
     def change_trial(self, search_id: str, number: int, *, to: TrialState, fence: Fence | None, failure: Json | None = None) -> TrialRecord:
         """Move a trial; event `trial.<to>` with the failure. Moving it to where it stands does nothing.
@@ -237,6 +262,13 @@ class Trials(Database):
         with self.read() as connection:
             return {number: _join(summary, documents or {}) for number, summary, documents in connection.execute(query)}
 
+    def get_confirmation(self, search_id: str, number: int) -> Json | None:
+        """What the confirm step found of one trial, with the documents; None if it was not confirmed."""
+        wanted = select(trials.c.confirmation, trials.c.confirmation_documents).where(trials.c.search_id == search_id, trials.c.number == number)
+        with self.read() as connection:
+            row = connection.execute(wanted).one_or_none()
+        return None if row is None or row.confirmation is None else _join(row.confirmation, row.confirmation_documents or {})
+
     def list_rungs(self, search_id: str, *, trial: int | None = None, with_documents: bool = True) -> list[RungRecord]:
         """Results in the order in which they came. Without documents they lack every `documents` key, and most of their bytes."""
         columns = [column for column in rungs.c if with_documents or column.name != "documents"]
@@ -283,7 +315,10 @@ def get_trial(connection: Connection, search_id: str, number: int) -> TrialRecor
 
 def update_trial(connection: Connection, search_id: str, number: int, values: Json) -> None:
     """Change columns of a trial; its search is locked."""
-    connection.execute(update(trials).where(trials.c.search_id == search_id, trials.c.number == number).values(**values, updated_at=utc_now()))
+    its = trials.c.search_id == search_id, trials.c.number == number
+    before = connection.execute(select(trials.c.state, trials.c.rung).where(*its)).one()
+    connection.execute(update(trials).where(*its).values(**values, updated_at=utc_now()))
+    count_change(connection, search_id, before=(before.state, before.rung), after=(values.get("state", before.state), values.get("rung", before.rung)))
 
 
 def _lock_running(connection: Connection, attempt_id: str) -> AttemptRecord:

@@ -56,6 +56,7 @@ def a_row(number: int, *, shape: dict[str, int], rank: int | None, tie_group: in
     return {
         "rank": rank,
         "tie_group": tie_group,
+        "tied": False,
         "number": number,
         "origin": "sampler",
         "is_control": False,
@@ -68,6 +69,7 @@ def a_row(number: int, *, shape: dict[str, int], rank: int | None, tie_group: in
         "standard_error": 0.02,
         "kl": 0.4,
         "kl_standard_error": 0.03,
+        "kl_by_rung": [2.0, 1.0, 0.4],
         "loss": 1.4,
         "tasks": {"pairs": {"value": 0.8, "standard_error": 0.03, "higher_is_better": True, "share": 0.7}},
         "state": "completed",
@@ -150,10 +152,16 @@ class Service:
             attempt.id, search_id=search.id, trial=number, rung=rung, result=a_result(rung, tokens=tokens, kl=kl), trial_state=state, fence=None
         )
 
+    def board(self, search: SearchRecord) -> dict[str, Any]:
+        """The whole board, as it was saved."""
+        board = self.store.whole_board(search.id)
+        assert board is not None
+        return board
+
     def confirmed_search(self) -> SearchRecord:
         """The ranked one, its second trial named the winner."""
         search = self.ranked_search()
-        board = json.loads(json.dumps(search.board))
+        board = self.board(search)
         for row, probability in zip(board["rows"][:2], (0.2, 0.8), strict=True):
             row |= {"confirmation": a_confirmation(), "verified": True, "probability_best": probability}
         held_out = a_confirmation()["held_out"]
@@ -174,8 +182,8 @@ class Service:
         failure = {"stage": "rung", "reason": "out_of_memory", "message": "no room", "attempts": 3}
         self.store.change_trial(search.id, 4, to=TrialState.FAILED, fence=None, failure=failure)
         rows = [
-            a_row(0, shape=shapes[0], rank=1, tie_group=1, origin="anchor:uniform"),
-            a_row(1, shape=shapes[1], rank=1, tie_group=1, score=0.69),
+            a_row(0, shape=shapes[0], rank=1, tie_group=1, tied=True, origin="anchor:uniform"),
+            a_row(1, shape=shapes[1], rank=1, tie_group=1, tied=True, score=0.69),
             a_row(2, shape=shapes[2], rank=3, tie_group=2, origin="control", is_control=True, score=0.5),
             a_row(3, shape=shapes[3], rank=None, tie_group=None, rung=1, tokens=1000, score=0.9, state="stopped"),
         ]

@@ -176,7 +176,7 @@ def test_a_finalist_is_marked_as_verified_or_not(service: Service, verified: boo
         "held_out": {"kl": metric, "loss": metric, "tasks": {"pairs": metric}},
     }
     service.store.save_confirmation(None, search_id=search.id, trial=1, confirmation=confirmation, fence=None)
-    board = dict(search.board or {})
+    board = service.board(search)
     service.store.save_board(search.id, {**board, "rows": [{**row, "verified": verified if row["number"] == 1 else None} for row in board["rows"]]}, fence=None)
 
     found = rows(page(service, f"/searches/{search.id}"))
@@ -352,7 +352,7 @@ def test_confirmed_shapes_stand_beside_the_teacher_on_held_out_documents(service
         metric = {"value": kl, "standard_error": 0.01, "higher_is_better": False}
         return {"parameters": 90000, "tokens": 4000, "kl": metric, "loss": metric, "tasks": {"bits": metric}}
 
-    board = dict(service.store.get_search(search.id).board or {})
+    board = service.board(search)
     rows = [dict(row, confirmation={"verified": True, "held_out": result(0.25)}) for row in board["rows"][:1]]
     rows += [
         dict(row, number=90 + index, origin="control", confirmation={"verified": True, "held_out": result(kl)})

@@ -205,7 +205,7 @@ class Replay:
 
 def _record(spec: Mapping[str, Any], *, truth: Truth) -> SearchRecord:
     now = utc_now()
-    nothing: dict[str, Any] = dict.fromkeys(("prepared", "board", "winner", "error", "started_at", "finished_at"))
+    nothing: dict[str, Any] = dict.fromkeys(("board", "winner", "error", "started_at", "finished_at"))
     return SearchRecord(
         id="srch_1",
         label="",

@@ -75,7 +75,7 @@ def _speeds(num_finished: int) -> tuple[float, float, float]:
 def _finished_run(num_finished: int) -> Family:
     """A search with so many trials that were stopped after the first trained rung, some after the next."""
     spec = dump_spec(parse_spec(json.dumps(make_spec(num_trials=2 * num_finished, num_workers=100, controls={"anchors": False}))))
-    empty = {"plan": {}, "prepared": None, "board": None, "winner": None, "error": None, "started_at": None, "finished_at": None}
+    empty = {"plan": {}, "board": None, "winner": None, "error": None, "started_at": None, "finished_at": None}
     record = SearchRecord(id="srch", label="", state=SearchState.SEARCHING, spec=spec, inputs=INPUTS, created_at=_NOW, updated_at=_NOW, version=1, **empty)
     space = Family(record, trials=[], rungs=[], attempts=[]).runs[0].space
     generator = np.random.default_rng(0)

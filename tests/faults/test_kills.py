@@ -230,7 +230,7 @@ def wait_for_end(store: Store, search_id: str) -> None:
 
 def figures(store: Store, search_id: str) -> list[Any]:
     """What must be the same bit for bit, in the leaderboard's order."""
-    board = store.get_search(search_id).board
+    board = store.whole_board(search_id)
     assert board is not None
     names = ("number", "rank", "origin", "shape", "rung", "tokens", "score", "standard_error", "kl", "loss", "tasks", "state")
     return [{name: row[name] for name in names} for row in board["rows"]]

@@ -43,8 +43,8 @@ def row(number: int, *, width: int, **changes: Any) -> dict[str, Any]:
 
 
 def side(draw: int, *, shift: float = 0.0, widths: tuple[int, ...] = (32, 40), **changes: Any) -> Side:
-    board = {"rows": [row(number, width=width) for number, width in enumerate(widths)], "leader": 0, "winner": 0, "cost": {"tokens": 5}}
-    return Side(spec=spec(**changes), inputs=INPUTS, board=board, best=result(draw, shift=shift))
+    board = {"leader": 0, "winner": 0, "cost": {"tokens": 5}}
+    return Side(spec=spec(**changes), inputs=INPUTS, board=board, leader=row(0, width=widths[0]), best=result(draw, shift=shift))
 
 
 def test_on_the_same_documents_the_difference_is_paired_and_its_error_small() -> None:
@@ -105,7 +105,7 @@ def test_held_out_documents_are_taken_where_both_were_confirmed() -> None:
 
 
 def test_the_shapes_on_both_boards_stand_side_by_side() -> None:
-    found = compare(side(1, widths=(32, 40, 48)), side(2, widths=(48, 16, 32)))
+    found = compare(side(1), side(2), shared=[(row(0, width=32), row(2, width=32)), (row(2, width=48), row(0, width=48))])
 
     assert [(both["shape"]["intermediate_size"], both["first"]["number"], both["second"]["number"]) for both in found.shapes] == [(32, 0, 2), (48, 2, 0)]
 
@@ -120,7 +120,7 @@ def test_swapping_the_searches_turns_the_signs() -> None:
 
 
 def test_a_search_without_results_can_be_compared() -> None:
-    found = compare(Side(spec=spec(), inputs=INPUTS, board={}, best=None), side(2))
+    found = compare(Side(spec=spec(), inputs=INPUTS, board={}, leader=None, best=None), side(2))
 
     assert (found.tasks, found.kl, found.shapes) == ({}, None, ())
     assert found.best[0] is None

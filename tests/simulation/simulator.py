@@ -141,7 +141,7 @@ def check(simulation: Simulation) -> None:
     check_attempts(simulation)
     check_results(simulation)
     check_promotions(trials, events=events)
-    check_winner(search, trials=trials)
+    check_winner(simulation, search, trials=trials)
 
 
 def all_events(simulation: Simulation) -> list[EventRecord]:
@@ -211,21 +211,22 @@ def check_promotions(trials: list[TrialRecord], *, events: list[EventRecord]) ->
             assert started[trial.number] == trial.rung, "a promotion was revoked"
 
 
-def check_winner(search: SearchRecord, *, trials: list[TrialRecord]) -> None:
+def check_winner(simulation: Simulation, search: SearchRecord, *, trials: list[TrialRecord]) -> None:
     """The board holds every trial with a result. The winner is of the best tie group, and the best of its finalists on the held-out documents."""
     assert search.winner is not None
-    assert search.board is not None
-    assert search.prepared is not None
-    rows = search.board["rows"]
+    board, prepared = simulation.store.whole_board(search.id), simulation.store.get_prepared(search.id)
+    assert board is not None
+    assert prepared is not None
+    rows = board["rows"]
     assert {row["number"]: row["state"] for row in rows} == {trial.number: trial.state for trial in trials if trial.rung is not None}
     ranked = [row for row in rows if row["rank"] is not None]
     assert {row["number"] for row in ranked} == {trial.number for trial in trials if trial.state is TrialState.COMPLETED}
     standing = [row for row in ranked if not row["is_control"] and (row["confirmation"] or {"verified": True})["verified"]]
     finalists = [row for row in standing if row["tie_group"] == standing[0]["tie_group"]][: search.spec["num_finalists"]]
     assert all(row["confirmation"] is not None for row in finalists), "a finalist was not confirmed"
-    teacher, random = search.prepared["teacher"]["tasks"], search.prepared["random"]["tasks"]
+    teacher, random = prepared["teacher"]["tasks"], prepared["random"]["tasks"]
     shares = {}
     for row in finalists:
         held_out = row["confirmation"]["held_out"]["tasks"]
         shares[row["number"]] = sum((held_out[name]["value"] - random[name]["value"]) / (teacher[name]["value"] - random[name]["value"]) for name in held_out)
-    assert search.winner["trial"] == search.board["winner"] == max(shares, key=lambda number: shares[number]), "a better one was confirmed"
+    assert search.winner["trial"] == board["winner"] == max(shares, key=lambda number: shares[number]), "a better one was confirmed"

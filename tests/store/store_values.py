@@ -23,3 +23,20 @@ def result(*, tokens: int = 0, loss: float = 2.5) -> dict[str, Any]:
         "seconds": {"distil": 1.5},
         "details": {"pairs/a.b": {"acc,none": 0.5}},
     }
+
+
+def board_row(number: int, **changes: Any) -> dict[str, Any]:
+    """A row of a leaderboard, as far as the store knows of it."""
+    row = {
+        "number": number,
+        "rank": 1,
+        "rung": 2,
+        "tie_group": 1,
+        "shape": shape(intermediate_size=8 + number),
+        "parameters": 1000 + number,
+        "score": 0.5,
+        "kl": 0.25,
+        "state": "completed",
+        "costs": {"parameters": 1000.0 + number},
+    }
+    return row | changes

@@ -106,7 +106,7 @@ def test_a_board_that_is_there_stays_its_searchs_after_the_upgrade(empty_url: st
 
     store = Store.open(empty_url, migrate=True)
 
-    assert [store.get_search(name).board for name in ("srch_1", "srch_2")] == [{"winner": 3}, None]
+    assert [store.whole_board(name) for name in ("srch_1", "srch_2")] == [{"winner": 3, "rows": []}, None]
     store.close()
 
 

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from nas.errors import Conflict, NotFound
-from nas.store.records import SearchRecord, SearchState, TrialState
+from nas.store.records import SearchRecord, SearchState
 from nas.store.store import Store
+from tests.store.store_values import board_row
 
 NewSearch = Callable[..., SearchRecord]
 S = SearchState
@@ -124,11 +125,12 @@ def test_cancel_in_every_state(store: Store, new_search: NewSearch, before: Sear
 def test_board_prepared_and_winner_are_kept_with_their_events(store: Store, new_search: NewSearch) -> None:
     search = new_search()
     store.save_prepared(search.id, {"layers": [1, 2]}, fence=None)
-    store.save_board(search.id, {"rows": [{"score": 0.5}]}, fence=None, data={"rows": 1})
+    store.save_board(search.id, {"rows": [board_row(0, score=0.5)]}, fence=None, data={"rows": 1})
     store.save_winner(search.id, {"bundle": "w.tar"}, fence=None)
     search = store.get_search(search.id)
 
-    assert (search.prepared, search.board, search.winner) == ({"layers": [1, 2]}, {"rows": [{"score": 0.5}]}, {"bundle": "w.tar"})
+    assert (store.get_prepared(search.id), search.winner) == ({"layers": [1, 2]}, {"bundle": "w.tar"})
+    assert store.whole_board(search.id) == {"rows": [board_row(0, score=0.5)]}
     assert search.version == 4
     assert [(event.type, event.data) for event in store.list_events(search.id, after=1)] == [
         ("search.prepared", {}),
@@ -142,7 +144,7 @@ def test_a_number_that_is_not_finite_is_refused_by_its_path(store: Store, new_se
     search = new_search()
 
     with pytest.raises(ValueError, match=r"rows\.0\.score: expected a finite number, got (nan|-?inf)"):
-        store.save_board(search.id, {"rows": [{"score": value}]}, fence=None)
+        store.save_board(search.id, {"rows": [board_row(0, score=value)]}, fence=None)
     assert store.get_search(search.id) == search
 
 
@@ -162,14 +164,6 @@ class TestLists:
         for state, search in searches.items():
             assert store.list_searches(state=state) == [search]
         assert store.active_states() == {search.id: search.state for search in searches.values() if not (search.state.is_terminal or search.state is S.PAUSED)}
-
-    def test_counts_hold_every_state(self, store: Store, new_search: NewSearch, new_trial: Callable[..., object]) -> None:
-        search = new_search()
-        for number in range(3):
-            new_trial(search, number)
-        store.change_trial(search.id, 2, to=TrialState.STOPPED, fence=None)
-
-        assert store.search_counts(search.id) == dict.fromkeys(TrialState, 0) | {TrialState.WAITING: 2, TrialState.STOPPED: 1}
 
 
 class TestEvents:

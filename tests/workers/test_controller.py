@@ -90,6 +90,12 @@ class Service:
         self.executor.steps.clear()
         return record
 
+    def board(self, search: SearchRecord) -> dict[str, Any]:
+        """The whole board."""
+        board = self.store.whole_board(search.id)
+        assert board is not None
+        return board
+
     def expire_lease(self) -> None:
         time.sleep(self.settings.lease_seconds + 0.05)
 
@@ -138,17 +144,17 @@ def test_a_search_runs_to_its_bundle(service: Service) -> None:
     search = service.run(search_id)
 
     assert search.state is SearchState.SUCCEEDED, search.error
-    assert search.board is not None
+    board = service.board(search)
     assert search.winner is not None
     trials = service.store.list_trials(search_id)
     assert all(trial.state in (TrialState.COMPLETED, TrialState.STOPPED) for trial in trials)
-    assert sorted(row["number"] for row in search.board["rows"]) == [trial.number for trial in trials]
-    assert {row["number"]: row["state"] for row in search.board["rows"]} == {trial.number: trial.state for trial in trials}
-    finalists = [row for row in search.board["rows"] if row["number"] in search.board["finalists"]]
+    assert sorted(row["number"] for row in board["rows"]) == [trial.number for trial in trials]
+    assert {row["number"]: row["state"] for row in board["rows"]} == {trial.number: trial.state for trial in trials}
+    finalists = [row for row in board["rows"] if row["number"] in board["finalists"]]
     assert all(row["verified"] and row["confirmation"]["deployability"]["tensor_parallel_sizes"][0] == 1 for row in finalists)
     assert sum(row["probability_best"] for row in finalists) == pytest.approx(1.0)
-    assert search.winner["trial"] == search.board["winner"] == search.board["leader"] in search.board["finalists"]
-    assert "documents" not in {key for row in search.board["rows"] for key in _keys(row)}
+    assert search.winner["trial"] == board["winner"] == board["leader"] in board["finalists"]
+    assert "documents" not in {key for row in board["rows"] for key in _keys(row)}
     assert (service.settings.data_folder / search.winner["bundle"]).is_file()
     assert all(attempt.state is AttemptState.SUCCEEDED for attempt in service.store.list_attempts(search_id))
     assert service.store.list_points(search_id, trial=search.winner["trial"])
@@ -165,10 +171,10 @@ def test_what_each_decision_cost_adds_up(service: Service) -> None:
     rungs = {"first_tokens": 512, "factor": 2, "num_trained": 1, "keep": 0.5, "keep_untrained": 1.0}
     search = service.run(service.submit(sampler=sampler, rungs=rungs, controls={"anchors": False, "num_random": 0}))
 
-    assert search.board is not None
-    assert sum(search.board["importances"].values()) == pytest.approx(1.0)
-    assert "mlp_fill" in search.board["importances"]
-    cost = search.board["cost"]
+    board = service.board(search)
+    assert sum(board["importances"].values()) == pytest.approx(1.0)
+    assert "mlp_fill" in board["importances"]
+    cost = board["cost"]
     decisions = cost["decisions"]
     spec = parse_spec(json.dumps(search.spec))
     assert [decision["decision"] for decision in decisions] == [*(f"rung {rung}" for rung in range(spec.rungs.num_trained + 1)), "confirm"]
@@ -194,8 +200,8 @@ def test_an_ended_search_leaves_its_bundle_and_the_students_that_were_verified(s
 def test_a_verified_trial_is_bundled_long_after_its_search(service: Service, tmp_path: Path) -> None:
     search = service.run(service.submit(sampler={"name": "random", "max_trials": 2}, controls={"anchors": False, "num_random": 1}))
     assert search.winner is not None
-    assert search.board is not None
-    others = [row["number"] for row in search.board["rows"] if row["number"] != search.winner["trial"] and not row["verified"]]
+    board = service.board(search)
+    others = [row["number"] for row in board["rows"] if row["number"] != search.winner["trial"] and not row["verified"]]
 
     bundled = bundle_trial(search.id, search.winner["trial"], store=service.store, settings=service.settings, folder=tmp_path / "again")
 
@@ -442,31 +448,29 @@ def test_a_step_that_finished_under_a_dead_controller_is_not_run_again(service: 
 
 
 @pytest.mark.parametrize("num_rungs", [1, 4, 7])
-def test_a_search_that_was_interrupted_ends_like_one_that_was_not(service: Service, undisturbed: list[SearchRecord], num_rungs: int) -> None:
+def test_a_search_that_was_interrupted_ends_like_one_that_was_not(service: Service, undisturbed: list[list[Any]], num_rungs: int) -> None:
     if not undisturbed:
-        undisturbed.append(service.run(service.submit()))
+        undisturbed.append(figures(service, service.run(service.submit())))
         service.expire_lease()
-    whole = undisturbed[0]
     search_id = service.submit()
     service.run(search_id, until=lambda record: len(service.store.list_rungs(record.id)) >= num_rungs)
     service.expire_lease()
 
     interrupted = service.run(search_id)
 
-    assert figures(interrupted) == figures(whole)
+    assert figures(service, interrupted) == undisturbed[0]
     attempts = [(attempt.stage, attempt.trial, attempt.rung) for attempt in service.store.list_attempts(search_id) if attempt.state is AttemptState.SUCCEEDED]
     assert len(attempts) == len(set(attempts))
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> list[SearchRecord]:
-    """The search that nothing interrupted, once it was run."""
+def undisturbed() -> list[list[Any]]:
+    """The figures of the search that nothing interrupted, once it was run."""
     return []
 
 
-def figures(search: SearchRecord) -> list[Any]:
-    assert search.board is not None
-    return [(row["number"], row["rank"], row["shape"], row["score"], row["kl"], row["loss"], row["state"]) for row in search.board["rows"]]
+def figures(service: Service, search: SearchRecord) -> list[Any]:
+    return [(row["number"], row["rank"], row["shape"], row["score"], row["kl"], row["loss"], row["state"]) for row in service.board(search)["rows"]]
 
 
 def test_a_bug_in_one_search_fails_it_and_leaves_the_others_alone(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -611,8 +615,8 @@ def test_a_search_that_starts_from_another_trains_no_shape_twice(service: Servic
     trained = [step for step in service.executor.history if step.stage == "rung" and step.request["rung"] > 0]
     from_start = [step for step in trained if step.request["rung"] == 2 and step.request["trial_folder"].endswith("/1")]
     tokens = spec.rungs.tokens(2) * len(from_start) + sum(spec.trained_tokens(step.request["rung"]) for step in trained if step not in from_start)
-    assert search.board is not None
-    assert search.board["cost"]["tokens"] == tokens
+    board = service.board(search)
+    assert board["cost"]["tokens"] == tokens
 
 
 def test_a_shape_over_a_latency_ceiling_ends_at_rung_0_and_is_no_failure(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -632,7 +636,7 @@ def test_a_shape_over_a_latency_ceiling_ends_at_rung_0_and_is_no_failure(service
     assert dear
     assert {(trial.state, trial.rung) for trial in dear} == {(TrialState.STOPPED, 0)}
     assert {trial.failure["message"] for trial in dear if trial.failure} == {"decode_ms:chat: expected at most 1.5 ms, got 2 ms"}
-    rows = {row["number"]: row["costs"] for row in search.board["rows"]} if search.board else {}
+    rows = {row["number"]: row["costs"] for row in service.board(search)["rows"]}
     assert all({"parameters", "memory_bytes", "flops_per_token", "decode_ms:chat", "prefill_ms:chat"} == costs.keys() for costs in rows.values())
 
 
@@ -651,19 +655,19 @@ def test_a_family_has_a_winner_and_a_bundle_for_each_budget(service: Service) ->
     search = service.run(service.submit(budget={"max_fraction": 0.8}, more_budgets=[{"max_fraction": 0.5}], sampler={"name": "random", "max_trials": 2}))
 
     assert search.state is SearchState.SUCCEEDED, search.error
-    assert search.board is not None
+    board = service.board(search)
     assert search.winner is not None
     trials = {trial.number: trial for trial in service.store.list_trials(search.id)}
-    boards = [search.board, *search.board["more_budgets"]]
+    boards = [board, *board["more_budgets"]]
     winners = all_winners(search)
     assert [winner["budget"] for winner in winners] == [0, 1]
-    assert [winner["trial"] for winner in winners] == search.board["winners"] == [board["winner"] for board in boards]
-    for budget, (board, winner) in enumerate(zip(boards, winners, strict=True)):
-        assert {trials[row["number"]].budget for row in board["rows"]} == {budget}
-        assert board["rows"][0]["rank"] == 1
+    assert [winner["trial"] for winner in winners] == board["winners"] == [its["winner"] for its in boards]
+    for budget, (its, winner) in enumerate(zip(boards, winners, strict=True)):
+        assert {trials[row["number"]].budget for row in its["rows"]} == {budget}
+        assert its["rows"][0]["rank"] == 1
         assert (service.settings.data_folder / winner["bundle"]).is_file()
     assert winners[1]["parameters"] <= 0.5 * search.plan["teacher_parameters"] < winners[0]["parameters"]
-    assert search.board["cost"]["decisions"][0]["trials"] == len(trials)
+    assert board["cost"]["decisions"][0]["trials"] == len(trials)
 
 
 def test_with_several_objectives_the_whole_front_is_confirmed_and_the_winner_scores_best_of_the_finalists(service: Service) -> None:
@@ -672,11 +676,11 @@ def test_with_several_objectives_the_whole_front_is_confirmed_and_the_winner_sco
     )
 
     assert search.state is SearchState.SUCCEEDED, search.error
-    assert search.board is not None
+    board = service.board(search)
     assert search.winner is not None
-    rows = {row["number"]: row for row in search.board["rows"]}
-    front = search.board["pareto"]
+    rows = {row["number"]: row for row in board["rows"]}
+    front = board["pareto"]
     assert len(front) >= 1
     assert all(rows[number]["confirmation"]["verified"] for number in front)
     assert [rows[number]["parameters"] for number in front] == sorted(rows[number]["parameters"] for number in front)
-    assert search.winner["trial"] in search.board["finalists"]
+    assert search.winner["trial"] in board["finalists"]

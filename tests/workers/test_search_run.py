@@ -56,7 +56,7 @@ def make_record(**changes: Any) -> SearchRecord:
     }
     spec = parse_spec(json.dumps(values))
     inputs = {"teacher": {"name": "t", "digest": "d", "path": "", "config": CONFIG}, "corpora": [], "tasks": []}
-    empty: dict[str, Any] = {"plan": {}, "prepared": None, "board": None, "winner": None, "error": None, "started_at": None, "finished_at": None}
+    empty: dict[str, Any] = {"plan": {}, "board": None, "winner": None, "error": None, "started_at": None, "finished_at": None}
     return SearchRecord(
         id="srch_1", label="", state=SearchState.SEARCHING, spec=dump_spec(spec), inputs=inputs, created_at=NOW, updated_at=NOW, version=1, **empty
     )
