@@ -29,7 +29,7 @@ from nas.compress.sorting import load_sorting
 from nas.compress.teacher import write_checkpoint
 from nas.cost import count_parameters
 from nas.errors import Conflict
-from nas.files import whole_file, write_json
+from nas.files import check_may_publish, temporary_for, whole_file, write_json
 from nas.recipe import Recipe
 from nas.search.layout import CORRECTED, MOMENTS, RECONSTRUCTION, SORTED, STUDENT, prepared_key, trial_folder
 from nas.settings import Settings
@@ -51,8 +51,9 @@ def write_bundle(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, A
     """
     parent = Path(request["bundle_folder"])
     parent.mkdir(parents=True, exist_ok=True)
-    folder = parent / f".{BUNDLE}"
-    shutil.rmtree(folder, ignore_errors=True)
+    for unfinished in parent.glob(f".{BUNDLE}.*"):  # of processes that were killed, or replaced
+        shutil.rmtree(unfinished, ignore_errors=True) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
+    folder = temporary_for(parent / BUNDLE)
     shape = Shape.from_dict(request["shape"])
     sorting = load_sorting(Path(request["prepared"]) / SORTED)
     shutil.copytree(Path(request["trial_folder"]) / STUDENT, folder)
@@ -75,6 +76,7 @@ def write_bundle(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, A
         _card(shape=shape, parameters=parameters, teacher=teacher, scores=scores, provenance=provenance, board=request["board"]), encoding="utf-8"
     )
     final, tar = parent / BUNDLE, parent / TAR
+    check_may_publish(final)
     shutil.rmtree(final, ignore_errors=True)
     folder.replace(final)
     digest = _write_tar(final, tar=tar)

@@ -1,4 +1,8 @@
-"""Files that survive a kill: whole under their name, or not there. Light: no torch."""
+"""Files that survive a kill: whole under their name, or not there. Light: no torch.
+
+Everything that others will read gets its name here, so here is also the one place where a process that was replaced is kept
+from leaving anything (`publishing_unless`).
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,49 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from nas.errors import Fenced
+
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space left, a quota, and the largest file that this process may write."""
+
+_is_replaced: ContextVar[Callable[[], bool]] = ContextVar("is_replaced", default=lambda: False)
+
+
+@contextmanager
+def publishing_unless(is_replaced: Callable[[], bool]) -> Iterator[None]:
+    """Inside, no file is published once `is_replaced` says so: it is asked at the last moment before every one."""
+    token = _is_replaced.set(is_replaced)
+    try:
+        yield
+    finally:
+        _is_replaced.reset(token)
+
+
+def check_may_publish(target: Path) -> None:
+    """
+    Raises:
+        Fenced: another process has taken this one's place.
+    """
+    if _is_replaced.get()():
+        raise Fenced(f"{target}: expected to be published by whoever works on it now, got a process that was replaced")
+
+
+def temporary_for(target: Path, *, suffix: str = "") -> Path:
+    """A name beside the target that no other process has: not a process's number, which two containers may share."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(6)}{suffix}")
 
 
 @contextmanager
 def whole_file(target: Path, *, suffix: str = "") -> Iterator[Path]:
     """A path to write to, which gets the target's name when the block ends well. Nothing stays of it otherwise: a full disk must not get fuller."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}{suffix}")
+    temporary = temporary_for(target, suffix=suffix)
     try:
         yield temporary
         publish(temporary, target=target)
@@ -51,9 +85,14 @@ def write_json(value: Any, *, target: Path) -> None:
 
 
 def publish(temporary: Path, *, target: Path) -> None:
-    """Give a finished file its name; what a crash leaves behind is the old file or the new one."""
+    """Give a finished file its name; what a crash leaves behind is the old file or the new one.
+
+    Raises:
+        Fenced: another process has taken this one's place; the target is as it was.
+    """
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
+    check_may_publish(target)
     temporary.replace(target)
     directory = os.open(target.parent, os.O_RDONLY)
     try:

@@ -51,7 +51,9 @@ class Settings:
     requests_per_second: float
     """NAS_REQUESTS_PER_SECOND: how often one API key may ask one API process, on average; twice as many at once. Default: 50."""
     lease_seconds: float
-    """NAS_LEASE_SECONDS: a controller that has not renewed its leadership for so long may be replaced. Default: 10."""
+    """NAS_LEASE_SECONDS: the searches of a controller that has not renewed its leases for so long are taken over by others. Default: 10."""
+    attempt_lease_seconds: float
+    """NAS_ATTEMPT_LEASE_SECONDS: a running step that shows no sign of life for so long is given up and run again. Default: 60."""
 
     log_format: Literal["json", "text"] | None
     """NAS_LOG_FORMAT: json or text. Default: text on a terminal, JSON anywhere else."""
@@ -98,6 +100,7 @@ class Settings:
             log_days=reader.read("NAS_LOG_DAYS", _integer(at_least=1, at_most=36500), default=30),
             max_log_bytes=reader.read("NAS_MAX_LOG_BYTES", _integer(at_least=2**20, at_most=2**50), default=2**30),
             event_days=reader.read("NAS_EVENT_DAYS", _integer(at_least=1, at_most=36500), default=365),
+            attempt_lease_seconds=reader.read("NAS_ATTEMPT_LEASE_SECONDS", _lease_seconds, default=60.0),
         )
         if reader.problems:
             raise InvalidSpec(*reader.problems)
@@ -257,7 +260,7 @@ def _lease_seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = float("nan")
-    # Below a second a busy machine loses its leadership by being slow.
+    # Below a second a busy machine loses its leases by being slow.
     if not 1.0 <= seconds <= 3600.0:
         raise _Expected("seconds from 1 to 3600")
     return seconds

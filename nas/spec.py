@@ -351,7 +351,9 @@ class LimitSpec:
     """When to give up."""
 
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
-    """Times that one step (a rung, the prepare step) is tried; a restart of the service does not count."""
+    """Times that one step (a rung, the prepare step) is tried; a restart of the service does not count, nor does a preemption."""
+    max_preemptions: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Times that one step may be lost with its worker (the node went away, or fell silent) before it fails: it may be what takes nodes along."""
     max_failed_trials: Annotated[int, Field(ge=1, le=100_000)] = 8
     """Failed trials after which the search fails, with the first reasons."""
     max_rung_seconds: Annotated[float, Field(gt=0, le=10_000_000)] = 86_400.0

@@ -35,6 +35,7 @@ def test_an_empty_environment_gives_a_local_installation(monkeypatch: pytest.Mon
         log_days=30,
         max_log_bytes=2**30,
         event_days=365,
+        attempt_lease_seconds=60.0,
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -64,6 +65,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
             "NAS_LOG_DAYS": "7",
             "NAS_MAX_LOG_BYTES": "1048576",
             "NAS_EVENT_DAYS": "14",
+            "NAS_ATTEMPT_LEASE_SECONDS": "30",
         }
     )
 
@@ -90,6 +92,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         log_days=7,
         max_log_bytes=2**20,
         event_days=14,
+        attempt_lease_seconds=30.0,
     )
     assert {settings.prepared_folder, settings.searches_folder, settings.registry_folder} == {tmp_path / name for name in ("prepared", "searches", "registry")}
 

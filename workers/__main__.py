@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import signal
 import sys
 
-from nas.errors import Conflict, Fenced, InvalidSpec
+from nas.errors import Conflict, InvalidSpec
 from nas.logs import set_up_logging
 from nas.settings import Settings
 from nas.store.store import Store
@@ -16,11 +15,8 @@ from workers.controller import Controller
 from workers.executor import Executor, LocalExecutor
 from workers.step import watch_parent
 
-logger = logging.getLogger("workers")
-
 REFUSED = 2
 """Exit code for what another start would not mend; `nas serve` then stops."""
-LOST_LEADERSHIP = 3
 
 
 def main() -> int:
@@ -40,9 +36,6 @@ def main() -> int:
         signal.signal(signum, lambda *_: controller.stop())
     try:
         controller.run()
-    except Fenced as fenced:
-        logger.error("no longer leading: %s", fenced, extra={"action": "lead_lost"})
-        return LOST_LEADERSHIP
     finally:
         store.close()
     return 0

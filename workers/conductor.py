@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,10 +30,11 @@ from workers.board import make_board
 from workers.executor import Executor
 from workers.family import Family
 from workers.folders import SearchFolder
+from workers.liveness import ask_to_stop, read_beat, supersede
 from workers.logs import last_lines, read_tail
 from workers.progress import ProgressReader, make_point
 from workers.search_run import Advance, NewTrial
-from workers.step import RESULT, STOP, Outcome, Step, read_outcome
+from workers.step import RESULT, Outcome, Step, read_outcome
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,20 @@ BOARD_SECONDS_PER_TRIAL = 0.005
 """Between two leaderboards stored. One costs the controller about a twentieth of that for every trial on it (LOG), so at most 5 % of its time."""
 MAX_FOR_IMPORTANCE = 200
 """Observations from which the importance of each dimension is worked out, in the bundle step: seconds there, minutes for a thousand (LOG.md)."""
+LOOKS_PER_ATTEMPT_LEASE = 10
+"""How often, in the time after which a silent step is lost, the running steps' beats are looked at."""
+BEATS_PER_LEASE = 12
+"""And how often a step beats meanwhile."""
+PREEMPTED = "preempted"
+"""Reason of an attempt that was lost with its worker. It does not count as failed, and there may be many of them."""
+_LOST = ("stopped", "superseded", PREEMPTED)
+"""Reasons of an attempt's end that say nothing against its step."""
 WORKING = (SearchState.QUEUED, SearchState.PREPARING, SearchState.SEARCHING, SearchState.CONFIRMING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leader:
-    """What a controller works with while it leads."""
+    """What a controller works with while it leads a search."""
 
     store: Store
     executor: Executor
@@ -76,6 +85,10 @@ class Running:
     began: float | None = None
     """The leader's clock at its first sign of life; None while it waits for resources."""
     said_waiting: bool = False
+    beat: str | None = None
+    """The last one that was seen; None: the step has not begun."""
+    silent_seconds: float = 0.0
+    """For so long the leader has looked and seen no other."""
     stop_asked: float | None = None
     killed: str | None = None
     """Why we ended it by force."""
@@ -91,8 +104,8 @@ class Conductor:
         self.running: dict[str, Running] = {}
         self.ended: dict[str, Outcome] = {}
         """Outcomes of steps that wait to be recorded."""
-        self._looked, self._stored_board = -math.inf, -math.inf
-        """The clock when progress was read last, and when the board was stored last."""
+        self._looked, self._stored_board, self._listened = -math.inf, -math.inf, self._clock()
+        """The clock when progress was read last, when the board was stored last, and when beats were looked at last."""
         self._load()
         self._store.recount_trials(record.id, fence=self._fence)
         self.prepared_key = prepared_key(self._run.spec, inputs=self._run.inputs)
@@ -130,16 +143,24 @@ class Conductor:
         if state is not self.record.state:
             self.record = replace(self.record, state=state)
 
-    def advance(self, *, preparing: Collection[str]) -> None:
+    def drop(self) -> None:
+        """Its search is another controller's: end what runs of it here, and write nothing more."""
+        for key in self.running:
+            self._leader.executor.kill(key)
+        self.running.clear()
+        self.ended.clear()
+
+    def advance(self, *, may_prepare: Callable[[], bool]) -> None:
         """Pass on progress, enforce limits, and start what should run next.
 
         Args:
-            preparing: prepared folders that other searches are filling now; two never fill one together.
+            may_prepare: whether the search's prepared folder may be filled now.
         """
         if self._clock() - self._looked >= max(PROGRESS_SECONDS, PROGRESS_SECONDS_PER_STEP * len(self.running)):
             self._looked = self._clock()
             self._pass_on_progress(self.running.values())
         self._enforce_limits()
+        self._listen()
         if self._board_is_old and self._clock() - self._stored_board >= BOARD_SECONDS_PER_TRIAL * len(self._run.trials):
             self._save_board()
         match self.record.state:
@@ -149,7 +170,7 @@ class Conductor:
                 self._name_weak_tasks(self._prepared)
                 self._run.scales(self._prepared)  # refuses a search without a task on which the teacher is better than random weights
                 self._move(SearchState.SEARCHING)
-            case SearchState.PREPARING if not self.running and self.prepared_key not in preparing:
+            case SearchState.PREPARING if not self.running and may_prepare():
                 self._start("prepare", request={})
             case SearchState.SEARCHING:
                 self._search()
@@ -195,7 +216,7 @@ class Conductor:
             return
         reason = running.killed or outcome.reason or "error"
         cancelled = self.record.state is SearchState.CANCELLING
-        state = AttemptState.CANCELLED if cancelled else AttemptState.LOST if reason == "stopped" else AttemptState.FAILED
+        state = AttemptState.CANCELLED if cancelled else AttemptState.LOST if reason in _LOST else AttemptState.FAILED
         if not outcome.retryable and read_outcome(running.progress.folder) is None:
             _leave_outcome(running.progress.folder, outcome)
         log = read_tail(running.progress.folder)
@@ -271,16 +292,25 @@ class Conductor:
     def _give_up_if_spent(self, stage: Stage, *, trial: int | None, rung: int | None) -> bool:
         """Give a step up that may not be tried again. Asked after a failure, and before every start: a crash may have come between."""
         attempts = self._store.list_attempts(self.record.id, trial=trial)
-        failed = [attempt for attempt in attempts if (attempt.stage, attempt.trial, attempt.rung, attempt.state) == (stage, trial, rung, AttemptState.FAILED)]
+        of_step = [attempt for attempt in attempts if (attempt.stage, attempt.trial, attempt.rung) == (stage, trial, rung)]
+        preempted = [attempt for attempt in of_step if attempt.state is AttemptState.LOST and (attempt.reason or "").startswith(PREEMPTED)]
+        if len(preempted) >= self._run.spec.limits.max_preemptions:
+            message = f"lost with its worker {len(preempted)} times; the last: {preempted[-1].reason}"
+            self._give_up(stage, trial=trial, rung=rung, reason=PREEMPTED, message=message, tries=len(of_step), log=self._last_lines(preempted[-1]))
+            return True
+        failed = [attempt for attempt in of_step if attempt.state is AttemptState.FAILED]
         if not failed:
             return False
         outcome = read_outcome(self.folder.attempt(failed[-1].id))
         if len(failed) < self._run.spec.limits.max_attempts and (outcome is None or outcome.retryable):
             return False
         reason, _, message = (failed[-1].reason or "error: ").partition(": ")
-        log = self._store.read_log(failed[-1].id)
-        self._give_up(stage, trial=trial, rung=rung, reason=reason, message=message, tries=len(failed), log=last_lines(log.text if log else None))
+        self._give_up(stage, trial=trial, rung=rung, reason=reason, message=message, tries=len(failed), log=self._last_lines(failed[-1]))
         return True
+
+    def _last_lines(self, attempt: AttemptRecord) -> str:
+        log = self._store.read_log(attempt.id)
+        return last_lines(log.text if log else None)
 
     def _give_up(self, stage: Stage, *, trial: int | None, rung: int | None, reason: str, message: str, tries: int, log: str) -> None:
         """A step failed for good: a rung fails its trial, a confirmation leaves its trial unverified, the others fail the search."""
@@ -333,6 +363,26 @@ class Conductor:
             if running.killed is None and (overdue or ignored):
                 running.killed = "timeout" if overdue else "stopped"
                 self._leader.executor.kill(key)
+
+    def _listen(self) -> None:
+        """Give steps up that stopped beating: their worker hangs, or went with its node. They are run again at once, whatever the executor still hopes for.
+
+        Only time in which this process looked counts: after a pause of its own, a step has not been silent.
+        """
+        lease, now = self._leader.settings.attempt_lease_seconds, self._clock()
+        interval = lease / LOOKS_PER_ATTEMPT_LEASE
+        if (passed := now - self._listened) < interval:
+            return
+        self._listened = now
+        for key, running in self.running.items():
+            beat = read_beat(running.progress.folder)
+            running.silent_seconds = running.silent_seconds + min(passed, 2 * interval) if beat == running.beat and beat is not None else 0.0
+            running.beat = beat
+            if running.silent_seconds > lease and key not in self.ended:
+                running.killed = running.killed or PREEMPTED
+                supersede(running.progress.folder)
+                self._leader.executor.kill(key)
+                self.ended[key] = Outcome(succeeded=False, reason=PREEMPTED, message=f"no sign of life for {lease:g} s")
 
     def _say_waiting(self, attempt: AttemptRecord) -> None:
         data = {"attempt": attempt.id, "stage": attempt.stage, "trial": attempt.trial, "rung": attempt.rung, "reason": "waiting for resources"}
@@ -465,11 +515,13 @@ class Conductor:
             cpus=run.spec.resources.cpus,
             gpus=run.spec.resources.gpus,
             context={"search_id": run.id, "trial": trial, "rung": rung},
+            beat_seconds=self._leader.settings.attempt_lease_seconds / BEATS_PER_LEASE,
         )
         if trial is not None and rung is not None:
             run.add_start(trial, rung=rung)
         self.running[attempt.id] = Running(attempt=attempt, progress=ProgressReader(folder=Path(step.folder)), started=self._clock())
         try:
+            Path(step.folder).mkdir(parents=True, exist_ok=True)
             self._leader.executor.start(step)
         # Broad: whatever an executor says of a step that it cannot begin. It counts as a try, and the user reads why.
         except Exception as error:
@@ -534,12 +586,6 @@ class Conductor:
         verified = [number for number, confirmation in self._confirmations.items() if confirmation.verified]
         self.folder.clear(keep_attempts=failed, keep_trials=verified)
         self._move(to, error=error)
-
-
-def ask_to_stop(folder: Path) -> None:
-    """Ask the step with this mailbox to end, also one that has not begun yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / STOP).touch()
 
 
 def _leave_outcome(folder: Path, outcome: Outcome) -> None:

@@ -1,33 +1,34 @@
-"""The controller: the one process that leads. It keeps the lease, hands outcomes to the searches, and outlives their bugs.
+"""A controller: the process that leads searches. It holds a lease for each, hands outcomes to them, and outlives their bugs.
 
-Every tick: renew the lease, collect the steps that ended, let every active search go on. All of its memory can be rebuilt
-from the store and the searches' folders, which is what a restart does. What happens to one search is in `conductor.py`.
+Every tick: collect the steps that ended, renew the leases and take a fair share of the searches (`membership.py`), let each
+search that it holds go on. All of its memory can be rebuilt from the store and the searches' folders, which is what taking a
+search over does, whether from a controller that died or from one that handed it back. A search whose lease is lost is dropped
+with its steps; the others go on. What happens to one search is in `conductor.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from nas.errors import Conflict, Fenced, InvalidSpec
 from nas.settings import Settings
-from nas.store.records import AttemptState, ControllerRecord, SearchState, TrialState, utc_now
+from nas.store.records import AttemptRecord, AttemptState, SearchState, TrialState
 from nas.store.store import Store
-from workers.conductor import WORKING, Conductor, Leader, ask_to_stop
+from workers.conductor import WORKING, Conductor, Leader
 from workers.executor import Executor
 from workers.folders import SearchFolder
+from workers.liveness import supersede
 from workers.logs import read_tail
-from workers.probes import Probes
-from workers.step import read_outcome
+from workers.membership import Membership
+from workers.probes import PROBES, Probes
+from workers.step import Outcome, read_outcome
 
 logger = logging.getLogger(__name__)
 
-CONTROLLER = "controller"
 TICK_SECONDS = 0.25
 STORE_PATIENCE_SECONDS = 60.0
 """A store that fails for so long ends the process; its supervisor starts another one. Running steps go on meanwhile."""
@@ -35,6 +36,8 @@ MAX_TROUBLES = 3
 """A search whose advance raised so often in a row, while the store answered in between, has a bug and fails."""
 TROUBLE_SECONDS = 2.0
 """Pause after such an exception: a store that is away for moments must not fail a search."""
+PREPARED = "prepared/"
+"""Before a prepared folder's key: the name of the lease under which a search fills it, also where the other is another controller's."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,42 +50,37 @@ class _Trouble:
 
 
 class Controller:
-    """Owns the searches while it leads."""
+    """Leads the searches of which it holds the lease."""
 
     def __init__(self, *, store: Store, executor: Executor, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._executor = executor
         self._settings = settings
         self._clock = clock
-        self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._record = ControllerRecord(owner=self._owner, host=socket.gethostname(), pid=os.getpid(), version="", started_at=utc_now())
-        self._leader: Leader | None = None
-        self._renewed = 0.0
+        self._membership = Membership(store=store, lease_seconds=settings.lease_seconds, clock=clock)
+        self._is_alone_over = False
+        """No controller of a version that led all searches alone is left."""
         self._conductors: dict[str, Conductor] = {}
         self._troubles: dict[str, _Trouble] = {}
         self._probes = Probes(store=store, executor=executor, settings=settings, clock=clock)
         self._stopping = False
 
     def stop(self) -> None:
-        """Ask `run` to return after the current tick; running steps are lost, and resumed by the next controller."""
+        """Ask `run` to return after the current tick; running steps are lost, and resumed by whoever takes their search over."""
         self._stopping = True
 
     def run(self) -> None:
-        """Lead, recover, tick, until asked to stop. No step runs on when this returns or raises.
+        """Tick until asked to stop. No step runs on when this returns or raises.
 
         Raises:
-            Fenced: another controller leads.
             Exception: the store has failed for STORE_PATIENCE_SECONDS.
         """
         failing_since: float | None = None
         try:
             while not self._stopping:
                 try:
-                    if self._lead():
-                        self.tick()
+                    self.tick()
                     failing_since = None
-                except Fenced:
-                    raise
                 # Broad: whatever a database raises while it is away. Bugs of one search are caught closer.
                 except Exception:
                     failing_since = self._clock() if failing_since is None else failing_since
@@ -92,25 +90,73 @@ class Controller:
                     time.sleep(1.0)
         finally:
             self._executor.close()
-        if self._leader is not None:
-            self._store.release(self._leader.fence)
+        self._membership.leave()
 
     def tick(self, *, timeout_seconds: float = TICK_SECONDS) -> None:
-        """One round: collect what ended, then let each search go on."""
-        if self._leader is not None:
-            self._probes.start_wished(fence=self._leader.fence)
+        """One round: collect what ended, see what is held, then let each search go on."""
         for key, outcome in self._executor.wait(timeout_seconds=timeout_seconds):
-            conductor = next((conductor for conductor in self._conductors.values() if key in conductor.running), None)
-            if conductor is None and self._probes.take(key, outcome, fence=self._leading().fence):
-                continue
-            if conductor is None:
-                logger.info("outcome of a step that nobody waits for", extra={"action": "outcome_ignored", "attempt_id": key})
-            else:
-                conductor.ended[key] = outcome
+            self._take_in(key, outcome)
+        if not self._may_share():
+            return
         active = self._store.active_states()
-        self._conductors = {search_id: conductor for search_id, conductor in self._conductors.items() if search_id in active}
+        for name in self._membership.update(list(active)):
+            self._drop(name)
+        for name in self._membership.fences.keys() - active.keys() - {PROBES}:
+            self._let_go(name)
+        self._probe()
         for search_id, state in active.items():
-            self._go_on(search_id, state)
+            if search_id in self._membership.fences:
+                self._go_on(search_id, state)
+
+    def _may_share(self) -> bool:
+        """Whether searches are led by leases of their own: not while a controller of an older version leads them all."""
+        if not self._is_alone_over:
+            self._is_alone_over = self._store.retire_leadership()
+        return self._is_alone_over
+
+    def _take_in(self, key: str, outcome: Outcome) -> None:
+        conductor = next((conductor for conductor in self._conductors.values() if key in conductor.running), None)
+        if conductor is not None:
+            conductor.ended[key] = outcome
+        elif not self._probes.take_in(key, outcome):
+            logger.info("outcome of a step that nobody waits for", extra={"action": "outcome_ignored", "attempt_id": key})
+
+    def _probe(self) -> None:
+        if self._membership.hold(PROBES):
+            try:
+                self._probes.go_on(fence=self._membership.fences[PROBES])
+            except Fenced:
+                self._drop(PROBES)
+
+    # -- what is held ------------------------------------------------------------------------------------------------------
+
+    def _drop(self, name: str) -> None:
+        """Another controller has it by now: nothing of it may run on here, and nothing was lost that is in the store."""
+        logger.warning("lease lost", extra={"action": "lease_lost", "lease": name, "owner": self._membership.owner})
+        self._membership.forget(name)
+        self._troubles.pop(name, None)
+        if name == PROBES:
+            self._probes.drop()
+        elif (conductor := self._conductors.pop(name, None)) is not None:
+            conductor.drop()
+
+    def _let_go(self, name: str) -> None:
+        """Release what is not needed any more: a search that ended or was paused, a prepared folder that nobody fills."""
+        if name.startswith(PREPARED):
+            key = name.removeprefix(PREPARED)
+            if any(conductor.is_preparing and conductor.prepared_key == key for conductor in self._conductors.values()):
+                return
+        if (conductor := self._conductors.pop(name, None)) is not None:
+            conductor.drop()
+        self._troubles.pop(name, None)
+        self._membership.release(name)
+
+    def _may_prepare(self, conductor: Conductor) -> bool:
+        """Whether a search may fill its prepared folder now: two never fill one together, and what the first leaves the second finds."""
+        key = conductor.prepared_key
+        if any(other.is_preparing and other.prepared_key == key for other in self._conductors.values() if other is not conductor):
+            return False
+        return self._membership.hold(PREPARED + key)
 
     # -- one search --------------------------------------------------------------------------------------------------------
 
@@ -122,22 +168,27 @@ class Controller:
         try:
             conductor = self._conduct(search_id, state)
             conductor.settle()
-            others = [other for other in self._conductors.values() if other is not conductor]
-            conductor.advance(preparing={other.prepared_key for other in others if other.is_preparing})
-        except Fenced:
-            raise
+            if self._membership.num_to_hand_back and not conductor.running:
+                self._conductors.pop(search_id)
+                self._membership.hand_back(search_id)
+            else:
+                conductor.advance(may_prepare=lambda: self._may_prepare(conductor))
+        except Fenced as fenced:
+            logger.warning("%s", fenced, extra={"action": "fenced", "search_id": search_id})
+            self._drop(search_id)
+            return
         except InvalidSpec as invalid:
             # It was valid when it was submitted: only the teacher's scores, or a newer version of this code, can refuse it now.
             self._fail(search_id, reason="spec_refused", message=str(invalid))
         except Exception as error:
             self._troubled(search_id, trouble, error)
         else:
-            del self._troubles[search_id]
+            self._troubles.pop(search_id, None)
 
     def _conduct(self, search_id: str, state: SearchState) -> Conductor:
         conductor = self._conductors.get(search_id)
         if conductor is None:
-            conductor = self._conductors[search_id] = Conductor(self._store.get_search(search_id), leader=self._leading())
+            conductor = self._conductors[search_id] = self._take_over(search_id)
         elif search_id in self._troubles and self._troubles[search_id].count:
             conductor.reload()
         conductor.note_state(state)
@@ -159,7 +210,8 @@ class Controller:
             return
         # Not even its state could be read.
         logger.error("search failed: %s", reason, extra={"action": "search_failed", "search_id": search_id, "reason": reason})
-        fence = self._leading().fence
+        fence = self._membership.fences[search_id]
+        self._store.lose_running_attempts(search_id, fence=fence)
         for trial in self._store.list_trials(search_id):
             if not trial.state.is_terminal:
                 self._store.change_trial(search_id, trial.number, to=TrialState.CANCELLED, fence=fence)
@@ -170,59 +222,45 @@ class Controller:
         except Conflict as conflict:
             logger.info("state not changed: %s", conflict, extra={"action": "state_conflict", "search_id": search_id})
 
-    # -- leadership and recovery -------------------------------------------------------------------------------------------
+    # -- taking over -------------------------------------------------------------------------------------------------------
 
-    def _leading(self) -> Leader:
-        assert self._leader is not None, "searches go on only under a leader"
-        return self._leader
+    def _take_over(self, search_id: str) -> Conductor:
+        """A search as the store has it: what the steps of its last controller finished is kept, and nothing else counted against them."""
+        fence = self._membership.fences[search_id]
+        leader = Leader(store=self._store, executor=self._executor, settings=self._settings, fence=fence, clock=self._clock)
+        if running := [attempt for attempt in self._store.list_attempts(search_id) if attempt.state is AttemptState.RUNNING]:
+            self._settle_finished(search_id, leader=leader, running=running)
+            for attempt in running:
+                # Its worker may have outlived its controller: from here on it must leave no trace beside the next attempt.
+                _supersede(_mailbox(self._settings, attempt), attempt)
+            lost = self._store.lose_running_attempts(search_id, fence=fence)
+            for attempt in lost:
+                if (log := read_tail(_mailbox(self._settings, attempt))) is not None:
+                    self._store.save_log(attempt.id, log, fence=fence)
+            extra = {"action": "recover", "search_id": search_id, "attempts": [attempt.id for attempt in lost]}
+            logger.warning("resuming %d lost attempts", len(lost), extra=extra)
+        return Conductor(self._store.get_search(search_id), leader=leader)
 
-    def _lead(self) -> bool:
-        """Whether this controller leads now; it waits a moment for the leadership when another one has it.
+    def _settle_finished(self, search_id: str, *, leader: Leader, running: list[AttemptRecord]) -> None:
+        try:
+            conductor = Conductor(self._store.get_search(search_id), leader=leader)
+            for attempt in running:
+                if (outcome := read_outcome(conductor.folder.attempt(attempt.id))) is not None:
+                    conductor.resume(attempt, outcome)
+            conductor.settle()
+        except Fenced:
+            raise
+        except Exception:
+            # Its first advance meets the same trouble, and deals with it; what was not settled here is run again.
+            logger.exception("a finished step could not be taken over", extra={"action": "recover_failed", "search_id": search_id})
 
-        Raises:
-            Fenced: it led, and another one does now.
-        """
-        lease, now = self._settings.lease_seconds, self._clock()
-        if self._leader is None:
-            fence = self._store.claim(CONTROLLER, owner=self._owner, seconds=lease)
-            if fence is None:
-                time.sleep(min(1.0, lease / 4))
-                return False
-            logger.info("leading", extra={"action": "lead", "owner": self._owner, "token": fence.token})
-            leader = Leader(store=self._store, executor=self._executor, settings=self._settings, fence=fence, clock=self._clock)
-            self._recover(leader)
-            self._leader, self._renewed = leader, now
-        elif now - self._renewed > lease / 4:
-            if self._leader.fence not in self._store.renew(self._record, seconds=lease):
-                raise Fenced(f"lease {CONTROLLER}: another controller has it")
-            self._renewed = now
-        return True
 
-    def _recover(self, leader: Leader) -> None:
-        """Take over from a controller that died: keep what its steps finished, count nothing else against them."""
-        for search_id in self._store.active_states():
-            attempts = self._store.list_attempts(search_id)
-            running = [attempt for attempt in attempts if attempt.state is AttemptState.RUNNING]
-            try:
-                conductor = Conductor(self._store.get_search(search_id), leader=leader)
-                for attempt in running:
-                    if (outcome := read_outcome(conductor.folder.attempt(attempt.id))) is not None:
-                        conductor.resume(attempt, outcome)
-                conductor.settle()
-            except Fenced:
-                raise
-            except Exception:
-                # Its first tick meets the same trouble, and deals with it; what was not settled here is run again.
-                logger.exception("a finished step could not be taken over", extra={"action": "recover_failed", "search_id": search_id})
-        lost = self._store.lose_running_attempts(fence=leader.fence)
-        for attempt in lost:
-            # Its worker may have outlived the controller, and must not write beside the next attempt for long.
-            folder = SearchFolder(path=self._settings.searches_folder / attempt.search_id).attempt(attempt.id)
-            if (log := read_tail(folder)) is not None:
-                self._store.save_log(attempt.id, log, fence=leader.fence)
-            try:
-                ask_to_stop(folder)
-            except OSError:
-                logger.exception("a lost attempt could not be asked to stop", extra={"action": "recover_failed", "attempt_id": attempt.id})
-        if lost:
-            logger.warning("resuming %d lost attempts", len(lost), extra={"action": "recover", "attempts": [attempt.id for attempt in lost]})
+def _mailbox(settings: Settings, attempt: AttemptRecord) -> Path:
+    return SearchFolder(path=settings.searches_folder / attempt.search_id).attempt(attempt.id)
+
+
+def _supersede(mailbox: Path, attempt: AttemptRecord) -> None:
+    try:
+        supersede(mailbox)
+    except OSError:
+        logger.exception("a lost attempt could not be told", extra={"action": "recover_failed", "attempt_id": attempt.id})

@@ -1,7 +1,7 @@
 """One step of a search, run in a worker process: request in, result file out. Both executors run this.
 
-A step's folder is the mailbox between it and the controller, on a folder that all nodes share: `progress.jsonl` is
-written by the step, `stop` by the controller, `result.json` last and atomically. So no worker needs the database, a step
+A step's folder is the mailbox between it and the controller, on a folder that all nodes share: `progress.jsonl` and `beat` are
+written by the step, `stop` and `superseded` by the controller (`liveness.py`), `result.json` last and atomically. So no worker needs the database, a step
 whose result was written is never lost, and it does not matter which executor, or which controller, started it.
 """
 
@@ -17,13 +17,17 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nas.files import publishing_unless
 from nas.logs import find_secrets, redact
+from workers.liveness import STOP, beating, is_superseded
 from workers.logs import captured
 
-PROGRESS, STOP, RESULT, REQUEST = "progress.jsonl", "stop", "result.json", "request.json"
+PROGRESS, RESULT, REQUEST = "progress.jsonl", "result.json", "request.json"
+BEAT_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +41,15 @@ class Step:
     stage: str
     """prepare, rung, confirm or bundle; or probe, which belongs to no search."""
     folder: str
-    """The attempt's own folder."""
+    """The attempt's own folder, made by who starts it."""
     request: dict[str, Any]
     """Arguments of the stage, plain JSON: paths and digests, never weights."""
     cpus: float
     gpus: float
     context: dict[str, str | int | None] = field(default_factory=dict)
     """What its log lines carry: search_id, trial, rung."""
+    beat_seconds: float = BEAT_SECONDS
+    """Between two signs of life."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +59,7 @@ class Outcome:
     succeeded: bool
     result: dict[str, Any] | None = None
     reason: str | None = None
-    """out_of_memory, does_not_fit, diverged, stopped, worker_died, timeout, unavailable, corrupt_file, error."""
+    """out_of_memory, does_not_fit, diverged, stopped, superseded, preempted, worker_died, timeout, unavailable, corrupt_file, error."""
     message: str = ""
     retryable: bool = True
 
@@ -66,18 +72,28 @@ class Outcome:
 
 
 def execute(step: Step) -> Outcome:
-    """Run a step to its end and leave the outcome, and all that it said, in its folder. Never raises: what went wrong is the outcome."""
+    """Run a step to its end and leave the outcome, and all that it said, in its folder, which is there. Never raises: what went wrong is the outcome.
+
+    A step that was superseded, before it began or since, leaves nothing but its log.
+    """
     folder = Path(step.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with captured(folder, context={**step.context, "attempt_id": step.key}):
+    if is_superseded(folder):
+        return _SUPERSEDED
+    log = captured(folder, context={**step.context, "attempt_id": step.key})
+    with log, beating(folder, seconds=step.beat_seconds), publishing_unless(partial(is_superseded, folder)):
         outcome = _attempt(step, folder=folder)
-    temporary = folder / f".{RESULT}.{os.getpid()}"
+    if is_superseded(folder):
+        return _SUPERSEDED
+    temporary = folder / f".{RESULT}"
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(outcome.as_dict(), file, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / RESULT)
     return outcome
+
+
+_SUPERSEDED = Outcome(succeeded=False, reason="superseded", message="another attempt took this one's place, or its search ended")
 
 
 def _attempt(step: Step, *, folder: Path) -> Outcome:
@@ -175,10 +191,12 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
 def _failure(error: BaseException) -> Outcome:
     """What an exception means for the search. What is deterministic is not tried again."""
     from nas.compress.distillation import Diverged, Stopped
-    from nas.errors import CorpusUnavailable, CorruptFile, DoesNotFit, InvalidSpec, TaskUnavailable, TeacherUnavailable
+    from nas.errors import CorpusUnavailable, CorruptFile, DoesNotFit, Fenced, InvalidSpec, TaskUnavailable, TeacherUnavailable
     from nas.search.prepare import StoppedEarly
 
     message = f"{type(error).__name__}: {error}"
+    if isinstance(error, Fenced):
+        return _SUPERSEDED
     if isinstance(error, (Stopped, StoppedEarly)):
         return Outcome(succeeded=False, reason="stopped", message=message)
     if isinstance(error, (Diverged, FloatingPointError)):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 
 from nas.compress.manifest import load_tensors, save_tensors
 from nas.errors import CorpusUnavailable
+from nas.files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +116,8 @@ def fetch_corpus(name: str, *, cache: Path, split: str = "train") -> list[Path]:
     if "text" not in dataset.column_names:
         raise CorpusUnavailable(f"corpus {name!r}: expected a column 'text', got {', '.join(dataset.column_names)}")
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(f".{os.getpid()}.temporary")
-    dataset.select_columns(["text"]).to_parquet(temporary)
-    temporary.replace(target)
+    with whole_file(target) as temporary:
+        dataset.select_columns(["text"]).to_parquet(temporary)
     return [target]
 
 

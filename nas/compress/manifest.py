@@ -7,7 +7,6 @@ the new pair, never a mixture. Does not know what the tensors mean.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nas.errors import CorruptFile, NotFound
-from nas.files import file_digest, publish, write_json
+from nas.files import file_digest, publish, temporary_for, write_json
 
 
 def save_tensors(folder: Path, *, name: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
     """Write `folder/name.json` (the facts and the digest) and the tensors beside it; replaces an older pair of that name."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}.{os.getpid()}.safetensors"
+    temporary = temporary_for(folder / f"{name}.safetensors")
     try:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
         digest = file_digest(temporary)
@@ -32,9 +31,10 @@ def save_tensors(folder: Path, *, name: str, tensors: Mapping[str, torch.Tensor]
     finally:
         temporary.unlink(missing_ok=True)
     write_json({"file": weights.name, "sha256": digest, "facts": dict(facts)}, target=folder / f"{name}.json")
-    for stale in folder.glob(f"{name}-{'[0-9a-f]' * 16}.safetensors"):
+    # Also what processes that were killed had not finished, and one that was replaced has not yet.
+    for stale in (*folder.glob(f"{name}-{'[0-9a-f]' * 16}.safetensors"), *folder.glob(f".{name}.safetensors.*")):
         if stale != weights:
-            stale.unlink()
+            stale.unlink(missing_ok=True)
 
 
 def load_tensors(folder: Path, *, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

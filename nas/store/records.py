@@ -40,11 +40,10 @@ class Fence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRecord:
-    """A lease as it stands now."""
+    """A lease that somebody holds now."""
 
     name: str
-    owner: str | None
-    """Who holds it; None: nobody, or somebody whose time is over."""
+    owner: str
     token: int
 
 

@@ -167,10 +167,10 @@ class Trials(Database):
             keep_log(connection, attempt_id, search_id=attempt.search_id, text=log)
             return _end_attempt(connection, attempt, state=state, reason=reason)
 
-    def lose_running_attempts(self, *, fence: Fence | None) -> list[AttemptRecord]:
-        """What a new leader does first: the attempts that its predecessor left running are lost, their trials wait again."""
+    def lose_running_attempts(self, search_id: str, *, fence: Fence | None) -> list[AttemptRecord]:
+        """What a controller does first for a search: the attempts that its predecessor left running are lost, their trials wait again."""
         with self.write(fence=fence) as connection:
-            query = select(attempts.c.id).where(attempts.c.state == AttemptState.RUNNING).order_by(attempts.c.search_id, attempts.c.id)
+            query = select(attempts.c.id).where(attempts.c.search_id == search_id, attempts.c.state == AttemptState.RUNNING).order_by(attempts.c.id)
             running = [_lock_running(connection, attempt_id) for attempt_id in connection.execute(query).scalars().all()]
             return [_end_attempt(connection, attempt, state=AttemptState.LOST, reason="the service restarted") for attempt in running]
 

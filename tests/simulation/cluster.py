@@ -19,7 +19,8 @@ import numpy as np
 from nas.search.results import Metric, RungResult
 from nas.shape import Shape
 from nas.spec import parse_spec
-from workers.step import PROGRESS, RESULT, STOP, Outcome, Step
+from workers.liveness import STOP
+from workers.step import PROGRESS, RESULT, Outcome, Step
 
 POLL_SECONDS = 0.05
 """What ends within so short a time is collected together, as a controller on a real machine would."""

@@ -171,7 +171,7 @@ def test_a_stale_fence_writes_nothing(store: Store, new_search: Callable[..., Se
         lambda: store.change_trial(search.id, 0, to=TrialState.FAILED, fence=stale),
         lambda: store.start_attempt(search.id, stage="prepare", trial=None, rung=None, fence=stale),
         lambda: store.finish_attempt(attempt.id, state=AttemptState.FAILED, reason=None, fence=stale),
-        lambda: store.lose_running_attempts(fence=stale),
+        lambda: store.lose_running_attempts(search.id, fence=stale),
         lambda: store.record_rung(attempt.id, fence=stale, **rung),
         lambda: store.add_points([point], fence=stale),
         lambda: store.save_confirmation(None, search_id=search.id, trial=0, confirmation={"verified": False}, fence=stale),

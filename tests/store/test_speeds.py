@@ -38,7 +38,7 @@ def test_what_could_not_be_measured_says_why_and_is_tried_again_when_it_is_asked
     assert [record.key for record in store.wished_speeds()] == [key]
 
 
-def test_only_the_leader_answers(store: Store) -> None:
+def test_only_who_holds_the_lease_of_the_probes_answers(store: Store) -> None:
     key = store.wish_speed(**CPU).key
     token = store.claim("probes", owner="one", seconds=60)
     assert token is not None

@@ -169,7 +169,7 @@ class TestAttempts:
             running.append(store.start_attempt(search.id, stage="rung", trial=1, rung=0, fence=None))
         running.append(store.start_attempt(searches[1].id, stage="prepare", trial=None, rung=None, fence=None))
 
-        lost = store.lose_running_attempts(fence=None)
+        lost = [attempt for search in searches for attempt in store.lose_running_attempts(search.id, fence=None)]
 
         assert {attempt.id for attempt in lost} == {attempt.id for attempt in running}
         assert {attempt.state for attempt in lost} == {AttemptState.LOST}
@@ -177,7 +177,7 @@ class TestAttempts:
             assert [trial.state for trial in store.list_trials(search.id)] == [TrialState.WAITING] * 2
             assert [attempt.state for attempt in store.list_attempts(search.id, trial=0)] == [AttemptState.SUCCEEDED]
             assert store.counted_attempts(search.id, stage="rung", trial=1, rung=0) == 0
-        assert store.lose_running_attempts(fence=None) == []
+            assert store.lose_running_attempts(search.id, fence=None) == []
 
 
 class TestResults:
@@ -216,7 +216,7 @@ class TestResults:
 
     def test_the_result_of_an_attempt_that_was_lost_is_refused(self, store: Store, search: SearchRecord, trial: TrialRecord) -> None:
         attempt = store.start_attempt(search.id, stage="rung", trial=0, rung=0, fence=None)
-        store.lose_running_attempts(fence=None)
+        store.lose_running_attempts(search.id, fence=None)
 
         with pytest.raises(Conflict, match="expected a running one, got state lost"):
             store.record_rung(attempt.id, search_id=search.id, trial=0, rung=0, result=result(), trial_state=TrialState.WAITING, fence=None)
@@ -277,7 +277,7 @@ class TestConfirmations:
 
     def test_one_of_an_attempt_that_was_lost_is_refused(self, store: Store, search: SearchRecord, trial: TrialRecord) -> None:
         attempt = store.start_attempt(search.id, stage="confirm", trial=0, rung=None, fence=None)
-        store.lose_running_attempts(fence=None)
+        store.lose_running_attempts(search.id, fence=None)
 
         with pytest.raises(Conflict, match="expected a running one, got state lost"):
             store.save_confirmation(attempt.id, search_id=search.id, trial=0, confirmation={"verified": True}, fence=None)

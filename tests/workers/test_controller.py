@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nas.bundle import bundle_trial
-from nas.errors import Conflict, Fenced
+from nas.errors import Conflict
 from nas.search import confirm
 from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
@@ -23,7 +23,8 @@ from nas.store.store import Store
 from nas.submission import check_submission
 from workers import conductor as conductor_module
 from workers.controller import Controller
-from workers.step import PROGRESS, RESULT, STOP, Outcome, Step, execute
+from workers.liveness import STOP
+from workers.step import PROGRESS, RESULT, Outcome, Step, execute
 
 RUNGS = {"first_tokens": 2048, "factor": 2, "num_trained": 2, "keep": 0.5}
 
@@ -81,8 +82,6 @@ class Service:
         """A controller of its own, until the search has ended (or the condition holds): as if it was killed there."""
         controller = Controller(store=self.store, executor=self.executor, settings=self.settings)
         deadline = time.monotonic() + seconds
-        while not controller._lead():
-            assert time.monotonic() < deadline, "no leadership"
         until = until or (lambda record: record.state.is_terminal)
         while not until(record := self.store.get_search(search_id)):
             assert time.monotonic() < deadline, f"search {record.state} after {seconds} s"
@@ -231,7 +230,6 @@ def test_a_cancelled_search_ends_with_every_trial_cancelled_or_finished(service:
 def test_a_running_step_is_asked_to_stop_when_its_search_is_cancelled(service: Service) -> None:
     search_id = service.submit()
     controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
-    assert controller._lead()
     while not any(step.request.get("rung") == 1 for step in service.executor.steps):
         controller.tick(timeout_seconds=0.0)
     service.store.request_cancel(search_id)
@@ -413,10 +411,9 @@ def test_a_worker_that_outlives_its_controller_is_asked_to_stop(service: Service
     orphan = next(step for step in service.executor.history if step.request.get("rung") == 1)
     service.expire_lease()
 
-    service.run(search_id, until=lambda _: True)
+    service.run(search_id, until=lambda _: (Path(orphan.folder) / STOP).exists())
 
-    assert (Path(orphan.folder) / STOP).exists()
-    assert execute(orphan).reason == "stopped"
+    assert execute(orphan).reason == "superseded"
 
 
 def test_a_step_without_a_sign_of_life_is_said_to_wait_once(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,7 +421,6 @@ def test_a_step_without_a_sign_of_life_is_said_to_wait_once(service: Service, mo
     search_id = service.submit(sampler={"name": "random", "max_trials": 1})
     monkeypatch.setattr(service.executor, "wait", lambda timeout_seconds: [])
     controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
-    assert controller._lead()
     for pause in (0.0, 0.0, 0.1, 0.1):
         time.sleep(pause)
         controller.tick(timeout_seconds=0.0)
@@ -523,24 +519,43 @@ def test_a_store_that_stays_away_ends_the_controller(service: Service, monkeypat
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("connection refused")
 
-    monkeypatch.setattr(service.store, "claim", refuse)
+    monkeypatch.setattr(service.store, "active_states", refuse)
 
     with pytest.raises(OSError, match="connection refused"):
         controller.run()
     assert service.executor.closed
 
 
-def test_a_controller_that_lost_its_leadership_writes_nothing_and_ends_its_steps(service: Service) -> None:
-    service.submit()
+def test_a_search_whose_lease_is_lost_is_dropped_with_its_steps_and_the_others_go_on(service: Service) -> None:
+    lost, kept = service.submit(), service.submit(seed=1)
     controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
-    assert controller._lead()
-    controller.tick(timeout_seconds=0.0)
+    while len(service.executor.steps) < 2:
+        controller.tick(timeout_seconds=0.0)
+        service.executor.wait = lambda timeout_seconds: []  # type: ignore[method-assign]
     service.expire_lease()
-    assert service.store.claim("controller", owner="another", seconds=10) is not None
+    assert service.store.claim(lost, owner="another", seconds=60) is not None
+    events = service.store.list_events(lost)
 
-    with pytest.raises(Fenced):
-        controller.run()
-    assert service.executor.closed
+    controller.tick(timeout_seconds=0.0)
+
+    assert [step.folder.split("/")[-3] for step in service.executor.steps] == [kept]
+    assert service.store.list_events(lost) == events
+    assert set(controller._conductors) == {kept}
+
+
+def test_a_search_is_dropped_when_a_write_is_refused_before_the_lease_was_looked_at(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    search_id = service.submit()
+    controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
+    controller.tick(timeout_seconds=0.0)
+    monkeypatch.setattr(service.store, "renew", lambda record, seconds: list(controller._membership.fences.values()))
+    service.expire_lease()
+    assert service.store.claim(search_id, owner="another", seconds=60) is not None
+
+    while controller._conductors:
+        controller.tick(timeout_seconds=0.0)
+
+    assert service.executor.steps == []
+    assert service.store.get_search(search_id).state is SearchState.PREPARING
 
 
 def test_a_point_that_is_not_finite_is_not_kept(service: Service) -> None:
@@ -579,7 +594,6 @@ def test_a_teacher_no_better_than_random_weights_is_refused_before_any_trial(ser
 def test_two_searches_never_fill_one_prepared_folder_together(service: Service) -> None:
     first, second = service.submit(), service.submit()
     controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
-    assert controller._lead()
     for _ in range(3):
         controller.tick(timeout_seconds=0.0)
         assert sum(step.stage == "prepare" for step in service.executor.steps) <= 1

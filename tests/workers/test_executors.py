@@ -60,6 +60,7 @@ def request_of(tmp_path_factory: pytest.TempPathFactory, register_tiny: Callable
     store.close()
     prepared = settings.prepared_folder / prepared_key(spec, inputs=inputs)
     request = {"spec": dump_spec(spec), "inputs": inputs, "prepared": str(prepared)}
+    (settings.data_folder / "p").mkdir()
     outcome = execute(Step(key="p", stage="prepare", folder=str(settings.data_folder / "p"), request=request, cpus=1.0, gpus=0.0))
     assert outcome.succeeded, outcome.message
     return request
@@ -73,6 +74,7 @@ def make_step(request_of: dict[str, Any], tmp_path: Path) -> Callable[..., Step]
         shape = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
         request = {**request_of, "shape": shape, "rung": 0, "trial_folder": str(tmp_path / "trial"), **changes}
         key = f"att_{len(made)}"
+        (tmp_path / key).mkdir()
         made.append(Step(key=key, stage=stage, folder=str(tmp_path / key), request=request, cpus=1.0, gpus=0.0))
         return made[-1]
 

@@ -52,10 +52,9 @@ def store(settings: Settings) -> Iterator[Store]:
 
 def run(executor: OneStep, *, store: Store, settings: Settings, ticks: int = 3) -> None:
     controller = Controller(store=store, executor=executor, settings=settings)
-    assert controller._lead()
     for _ in range(ticks):
         controller.tick(timeout_seconds=0.0)
-    store.release(controller._leading().fence)
+    store.leave(controller._membership.owner)
 
 
 def test_what_was_wished_for_is_measured_once_and_leaves_no_files(store: Store, settings: Settings) -> None:
