@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,17 @@ from typing import Any
 
 import httpx2
 
-from nas.errors import CorruptFile, NasError
+from nas.errors import CorruptFile, InvalidSpec, NasError, Problem
 
 TERMINAL_STATES = ("succeeded", "failed", "cancelled")
 _BOARD_PAGE = 500
 """Rows of a leaderboard asked for at once."""
 RECONNECT_SECONDS = (0.2, 0.5, 1.0, *(2.0 for _ in range(45)))
 """Waits between the tries of `follow` to take a broken stream up again: a restart of the service takes a few of them."""
+
+
+BUSY_SECONDS = (1.0, 2.0, 4.0)
+"""Waits, at the least, before a request is sent again that the service did not look at, since its key asks too often."""
 
 
 class ApiError(NasError):
@@ -35,12 +40,31 @@ class ApiError(NasError):
         self.problem = problem
 
 
+def read_api_key(environment: Mapping[str, str]) -> str | None:
+    """The key in the file that NAS_API_KEY_FILE names, else that of NAS_API_KEY, else none.
+
+    Raises:
+        InvalidSpec: it is no key; the message does not repeat it.
+        OSError: the file cannot be read.
+    """
+    if path := environment.get("NAS_API_KEY_FILE", "").strip():
+        name, text = "NAS_API_KEY_FILE", Path(path).expanduser().read_text(encoding="utf-8", errors="replace").strip()
+    elif text := environment.get("NAS_API_KEY", "").strip():
+        name = "NAS_API_KEY"
+    else:
+        return None
+    if not re.fullmatch(r"[!-~]+", text):
+        raise InvalidSpec(Problem(field=name, expected="one API key, nas_..., and nothing else", got="something else"))
+    return text
+
+
 class Client:
     """One connection to a service; a context manager. Answers are the API's JSON documents."""
 
-    def __init__(self, url: str, *, timeout_seconds: float = 30.0) -> None:
+    def __init__(self, url: str, *, api_key: str | None = None, timeout_seconds: float = 30.0) -> None:
         self._url = url
-        self._http = httpx2.Client(base_url=url, timeout=timeout_seconds)
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout_seconds)
 
     def __enter__(self) -> Client:
         return self
@@ -209,10 +233,14 @@ class Client:
         return answer
 
     def _send(self, method: str, path: str, **arguments: Any) -> httpx2.Response:
-        try:
-            response = self._http.request(method, path, **arguments)
-        except httpx2.TransportError as error:
-            raise self._unreachable(error) from error
+        for wait in (*BUSY_SECONDS, None):
+            try:
+                response = self._http.request(method, path, **arguments)
+            except httpx2.TransportError as error:
+                raise self._unreachable(error) from error
+            if wait is None or not _asks_too_often(response):
+                break
+            time.sleep(max(wait, float(response.headers.get("Retry-After", "0"))))
         if response.status_code >= 300:
             raise _error(response)
         return response
@@ -225,9 +253,21 @@ def _given(query: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in query.items() if value is not None}
 
 
-def _error(response: httpx2.Response) -> ApiError:
+def _problem(response: httpx2.Response) -> dict[str, Any]:
     is_problem = response.headers.get("content-type", "").startswith("application/problem+json")
-    problem = response.json() if is_problem else {}
+    return dict(response.json()) if is_problem else {}
+
+
+def _asks_too_often(response: httpx2.Response) -> bool:
+    return response.status_code == 429 and _problem(response).get("type") == "/problems/too-many-requests"
+
+
+def _error(response: httpx2.Response) -> ApiError:
+    problem = _problem(response)
     lines = [f"{item['field']}: expected {item['expected']}, got {item['got']}" for item in problem.get("errors") or []]
     message = "\n".join(lines) or problem.get("detail") or problem.get("title") or f"HTTP {response.status_code}"
+    if response.status_code == 401:
+        message += "; give a key with NAS_API_KEY or `nas --key-file FILE` (an operator makes one: `nas keys create`)"
+    if response.status_code == 429 and (seconds := response.headers.get("Retry-After")):
+        message += f" (in {seconds} s)"
     return ApiError(message, status=response.status_code, problem=problem)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from nas.cli import estimate, models, registry, searches, service
+from nas.cli import access, estimate, models, registry, searches, service
 from nas.cli.errors import WRONG_INPUT, exit_code
 from nas.errors import NasError
 from nas.terminal import err
@@ -22,14 +24,28 @@ Register a teacher, a corpus and lm-eval tasks; submit a search to `nas serve`; 
 """
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 the search (or the training) failed, 2 wrong input, 3 not found, "
-    "4 not possible in this state, 5 the service cannot be reached, 130 interrupted."
+    "4 not possible now (state, quota), 5 the service cannot be reached, 6 the API key is missing, wrong or may not do this, 130 interrupted."
 )
 
 app = typer.Typer(help=_HELP, epilog=_EXIT_CODES, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for name, group in (("teachers", registry.teachers), ("corpora", registry.corpora), ("tasks", registry.tasks)):
+for name, group in (
+    ("teachers", registry.teachers),
+    ("corpora", registry.corpora),
+    ("tasks", registry.tasks),
+    ("keys", access.keys),
+    ("projects", access.projects),
+):
     app.add_typer(group, name=name)
 for module in (service, estimate, searches, models):
     app.add_typer(module.commands)
+
+
+@app.callback()
+def use_key(
+    key_file: Annotated[Path | None, typer.Option(help="File that holds the API key (NAS_API_KEY_FILE); or put the key itself into NAS_API_KEY.")] = None,
+) -> None:
+    if key_file is not None:
+        os.environ["NAS_API_KEY_FILE"] = str(key_file)
 
 
 def main() -> None:

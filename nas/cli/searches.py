@@ -15,7 +15,7 @@ from rich.console import Console
 
 from nas.cli.errors import FAILED
 from nas.cli.options import Json, SearchId, Url
-from nas.client import TERMINAL_STATES, Client
+from nas.client import TERMINAL_STATES, Client, read_api_key
 from nas.errors import InvalidSpec, Problem
 from nas.settings import Settings
 from nas.shape import Shape
@@ -29,7 +29,7 @@ commands = typer.Typer()
 
 def make_client(url: str | None) -> Client:
     settings = Settings.from_environment(os.environ)
-    return Client(url or f"http://{settings.host}:{settings.port}")
+    return Client(url or f"http://{settings.host}:{settings.port}", api_key=read_api_key(os.environ))
 
 
 @commands.command()

@@ -84,6 +84,13 @@ class Access(Database):
             found = [_project(row) for row in connection.execute(select(projects).order_by(projects.c.name)).mappings()]
             return [(project, read_usage(connection, project.name)) for project in found]
 
+    def get_project(self, name: str) -> ProjectRecord:
+        with self.read() as connection:
+            row = connection.execute(select(projects).where(projects.c.name == name)).mappings().one_or_none()
+        if row is None:
+            raise _no_project(name)
+        return _project(row)
+
     def set_quotas(self, name: str, quotas: Quotas) -> ProjectRecord:
         """New limits from now on; what runs goes on. Raises NotFound."""
         with self.write(fence=None) as connection:
