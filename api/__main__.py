@@ -50,8 +50,8 @@ def main() -> int:
 
 
 def is_worth_telling(record: logging.LogRecord) -> bool:
-    """Whether uvicorn's message is one: open event streams are cut at every stop, which it calls an error."""
-    return "timeout graceful shutdown exceeded" not in record.getMessage()
+    """Whether uvicorn's message is one: it calls the cut of open event streams at a stop an error, and what a request raised is told already."""
+    return not any(known in record.getMessage() for known in ("timeout graceful shutdown exceeded", "Exception in ASGI application"))
 
 
 def read_parent(environment: Mapping[str, str]) -> int | None:

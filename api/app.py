@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
+from fastapi import FastAPI
 
-from fastapi import FastAPI, Request
-
-from api import login, openapi, pages, routes
+from api import login, openapi, pages, routes, service
 from api.auth import Authentication, FailedKeys
 from api.feed import Feed
 from api.guard import Guard, allowed_hosts, is_single_user
-from api.problems import install_problem_handlers, problem_response
+from api.observer import Observer
+from api.problems import install_problem_handlers
 from api.requests import RequestId
-from api.schemas.common import Health
 from nas.settings import Settings
 from nas.store.store import Store
-
-logger = logging.getLogger(__name__)
 
 API_VERSION = "1.0"
 """Of the REST interface under /v1: it grows, and keeps what it has."""
@@ -38,19 +34,7 @@ def create_app(*, store: Store, settings: Settings) -> FastAPI:
     app.state.failed_keys = FailedKeys()
     install_problem_handlers(app)
     app.include_router(routes.router)
-    app.add_api_route(
-        "/healthz", read_health, tags=["service"], operation_id="get_health", summary="Is the process alive?", response_model=Health, methods=["GET"]
-    )
-    app.add_api_route(
-        "/readyz",
-        read_readiness,
-        tags=["service"],
-        operation_id="get_readiness",
-        summary="Does the store answer?",
-        response_model=Health,
-        methods=["GET"],
-        responses=openapi.problems(503),
-    )
+    request_metrics = service.install(app, store=store, settings=settings)
     pages.install(app)
     login.install(app)
     # The one that is added last sees a request first.
@@ -62,21 +46,7 @@ def create_app(*, store: Store, settings: Settings) -> FastAPI:
         failed_keys=app.state.failed_keys,
     )
     app.add_middleware(Guard, hosts=allowed_hosts(settings))
+    app.add_middleware(Observer, metrics=request_metrics)
     app.add_middleware(RequestId)
     app.openapi = openapi.openapi_of(app)  # type: ignore[method-assign]
     return app
-
-
-def read_health() -> Health:
-    """Answers as long as the process does."""
-    return Health(status="ok")
-
-
-def read_readiness(request: Request) -> object:
-    """Ready when the store answers a query."""
-    try:
-        request.app.state.store.active_states()
-    except Exception as error:  # whatever the database throws means the same here: not ready
-        logger.warning("the store does not answer", exc_info=error)
-        return problem_response(request, "not-ready", detail="the store does not answer")
-    return Health(status="ready")

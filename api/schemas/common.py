@@ -25,12 +25,6 @@ class Page(Answer, Generic[_Item]):
     """Give it as `after` to get the next page; null on the last one."""
 
 
-class Health(Answer):
-    """The service answers."""
-
-    status: Literal["ok", "ready"]
-
-
 class FieldError(Answer):
     """One thing that is wrong with a request."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from nas.store.access import Access
 from nas.store.boards import Boards
 from nas.store.counts import Counts
+from nas.store.figures import Figures
 from nas.store.idempotency import Idempotency
 from nas.store.leases import Leases
 from nas.store.logs import Logs
@@ -19,9 +20,9 @@ from nas.store.speeds import Speeds
 from nas.store.trials import Trials
 
 
-class Store(Registry, Searches, Requests, Idempotency, Trials, Counts, Boards, Leases, Speeds, Access, Logs):
+class Store(Registry, Searches, Requests, Idempotency, Trials, Counts, Boards, Leases, Speeds, Access, Logs, Figures):
     """Registry, searches and events, requests of users, each done once, trials, results and their numbers, leaderboards, leases, speeds, projects and keys,
-    logs; over one engine."""
+    logs, figures of all; over one engine."""
 
     @classmethod
     def open(cls, url: str, *, migrate: bool = False) -> Store:

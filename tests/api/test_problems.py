@@ -228,18 +228,6 @@ def test_a_bug_is_a_500_that_tells_nothing_of_the_inside(service: Service, monke
     assert "secret" not in answer.text
 
 
-def test_a_store_that_does_not_answer_is_not_ready(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
-        raise OSError("no database")
-
-    monkeypatch.setattr(service.store, "active_states", fail)
-
-    answer = service.client.get("/readyz")
-
-    assert answer.status_code == 503
-    assert_problem(answer, "not-ready")
-
-
 def test_a_database_that_is_away_is_a_503_that_says_when_to_try_again(service: Service) -> None:
     store = Store.open("postgresql://nobody:secret@127.0.0.1:1/nothing")
     client = TestClient(create_app(store=store, settings=service.settings), base_url="http://127.0.0.1", raise_server_exceptions=False)
