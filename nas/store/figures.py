@@ -8,7 +8,7 @@ from sqlalchemy import func, select
 
 from nas.store.database import Database
 from nas.store.records import AttemptState, SearchState, TrialState
-from nas.store.tables import attempts, searches, trials
+from nas.store.tables import attempts, searches, trial_counts
 
 _OPEN = [state for state in SearchState if not state.is_terminal]
 
@@ -29,12 +29,13 @@ class Figures(Database):
     """Counts over all searches."""
 
     def read_figures(self) -> ServiceFigures:
-        """Cost: as much as the searches, and the trials of those that are open."""
+        """Cost: as much as the searches, and the attempts of those that are open."""
         of_open = select(searches.c.id).where(searches.c.state.in_(_OPEN))
         with self.read() as connection:
             states = {SearchState(state): count for state, count in connection.execute(select(searches.c.state, func.count()).group_by(searches.c.state))}
-            trial_states = select(trials.c.state, func.count()).where(trials.c.search_id.in_(of_open)).group_by(trials.c.state)
-            counts = {TrialState(state): count for state, count in connection.execute(trial_states)}
+            kept = select(trial_counts.c.state, func.sum(trial_counts.c.num_trials))
+            trial_states = kept.where(trial_counts.c.search_id.in_(of_open)).group_by(trial_counts.c.state)
+            counts = {TrialState(state): int(count) for state, count in connection.execute(trial_states)}
             # "timeout: 30 s are over" counts as timeout; messages would make a series of their own each.
             position = func.instr if self.is_sqlite else func.strpos
             end = func.coalesce(func.nullif(position(attempts.c.reason, ":"), 0), func.length(attempts.c.reason) + 1)

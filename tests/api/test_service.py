@@ -180,21 +180,35 @@ def test_scrapes_do_not_ask_the_store_each_time_and_survive_its_absence(service:
 
 def test_the_log_has_one_line_for_each_request_that_names_no_address_and_no_secret(service: Service, log: list[dict[str, Any]]) -> None:
     search = service.submit()
+    key, secret = service.store.create_key(project="default", name="", scopes=["read"])
     log.clear()
-    service.client.get(f"/v1/searches/{search.id}?key=hunter2hunter2", headers={"X-Request-Id": "from-proxy", "Authorization": "Bearer hunter2hunter2"})
+    headers = {"X-Request-Id": "from-proxy", "Authorization": f"Bearer {secret}"}
+    service.client.get(f"/v1/searches/{search.id}?key=hunter2hunter2", headers=headers)
     service.client.get("/healthz")
 
     (line,) = (line for line in log if line["logger"] == "api.access")
 
-    assert {name: line[name] for name in ("method", "route", "status", "request_id", "level")} == {
+    assert {name: line[name] for name in ("method", "route", "status", "request_id", "level", "key")} == {
         "method": "GET",
         "route": "/v1/searches/{search_id}",
         "status": 200,
         "request_id": "from-proxy",
         "level": "info",
+        "key": key.id,
     }
     assert line["ms"] > 0
     assert "hunter2" not in json.dumps(log)
+    assert secret not in json.dumps(log)
+
+
+def test_a_request_that_is_refused_is_told_without_what_it_showed(service: Service, log: list[dict[str, Any]]) -> None:
+    _, secret = service.store.create_key(project="default", name="", scopes=["read"])
+    wrong = secret[:-4] + "xxxx"
+
+    assert service.client.get("/v1/searches", headers={"Authorization": f"Bearer {wrong}"}).status_code == 401
+
+    assert any(line["logger"] == "api.access" and line["status"] == 401 for line in log)
+    assert wrong.rpartition("_")[2] not in json.dumps(log)
 
 
 def test_what_is_said_while_a_request_is_served_carries_its_name(service: Service, log: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
