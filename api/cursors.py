@@ -10,11 +10,21 @@ import base64
 import binascii
 import json
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
 
+from fastapi import Query
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+
+from api.schemas.common import Page
+
+_Row = TypeVar("_Row")
+_Item = TypeVar("_Item", bound=BaseModel)
 
 MAX_CURSOR_LENGTH = 400
+
+AfterCursor = Annotated[str | None, Query(max_length=MAX_CURSOR_LENGTH, description="`next_cursor` of the page before.")]
 
 Value = str | int | float | bool | None
 
@@ -48,6 +58,18 @@ def decode_cursor(cursor: str, *, order: str, kinds: tuple[tuple[type, ...], ...
         message = "Input should be the next_cursor of a page of this list in this order"
         raise RequestValidationError([{"type": "value_error", "loc": ("query", field), "msg": message, "input": cursor[:80]}])
     return tuple(values[1:])
+
+
+def page_of(found: Sequence[_Row], *, limit: int, answer: Callable[[_Row], _Item], cursor: Callable[[_Row], str]) -> Page[_Item]:
+    """A page out of the rows that were found: one more than `limit` where there are more.
+
+    Args:
+        answer: a row as the API tells it.
+        cursor: where a row stands.
+    """
+    has_more = len(found) > limit
+    rows = found[:limit]
+    return Page(data=[answer(row) for row in rows], has_more=has_more, next_cursor=cursor(rows[-1]) if has_more else None)
 
 
 def _is_storable(value: Value) -> bool:

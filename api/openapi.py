@@ -113,6 +113,22 @@ def not_modified_answer() -> dict[int | str, dict[str, Any]]:
     return {304: {"description": "Unchanged: If-None-Match names the present version."}}
 
 
+def winner_answers() -> dict[int | str, dict[str, Any]]:
+    """The other forms in which the winner comes."""
+    return {200: {"description": "The winner, or its config alone.", "content": {"application/yaml": {"schema": {"type": "string"}}}}}
+
+
+def file_answers() -> dict[int | str, dict[str, Any]]:
+    """A file, whole or in part. Its ETag is its SHA-256."""
+    content = {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}
+    return {
+        200: {"description": "A tar file; the ETag is its SHA-256.", "content": content},
+        206: {"description": "The range that was asked for.", "content": content},
+        304: {"description": "Unchanged: If-None-Match names this file."},
+        **problems(416),
+    }
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The error answers of a route, for its `responses`."""
     answers: dict[int | str, dict[str, Any]] = {}

@@ -116,6 +116,12 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = {
             code="unsupported-media-type", status=415, title="The body is not JSON", meaning="Send the spec with the header Content-Type: application/json."
         ),
         ProblemType(
+            code="range-not-satisfiable",
+            status=416,
+            title="The file is shorter",
+            meaning="The Range header begins behind the end of the file; the Content-Range header of the answer says how long it is.",
+        ),
+        ProblemType(
             code="invalid-request",
             status=422,
             title="A parameter is wrong",
@@ -190,7 +196,7 @@ _CODES_BY_STATUS = {
     412: "precondition-failed",
     413: "body-too-large",
 }
-_CODES_BY_STATUS |= {415: "unsupported-media-type", 422: "invalid-request", 428: "precondition-required", 503: "not-ready"}
+_CODES_BY_STATUS |= {415: "unsupported-media-type", 416: "range-not-satisfiable", 422: "invalid-request", 428: "precondition-required", 503: "not-ready"}
 
 _CODES_BY_ERROR: tuple[tuple[type[NasError], str], ...] = (
     (BudgetInfeasible, "budget-infeasible"),

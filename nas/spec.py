@@ -6,6 +6,7 @@ here; what needs it (ranges, budget) is checked in `space.py`, what needs the re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
@@ -22,7 +23,8 @@ _value = dataclass(frozen=True, slots=True, kw_only=True, config=_CONFIG)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Count = Annotated[int, Field(ge=1, le=2**53)]
 Share = Annotated[float, Field(gt=0, le=1)]
-LabelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
+LABEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")
+LabelName = Annotated[str, Field(pattern=LABEL_NAME.pattern)]
 LabelValue = Annotated[str, Field(max_length=200)]
 Objective = Annotated[str, Field(pattern=r"^(parameters|memory_bytes|flops_per_token|(prefill_ms|decode_ms):[A-Za-z0-9][A-Za-z0-9._-]{0,95})$")]
 """A cost that a rung's result carries; of a measured latency with the name of its workload."""

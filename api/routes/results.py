@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse
+import yaml
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.responses import Response
 
-from api.openapi import problems
+from api.files import IMMUTABLE, find_file, send_file
+from api.leaderboards import of_budget
+from api.openapi import file_answers, problems, winner_answers
+from api.principal import PrincipalDep
 from api.routes.dependencies import BudgetIndex, OtherDep, SearchDep, SettingsDep, StoreDep
-from api.schemas.results import ComparisonAnswer, WinnerAnswer
+from api.schemas.results import ComparisonAnswer, ImportancesAnswer, WinnerAnswer
 from api.summary import describe_cost
 from nas.errors import Conflict, NotFound
 from nas.search.comparison import Side, compare, comparison_as_dict
@@ -47,12 +51,36 @@ def load_side(search: SearchRecord, *, store: Store) -> Side:
     return Side(spec=search.spec, inputs=search.inputs, board=board, leader=row, best=result, held_out=held_out)
 
 
-@router.get("/searches/{search_id}/winner", operation_id="get_winner", summary="Get the winner", responses=problems(404, 409))
-def read_winner(search: SearchDep, budget: BudgetIndex = 0) -> WinnerAnswer:
+@router.get("/searches/{search_id}/importances", operation_id="get_importances", summary="Get the importances", responses=problems(404, 422))
+def read_importances(search: SearchDep, budget: BudgetIndex = 0) -> ImportancesAnswer:
+    """Which choices mattered: depth, width, heads, MLP."""
+    found = (of_budget(search, budget).board or {}).get("importances", {})
+    return ImportancesAnswer(search=search.id, budget=budget, importances=dict(sorted(found.items(), key=lambda item: -item[1])))
+
+
+@router.get(
+    "/searches/{search_id}/winner",
+    operation_id="get_winner",
+    summary="Get the winner",
+    response_model=WinnerAnswer,
+    responses={**winner_answers(), **problems(404, 409, 422)},
+)
+def read_winner(
+    search: SearchDep,
+    budget: BudgetIndex = 0,
+    format: Annotated[
+        Literal["json", "hf-config", "yaml"], Query(description="hf-config: only the config.json that transformers loads; yaml: the whole as YAML.")
+    ] = "json",
+) -> Any:
     """The winning shape with its config, provenance and scores. 409 until the search has succeeded."""
     winner = {name: value for name, value in _winner(search, budget=budget).items() if name != "bundle"}
+    if format == "hf-config":
+        return JSONResponse(winner["config"], headers={"Content-Disposition": 'attachment; filename="config.json"'})
     query = f"?budget={budget}" if budget else ""
-    return WinnerAnswer.model_validate({**winner, "search": search.id, "bundle_url": f"/v1/searches/{search.id}/winner/bundle{query}"})
+    answer = WinnerAnswer.model_validate({**winner, "search": search.id, "bundle_url": f"/v1/searches/{search.id}/winner/bundle{query}"})
+    if format == "yaml":
+        return PlainTextResponse(yaml.safe_dump(answer.model_dump(mode="json"), sort_keys=False, allow_unicode=True), media_type="application/yaml")
+    return answer
 
 
 @router.get(
@@ -60,23 +88,35 @@ def read_winner(search: SearchDep, budget: BudgetIndex = 0) -> WinnerAnswer:
     operation_id="download_bundle",
     summary="Download the winner's bundle",
     response_class=FileResponse,
-    responses={
-        200: {"description": "A tar file; the ETag is its SHA-256.", "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}},
-        304: {"description": "Unchanged: If-None-Match names this bundle."},
-        **problems(404, 409),
-    },
+    responses={**file_answers(), **problems(404, 409, 422)},
 )
 def download_bundle(search: SearchDep, request: Request, settings: SettingsDep, budget: BudgetIndex = 0) -> Response:
     """The winner as one tar file: weights, tokenizer, shape, kept indices, recipe, model card."""
     winner = _winner(search, budget=budget)
-    folder = settings.data_folder.resolve()
-    path = (folder / winner["bundle"]).resolve()
-    if not path.is_relative_to(folder) or not path.is_file():
-        raise NotFound(f"bundle of {search.id}: the file is no longer in the data folder")
-    etag = f'"{winner["bundle_sha256"]}"'
-    if etag in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:
-        return Response(status_code=304, headers={"ETag": etag})
-    return FileResponse(path, media_type="application/x-tar", filename=f"{search.id}.tar", headers={"ETag": etag})
+    path = find_file(winner["bundle"], settings=settings)
+    return send_file(path, sha256=winner["bundle_sha256"], name=f"{search.id}.tar", request=request)
+
+
+@router.get(
+    "/artifacts/{sha256}",
+    operation_id="download_artifact",
+    summary="Download a file by its digest",
+    response_class=FileResponse,
+    responses={**file_answers(), **problems(404, 422)},
+)
+def download_artifact(
+    sha256: Annotated[str, Path(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the file, such as `bundle_sha256` of a winner.")],
+    store: StoreDep,
+    settings: SettingsDep,
+    request: Request,
+    principal: PrincipalDep,
+) -> Response:
+    """A file that a search made, by its content: a whole one or a range of it. What a digest names never changes."""
+    artifact = store.find_artifact(sha256, project=principal.project)
+    if artifact is None:
+        raise NotFound(f"artifact: expected the SHA-256 of a file of a search, got {sha256}")
+    path = find_file(artifact.path, settings=settings)
+    return send_file(path, sha256=sha256, name=f"{artifact.search_id}.tar", request=request, cache=IMMUTABLE)
 
 
 def _winner(search: SearchRecord, *, budget: int) -> dict[str, Any]:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import AwareDatetime
 from starlette.responses import Response
 
 from api.bodies import JsonBodyDep, read_no_body
 from api.conditional import check_match, etag_of, is_unchanged, not_modified
+from api.cursors import AfterCursor, decode_cursor, encode_cursor, page_of
 from api.once import OnceDep
 from api.openapi import SUBMIT_BODY, UPDATE_BODY, not_modified_answer, problems
 from api.principal import PrincipalDep
-from api.routes.dependencies import SEARCH_ID, SearchDep, StoreDep
+from api.routes.dependencies import SearchDep, StoreDep
 from api.schemas.common import Page
 from api.schemas.searches import UPDATE_ADAPTER, PreviewAnswer, SearchAnswer, SearchSummary
 from api.summary import describe_inputs, describe_search, summarise_search
-from nas.errors import InvalidSpec, Problem
 from nas.shape import Shape
-from nas.spec import dump_spec, parse_spec
+from nas.spec import LABEL_NAME, dump_spec, parse_spec
 from nas.store.records import SearchRecord, SearchState
 from nas.store.store import Store
 from nas.strict_json import read_object, validate
@@ -83,17 +85,41 @@ def list_searches(
     store: StoreDep,
     principal: PrincipalDep,
     state: Annotated[SearchState | None, Query(description="Only searches in this state.")] = None,
-    after: Annotated[str | None, Query(max_length=100, description="`next_cursor` of the page before.")] = None,
+    label: Annotated[list[str], Query(max_length=32, description="Only searches with this label, as `name:value`; several must all be there.")] = [],  # noqa: B006  (FastAPI copies it)
+    created_after: Annotated[AwareDatetime | None, Query(description="Only searches submitted at this time or later (RFC 3339).")] = None,
+    created_before: Annotated[AwareDatetime | None, Query(description="Only searches submitted before this time.")] = None,
+    after: AfterCursor = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 50,
 ) -> Page[SearchSummary]:
     """Searches, newest first. Pages stay in step while new searches arrive."""
-    if after is not None and not SEARCH_ID.fullmatch(after):
-        raise InvalidSpec(Problem(field="after", expected="the next_cursor of a page", got=repr(after)))
-    found = store.list_searches(project=principal.project, state=state, after=after, limit=limit + 1)
-    counts = store.trial_counts([search.id for search in found[:limit]])
-    data = [summarise_search(search, counts=counts[search.id]) for search in found[:limit]]
-    has_more = len(found) > limit
-    return Page(data=data, has_more=has_more, next_cursor=data[-1].id if has_more else None)
+    found = store.list_searches(
+        project=principal.project,
+        state=state,
+        labels=_read_labels(label),
+        created_after=created_after,
+        created_before=created_before,
+        after=None if after is None else decode_cursor(after, order="searches", kinds=((str,),))[0],
+        limit=limit + 1,
+    )
+    counts = store.trial_counts([search.id for search in found])
+    return page_of(
+        found,
+        limit=limit,
+        answer=lambda search: summarise_search(search, counts=counts[search.id]),
+        cursor=lambda search: encode_cursor("searches", search.id),
+    )
+
+
+def _read_labels(texts: Sequence[str]) -> dict[str, str]:
+    """`name:value` each; a name has no colon, a value may."""
+    labels: dict[str, str] = {}
+    for text in texts:
+        name, colon, value = text.partition(":")
+        if not colon or not LABEL_NAME.fullmatch(name) or labels.get(name, value) != value:
+            message = "Input should be name:value, each name once"
+            raise RequestValidationError([{"type": "value_error", "loc": ("query", "label"), "msg": message, "input": text[:80]}])
+        labels[name] = value
+    return labels
 
 
 @router.get(

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import hashlib
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query, Request
+from starlette.responses import Response
 
-from api.openapi import problems
+from api.bodies import read_no_body
+from api.conditional import etag_of, is_unchanged, not_modified
+from api.cursors import AfterCursor, decode_cursor, encode_cursor, page_of
+from api.once import OnceDep
+from api.openapi import not_modified_answer, problems
 from api.routes.dependencies import MAX_INTEGER, SearchDep, StoreDep, TrialNumber
 from api.schemas.common import Page
-from api.schemas.trials import AttemptAnswer, PointAnswer, TrialAnswer, TrialDetail
+from api.schemas.trials import AttemptAnswer, CurveAnswer, PointAnswer, TrialAnswer, TrialDetail
 from api.summary import describe_rung, describe_trial
+from nas.store.listing import TrialOrder, trial_place
+from nas.store.records import PointRecord, TrialState
 
 router = APIRouter(tags=["trials"])
 
@@ -19,23 +28,78 @@ router = APIRouter(tags=["trials"])
 def list_trials(
     search: SearchDep,
     store: StoreDep,
-    after: Annotated[int, Query(ge=-1, le=MAX_INTEGER, description="`next_cursor` of the page before.")] = -1,
+    state: Annotated[TrialState | None, Query(description="Only trials in this state.")] = None,
+    origin: Annotated[
+        str | None,
+        Query(pattern=r"^[a-z][a-z0-9_:]{0,63}$", description="Only those of this origin: `sampler`, `anchor`, `anchor:uniform`, `user`, ..."),
+    ] = None,
+    sort: Annotated[TrialOrder, Query(description="Order; a minus is the largest first.")] = "number",
+    after: AfterCursor = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
 ) -> Page[TrialAnswer]:
-    """The trials of a search, by number."""
-    found = store.list_trials(search.id, after=after, limit=limit + 1)
-    has_more = len(found) > limit
-    data = [describe_trial(trial) for trial in found[:limit]]
-    return Page(data=data, has_more=has_more, next_cursor=str(data[-1].number) if has_more else None)
+    """The trials of a search. A cursor belongs to its order."""
+    order = f"trials.{sort}"
+    place = None if after is None else decode_cursor(after, order=order, kinds=((int,),) * (1 if sort.endswith("number") else 2))
+    found = store.page_trials(search.id, order=sort, state=state, origin=origin, after=place, limit=limit + 1)
+    return page_of(found, limit=limit, answer=describe_trial, cursor=lambda trial: encode_cursor(order, *trial_place(trial, order=sort)))
 
 
-@router.get("/searches/{search_id}/trials/{number}", operation_id="get_trial", summary="Get a trial", responses=problems(404, 422))
-def read_trial(search: SearchDep, number: TrialNumber, store: StoreDep) -> TrialDetail:
+@router.get(
+    "/searches/{search_id}/trials/{number}",
+    operation_id="get_trial",
+    summary="Get a trial",
+    response_model=TrialDetail,
+    responses={**not_modified_answer(), **problems(404, 422)},
+)
+def read_trial(search: SearchDep, number: TrialNumber, store: StoreDep, request: Request, response: Response) -> Any:
     """One trial: its results by rung, attempts and learning curve."""
     trial = store.get_trial(search.id, number)
-    return TrialDetail(
+    detail = TrialDetail(
         **dict(describe_trial(trial)),
         rungs=[describe_rung(record) for record in store.list_rungs(search.id, trial=number, with_documents=False)],
         attempts=[AttemptAnswer.model_validate(record) for record in store.list_attempts(search.id, trial=number)],
-        points=[PointAnswer.model_validate(record) for record in store.list_points(search.id, trial=number)],
+        points=[PointAnswer.model_validate(record) for record in store.page_points(search.id, trial=number)],
     )
+    # No row counts what happens to a trial and its curve: the version is the content.
+    etag = etag_of(hashlib.sha256(detail.model_dump_json().encode()).hexdigest()[:32])
+    if is_unchanged(request, etag):
+        return not_modified(etag)
+    response.headers["ETag"] = etag
+    return detail
+
+
+@router.get(
+    "/searches/{search_id}/trials/{number}/metrics", operation_id="get_trial_metrics", summary="Get a trial's learning curve", responses=problems(404, 422)
+)
+def read_trial_metrics(
+    search: SearchDep,
+    number: TrialNumber,
+    store: StoreDep,
+    rung: Annotated[int | None, Query(ge=0, le=MAX_INTEGER, description="Only this rung's part.")] = None,
+    max_points: Annotated[int, Query(ge=2, le=10_000, description="Points at most: evenly chosen, the first and the last among them.")] = 1000,
+) -> CurveAnswer:
+    """The points of a trial's training: loss, learning rate, speed over tokens."""
+    store.get_trial(search.id, number)
+    points = store.page_points(search.id, trial=number, rung=rung)
+    chosen = [PointAnswer.model_validate(point) for point in thin(points, max_points=max_points)]
+    return CurveAnswer(search=search.id, trial=number, num_points=len(points), points=chosen)
+
+
+def thin(points: Sequence[PointRecord], *, max_points: int) -> list[PointRecord]:
+    """At most so many of the points, at even distances, with the first and the last."""
+    if len(points) <= max_points:
+        return list(points)
+    return [points[step * (len(points) - 1) // (max_points - 1)] for step in range(max_points)]
+
+
+@router.post(
+    "/searches/{search_id}/trials/{number}/retry",
+    operation_id="retry_trial",
+    summary="Retry a failed trial",
+    status_code=202,
+    responses=problems(404, 409, 413, 422),
+    dependencies=[Depends(read_no_body)],
+)
+def retry_trial(search: SearchDep, number: TrialNumber, store: StoreDep, once: OnceDep) -> TrialAnswer:
+    """Let a failed trial wait for its next rung again; its failures so far count no more. 409 unless it has failed and its search still evaluates shapes."""
+    return describe_trial(once.trial(lambda: store.retry_trial(search.id, number), number=number))

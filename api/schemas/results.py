@@ -59,6 +59,17 @@ class ComparisonAnswer(Answer):
     cost: tuple[Cost, Cost]
 
 
+class ImportancesAnswer(Answer):
+    """How much each choice explains of what the shapes of a search lost."""
+
+    object: Literal["importances"] = "importances"
+    search: str
+    budget: int
+    importances: dict[str, float]
+    """Share of the spread of log KL that each choice explains among the shapes measured at one rung (fANOVA), the largest first; empty before
+    the search has its winner, and where too few shapes were measured."""
+
+
 class WinnerAnswer(Answer):
     """The winning shape: its config, where it comes from, and what it scored."""
 

@@ -81,6 +81,17 @@ class TrialAnswer(Answer):
     updated_at: datetime
 
 
+class CurveAnswer(Answer):
+    """A trial's learning curve, or an even choice of its points."""
+
+    object: Literal["metrics"] = "metrics"
+    search: str
+    trial: int
+    num_points: int
+    """Points that there are; `points` has at most as many as were asked for."""
+    points: list[PointAnswer]
+
+
 class TrialDetail(TrialAnswer):
     """One trial with everything that was measured."""
 

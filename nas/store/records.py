@@ -348,6 +348,16 @@ class LogRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactRecord:
+    """A file that a search made, known by its content."""
+
+    sha256: str
+    search_id: str
+    path: str
+    """Below the data folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RungRecord:
     """The result of one trial at one rung: `RungResult.as_dict()`."""
 

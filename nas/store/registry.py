@@ -20,7 +20,7 @@ class Registry(Database):
     """Add, get and list by name.
 
     `add_*` of a name and digest that are there already is a no-op and returns what is there; with another digest it
-    raises Conflict. `get_*` raises NotFound.
+    raises Conflict. `get_*` raises NotFound. `list_*` is by name: all of them, or a page behind one that was seen.
     """
 
     def add_teacher(self, record: TeacherRecord) -> TeacherRecord:
@@ -29,8 +29,8 @@ class Registry(Database):
     def get_teacher(self, name: str) -> TeacherRecord:
         return self._get(teachers, _teacher, name, noun="teacher")
 
-    def list_teachers(self) -> list[TeacherRecord]:
-        return self._list(teachers, _teacher)
+    def list_teachers(self, *, after: str | None = None, limit: int | None = None) -> list[TeacherRecord]:
+        return self._list(teachers, _teacher, after=after, limit=limit)
 
     def add_corpus(self, record: CorpusRecord) -> CorpusRecord:
         return self._add(corpora, _corpus, record, noun="corpus")
@@ -38,8 +38,8 @@ class Registry(Database):
     def get_corpus(self, name: str) -> CorpusRecord:
         return self._get(corpora, _corpus, name, noun="corpus")
 
-    def list_corpora(self) -> list[CorpusRecord]:
-        return self._list(corpora, _corpus)
+    def list_corpora(self, *, after: str | None = None, limit: int | None = None) -> list[CorpusRecord]:
+        return self._list(corpora, _corpus, after=after, limit=limit)
 
     def add_task(self, record: TaskRecord) -> TaskRecord:
         return self._add(tasks, _task, record, noun="task")
@@ -47,8 +47,8 @@ class Registry(Database):
     def get_task(self, name: str) -> TaskRecord:
         return self._get(tasks, _task, name, noun="task")
 
-    def list_tasks(self) -> list[TaskRecord]:
-        return self._list(tasks, _task)
+    def list_tasks(self, *, after: str | None = None, limit: int | None = None) -> list[TaskRecord]:
+        return self._list(tasks, _task, after=after, limit=limit)
 
     def _add(self, table: Table, make: Callable[[RowMapping], Record], record: Record, *, noun: str) -> Record:
         with self.write(fence=None) as connection:
@@ -66,9 +66,13 @@ class Registry(Database):
                 raise NotFound(f"{noun}: expected a registered one ({', '.join(names) or 'there is none yet'}), got {name!r}")
         return make(row)
 
-    def _list(self, table: Table, make: Callable[[RowMapping], Record]) -> list[Record]:
+    def _list(self, table: Table, make: Callable[[RowMapping], Record], *, after: str | None, limit: int | None) -> list[Record]:
+        """By name, behind one that was seen. The database's order of names is its own, and the same for every page."""
+        query = select(table).order_by(table.c.name).limit(limit)
+        if after is not None:
+            query = query.where(table.c.name > after)
         with self.read() as connection:
-            return [make(row) for row in connection.execute(select(table).order_by(table.c.name)).mappings()]
+            return [make(row) for row in connection.execute(query).mappings()]
 
 
 def _teacher(row: RowMapping) -> TeacherRecord:

@@ -12,7 +12,7 @@ from nas.errors import Conflict, NotFound
 from nas.store.database import Database
 from nas.store.quotas import charge, lock_project
 from nas.store.records import DEFAULT_PROJECT, WORKING, EventRecord, Fence, Json, SearchName, SearchRecord, SearchState, new_id, utc_now
-from nas.store.tables import board_heads, events, searches
+from nas.store.tables import artifacts, board_heads, events, searches
 
 _COLUMNS = [*(column for column in searches.c if column.name not in ("idempotency_key", "body_digest", "prepared")), board_heads.c.head.label("board")]
 _WITH_BOARD = searches.outerjoin(board_heads, (board_heads.c.search_id == searches.c.id) & (board_heads.c.version == searches.c.board_version))
@@ -69,10 +69,12 @@ class Searches(Database):
         project: str | None = None,
         state: SearchState | None = None,
         labels: Mapping[str, str] | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
         after: str | None = None,
         limit: int = 50,
     ) -> list[SearchRecord]:
-        """Newest first, of one project or of all; only those that have all these labels.
+        """Newest first, of one project or of all; only those that have all these labels, made at or after one time and before another.
 
         `after` is the id of the last one already seen: pages stay stable while searches arrive.
         """
@@ -83,6 +85,10 @@ class Searches(Database):
             query = query.where(searches.c.state == state)
         for name, value in (labels or {}).items():
             query = query.where(searches.c.labels[name].as_string() == value)
+        if created_after is not None:
+            query = query.where(searches.c.created_at >= created_after)
+        if created_before is not None:
+            query = query.where(searches.c.created_at < created_before)
         if after is not None:
             query = query.where(searches.c.id < after)
         with self.read() as connection:
@@ -143,8 +149,14 @@ class Searches(Database):
         return prepared
 
     def save_winner(self, search_id: str, winner: Json, *, fence: Fence | None) -> None:
-        """Keep the winner; event `search.winner`."""
-        self._save(search_id, {"winner": winner}, event="search.winner", data={"trial": winner.get("trial")}, fence=fence)
+        """Keep the winner, and its bundles under their digests; event `search.winner`."""
+        with self.write(fence=fence) as connection:
+            write_event(connection, search_id, "search.winner", {"trial": winner.get("trial")})
+            connection.execute(update(searches).where(searches.c.id == search_id).values(winner=winner))
+            for one in (winner, *winner.get("more", ())):
+                if "bundle" in one:
+                    row = {"sha256": one["bundle_sha256"], "search_id": search_id, "path": one["bundle"]}
+                    connection.execute(self.insert_if_new(artifacts).values(row))
 
     def add_event(self, search_id: str, type: str, data: Json, *, fence: Fence | None = None) -> EventRecord:
         """Append an event of one's own."""

@@ -12,6 +12,7 @@ from nas.store.counts import Counts
 from nas.store.figures import Figures
 from nas.store.idempotency import Idempotency
 from nas.store.leases import Leases
+from nas.store.listing import Listing
 from nas.store.logs import Logs
 from nas.store.registry import Registry
 from nas.store.requests import Requests
@@ -20,7 +21,7 @@ from nas.store.speeds import Speeds
 from nas.store.trials import Trials
 
 
-class Store(Registry, Searches, Requests, Idempotency, Trials, Counts, Boards, Leases, Speeds, Access, Logs, Figures):
+class Store(Registry, Searches, Requests, Idempotency, Trials, Listing, Counts, Boards, Leases, Speeds, Access, Logs, Figures):
     """Registry, searches and events, requests of users, each done once, trials, results and their numbers, leaderboards, leases, speeds, projects and keys,
     logs, figures of all; over one engine."""
 

@@ -290,6 +290,7 @@ trials = Table(
     Column("updated_at", UtcDateTime, nullable=False),
     Column("confirmation_documents", _JSON),
     UniqueConstraint("search_id", "shape_key"),
+    Index(None, "search_id", "parameters", "number"),
     Index(None, "search_id", "state", "number", "rung"),
 )
 
@@ -301,6 +302,15 @@ trial_counts = Table(
     Column("state", String(16), primary_key=True),
     Column("num_rungs", Integer, primary_key=True, autoincrement=False),
     Column("num_trials", Integer, nullable=False),
+)
+
+artifacts = Table(
+    "artifacts",
+    metadata,
+    # Files that are downloaded by their content: a bundle is the same one wherever it came from, but each search has its own copy.
+    Column("sha256", Identifier(64), primary_key=True),
+    _search_id(primary_key=True),
+    Column("path", Text, nullable=False),
 )
 
 attempts = Table(

@@ -33,7 +33,7 @@ from nas.store.records import (
 from nas.store.searches import lock_search, write_event
 from nas.store.tables import attempts, points, rungs, trials
 
-_TRIAL_COLUMNS = [column for column in trials.c if column.name not in ("shape_key", "confirmation_documents")]
+TRIAL_COLUMNS = [column for column in trials.c if column.name not in ("shape_key", "confirmation_documents")]
 _MAX_NUMBER = 2**31 - 1
 
 
@@ -92,7 +92,7 @@ class Trials(Database):
         limit: int | None = None,
     ) -> list[TrialRecord]:
         """Trials of a search by number: all of them, or those in some states, that have finished no rung, of one budget, behind a number, the first few."""
-        query = select(*_TRIAL_COLUMNS).where(trials.c.search_id == search_id).order_by(trials.c.number).limit(limit)
+        query = select(*TRIAL_COLUMNS).where(trials.c.search_id == search_id).order_by(trials.c.number).limit(limit)
         if states:
             query = query.where(trials.c.state.in_(states))
         if without_result:
@@ -102,7 +102,7 @@ class Trials(Database):
         if after is not None:
             query = query.where(trials.c.number > after)
         with self.read() as connection:
-            return [_trial(row) for row in connection.execute(query).mappings()]
+            return [trial_of(row) for row in connection.execute(query).mappings()]
 
     def trial_states(self, search_id: str, numbers: Collection[int]) -> dict[int, TrialState]:
         """Of these trials, as far as they exist."""
@@ -305,12 +305,12 @@ def _of_search(table: Table, search_id: str, trial: int | None) -> Any:
 
 def get_trial(connection: Connection, search_id: str, number: int) -> TrialRecord:
     """The trial of that number."""
-    query = select(*_TRIAL_COLUMNS).where(trials.c.search_id == search_id, trials.c.number == number)
+    query = select(*TRIAL_COLUMNS).where(trials.c.search_id == search_id, trials.c.number == number)
     # A number from a URL may be larger than what a database takes for an integer.
     row = connection.execute(query).mappings().one_or_none() if 0 <= number <= _MAX_NUMBER else None
     if row is None:
         raise NotFound(f"trial: expected the number of one of search {search_id!r}, got {number}")
-    return _trial(row)
+    return trial_of(row)
 
 
 def update_trial(connection: Connection, search_id: str, number: int, values: Json) -> None:
@@ -384,7 +384,8 @@ def _join(summary: Json, documents: Json) -> Json:
     return {**summary, **nested}
 
 
-def _trial(row: RowMapping) -> TrialRecord:
+def trial_of(row: RowMapping) -> TrialRecord:
+    """A trial out of its `TRIAL_COLUMNS`."""
     values: dict[str, Any] = {**row}
     return TrialRecord(**values | {"state": TrialState(row["state"])})
 
