@@ -119,7 +119,6 @@ WORKER = (
     "lm_eval",
     "optuna",
     "pyarrow",
-    "yaml",
     "ray",
     "safetensors",
     "sklearn",
@@ -232,7 +231,7 @@ def test_the_api_and_the_client_need_nothing_of_the_worker_s_packages(tmp_path):
 
 def test_the_extra_worker_is_what_the_api_is_tested_without():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    imported_as = {"huggingface-hub": "huggingface_hub", "lm-eval": "lm_eval", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+    imported_as = {"huggingface-hub": "huggingface_hub", "lm-eval": "lm_eval", "scikit-learn": "sklearn"}
 
     names = {re.split("[=<>]", requirement)[0] for requirement in extras["worker"]}
 
