@@ -30,7 +30,7 @@ from nas.store.store import Store
 
 logger = logging.getLogger(__name__)
 
-REVALIDATE_SECONDS = 0.5
+REVALIDATE_SECONDS = 0.4
 """How often the key of an open stream is looked at again."""
 
 FAILURES_PER_SECOND, FAILURES_AT_ONCE = 0.5, 20.0
@@ -191,7 +191,7 @@ class Authentication:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _is_still(self, principal: Principal, credentials: _Credentials) -> bool:
-        """Whether the credentials are still those of the principal: asked at most twice a second, however many streams they have open."""
+        """Whether the credentials are still those of the principal: asked a few times a second at most, however many streams they have open."""
         now = time.monotonic()
         self._looked = {known: answer for known, answer in self._looked.items() if now - answer[0] < REVALIDATE_SECONDS}
         if credentials not in self._looked:

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import httpx2
 import pytest
+import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
@@ -19,6 +24,7 @@ from nas.errors import StoreUnavailable
 from nas.settings import Settings
 from nas.store.quotas import Quotas
 from nas.store.records import SearchState, utc_now
+from nas.store.store import Store
 from tests.api.conftest import Service
 from tests.api.test_problems import assert_problem
 
@@ -234,3 +240,109 @@ class TestLimits:
 
         assert [answer.status_code for answer in answers] == [201, 429]
         assert 0 < int(answers[1].headers["retry-after"]) <= 86401
+
+
+@pytest.fixture
+def address(service: Service) -> Iterator[str]:
+    """The application behind a real server: the test client cannot read a stream that does not end."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(service.client.app, log_level="warning", timeout_graceful_shutdown=1))  # type: ignore[arg-type]
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(timeout=10)
+
+
+class TestOpenStreams:
+    """An event stream ends within a second of its key; the streams of other keys go on."""
+
+    def seconds_until_it_ends(self, url: str, headers: dict[str, str], end: Callable[[], object], *, at_most: float = 5.0) -> float | None:
+        """How long a stream stays open after `end`; None if it outlives the test."""
+        with httpx2.Client() as client, client.stream("GET", url, headers=headers, timeout=at_most) as answer:
+            assert answer.status_code == 200
+            chunks = answer.iter_raw()
+            next(chunks)
+            began = time.monotonic()
+            end()
+            try:
+                for _ in chunks:
+                    pass
+            except httpx2.ReadTimeout:
+                return None
+            return time.monotonic() - began
+
+    def test_a_revoked_keys_stream_ends(self, service: Service, address: str) -> None:
+        key, secret = service.store.create_key(project="default", name="", scopes=["read"])
+        url = f"{address}/v1/searches/{service.submit().id}/events/stream"
+        headers = {"Authorization": f"Bearer {secret}"}
+
+        took = self.seconds_until_it_ends(url, headers, lambda: service.store.revoke_key(key.id))
+
+        assert took is not None
+        assert took < 1.0
+        assert httpx2.get(url, headers=headers).status_code == 401
+
+    def test_an_expired_keys_stream_ends(self, service: Service, address: str) -> None:
+        expires_at = utc_now() + timedelta(seconds=1.5)
+        secret = key_of(service, scopes=("read",), expires_at=expires_at)
+        url = f"{address}/v1/searches/{service.submit().id}/events/stream"
+
+        took = self.seconds_until_it_ends(url, {"Authorization": f"Bearer {secret}"}, lambda: None)
+
+        assert took is not None
+        assert (utc_now() - expires_at).total_seconds() < 1.0
+
+    def test_a_browsers_stream_ends_when_it_logs_out_and_another_browsers_does_not(self, service: Service, address: str) -> None:
+        key, _ = service.store.create_key(project="default", name="", scopes=["read"])
+        tokens = [service.store.begin_session(key, seconds=60) for _ in range(2)]
+        url = f"{address}/v1/searches/{service.submit().id}/events/stream"
+
+        took = self.seconds_until_it_ends(url, {"Cookie": f"nas_session={tokens[0]}"}, lambda: service.store.end_session(tokens[0]))
+        other = self.seconds_until_it_ends(url, {"Cookie": f"nas_session={tokens[1]}"}, lambda: None, at_most=1.5)
+
+        assert took is not None
+        assert took < 1.0
+        assert other is None
+
+    def test_the_first_key_ends_the_streams_that_had_none(self, service: Service, address: str) -> None:
+        url = f"{address}/v1/searches/{service.submit().id}/events/stream"
+
+        took = self.seconds_until_it_ends(url, {}, lambda: key_of(service))
+
+        assert took is not None
+        assert took < 1.0
+
+    def test_many_streams_of_one_key_cost_a_few_questions_a_second(self, service: Service, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        secret = key_of(service)
+        url = f"{address}/v1/searches/{service.submit().id}/events/stream"
+        asked = []
+        authenticate = service.store.authenticate_key
+        monkeypatch.setattr(service.store, "authenticate_key", lambda text: asked.append(text) or authenticate(text))
+        headers = {"Authorization": f"Bearer {secret}"}
+        with httpx2.Client(headers=headers) as client:
+            streams = [client.stream("GET", url) for _ in range(20)]
+            answers = [stream.__enter__() for stream in streams]
+            assert {answer.status_code for answer in answers} == {200}
+            asked.clear()
+            time.sleep(1.0)
+            num_asked = len(asked)
+            for stream in streams:
+                stream.__exit__(None, None, None)
+
+        assert 1 <= num_asked <= 6
+
+
+def test_keys_and_sessions_outlive_a_restart(service: Service) -> None:
+    key, secret = service.store.create_key(project="default", name="", scopes=["read"])
+    token = service.store.begin_session(key, seconds=60)
+    restarted = Store.open(service.settings.database_url)
+    client = TestClient(create_app(store=restarted, settings=service.settings), base_url="http://127.0.0.1")
+
+    assert client.get("/v1/searches", headers={"Authorization": f"Bearer {secret}"}).status_code == 200
+    assert client.get("/v1/searches", headers={"Cookie": f"nas_session={token}"}).status_code == 200
+    assert client.get("/v1/searches").status_code == 401
+    restarted.close()
