@@ -27,10 +27,11 @@ def main() -> int:
         if parent := os.environ.pop("NAS_PARENT_PID", None):
             watch_parent(int(parent), exit_process=_end_group)
         store = Store.open_for_service(settings.database_url, migrate=settings.migrate)
+        executor = _make_executor(settings, store=store)
     except (InvalidSpec, Conflict) as error:
         print(f"nas workers: {error}", file=sys.stderr)
         return REFUSED
-    controller = Controller(store=store, executor=_make_executor(settings), settings=settings)
+    controller = Controller(store=store, executor=executor, settings=settings)
     # After the executor was made: ray.init sets a handler of its own.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: controller.stop())
@@ -48,17 +49,18 @@ def _end_group(code: int) -> None:
     os._exit(code)
 
 
-def _make_executor(settings: Settings) -> Executor:
+def _make_executor(settings: Settings, *, store: Store) -> Executor:
     if settings.executor == "local":
         return LocalExecutor()
+    # Before ray is imported, which is when Ray reads its mode.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     if settings.ray_address is None:
         # A token of this process's own, for the local cluster. Without it Ray keeps one in the user's home, readable for everybody,
-        # and warns about it at every start. Set before ray is imported, which is when Ray reads its mode.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # and warns about it at every start.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     from workers.ray_executor import RayExecutor
 
-    return RayExecutor(settings)
+    return RayExecutor(settings, save_node=store.save_node)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ BEATS_PER_LEASE = 12
 """And how often a step beats meanwhile."""
 PREEMPTED = "preempted"
 """Reason of an attempt that was lost with its worker. It does not count as failed, and there may be many of them."""
-_LOST = ("stopped", "superseded", PREEMPTED)
+_LOST = ("stopped", "superseded", "node_unfit", PREEMPTED)
 """Reasons of an attempt's end that say nothing against its step."""
 WORKING = (SearchState.QUEUED, SearchState.PREPARING, SearchState.SEARCHING, SearchState.CONFIRMING)
 

@@ -1,4 +1,4 @@
-"""Steps as Ray tasks, on a local cluster or on one by address. The only importer of ray.
+"""Steps as Ray tasks, on a local cluster or on one by address. It and `ray_nodes.py` import ray.
 
 One task per step, `max_retries=0`: retries are ours, bounded and with a reason. CPU workers stay warm between steps; a GPU
 step gets a process of its own (`max_calls=1` on the decorator: `.options` would not set it), so that its memory returns.
@@ -10,17 +10,27 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import AuthenticationError, GetTimeoutError, NodeDiedError, OutOfMemoryError, RayError, RayTaskError
 
+from nas.errors import InvalidSpec, Problem
 from nas.settings import Settings
-from workers.step import Outcome, Step, execute, read_outcome
+from nas.shared_files import SharedFiles
+from nas.store.records import NodeRecord
+from workers import on_node
+from workers.ray_nodes import RayNodes
+from workers.step import Outcome, Step, read_outcome
 
 logger = logging.getLogger(__name__)
 
@@ -33,18 +43,26 @@ LOCK = "lock"
 
 
 class RayExecutor:
-    """The Ray driver; lives in the controller's process. Losing the cluster's head ends this process (its supervisor restarts it)."""
+    """The Ray driver; lives in the controller's process. Losing the cluster's head ends this process (its supervisor restarts it).
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        save_node: told of every node of the cluster, when it changes and now and then.
+        work: module:function that runs a step on a node and returns its outcome.
+    Raises:
+        InvalidSpec: the cluster asks nobody for a token, or not for ours.
+        FilesUnavailable: the shared files cannot be reached from here.
+    """
+
+    def __init__(self, settings: Settings, *, save_node: Callable[[NodeRecord], None], work: str = "workers.step:execute") -> None:
         # Steps that use no GPU must not see one: since Ray 2.55 the list is no longer emptied for them.
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "1"
-        environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
-        common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "runtime_env": {"env_vars": environment}}
+        environment = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
         self._session: _Session | None = None
         self._capacity: dict[str, float] = {}
         if settings.ray_address:
-            ray.init(address=settings.ray_address, **common)
+            _connect(settings.ray_address, insecure=settings.ray_insecure, environment=environment)
         else:
+            environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
             self._session = _Session()
             ray.init(
                 address="local",  # without it Ray joins whatever cluster already runs on the machine
@@ -53,14 +71,17 @@ class RayExecutor:
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=str(self._session.folder / "r"),  # Ray opens this one to everybody; its parent is closed
-                **common,
+                **_common(environment),
             )
             self._capacity = ray.cluster_resources()
         ray_logger = logging.getLogger("ray")
         ray_logger.propagate = True  # its messages in our format: without this and with `configure_logging` off they go nowhere
         ray_logger.setLevel(logging.WARNING)
-        self._on_cpu = ray.remote(num_cpus=1, max_retries=0)(execute)
-        self._on_gpu = ray.remote(num_cpus=1, num_gpus=1, max_calls=1, max_retries=0)(execute)
+        ray.cloudpickle.register_pickle_by_value(on_node)
+        self._nodes = RayNodes(expected={"versions": on_node.versions(), "files": _mark_files(settings)}, save=save_node)
+        self._work, self._arguments = work, dict[str, Any]()
+        self._on_cpu = ray.remote(num_cpus=1, max_retries=0)(on_node.run_step)
+        self._on_gpu = ray.remote(num_cpus=1, num_gpus=1, max_calls=1, max_retries=0)(on_node.run_step)
         self._running: dict[Any, Step] = {}
         self._refused: list[tuple[str, Outcome]] = []
 
@@ -69,7 +90,9 @@ class RayExecutor:
             self._refused.append((step.key, refusal))
             return
         task = self._on_gpu if step.gpus else self._on_cpu
-        reference = task.options(num_cpus=step.cpus, num_gpus=step.gpus, name=f"{step.stage} {step.key}").remote(step)
+        reference = task.options(num_cpus=step.cpus, num_gpus=step.gpus, name=f"{step.stage} {step.key}", label_selector=self._nodes.selector()).remote(
+            asdict(step), work=self._work, expected=self._nodes.expected, arguments=self._arguments
+        )
         self._running[reference] = step
 
     def _refusal(self, step: Step) -> Outcome | None:
@@ -81,6 +104,7 @@ class RayExecutor:
         return None
 
     def wait(self, *, timeout_seconds: float) -> list[tuple[str, Outcome]]:
+        self._nodes.look()
         refused, self._refused = self._refused, []
         if refused:
             return refused
@@ -94,10 +118,13 @@ class RayExecutor:
     def _settle(self, reference: Any) -> tuple[str, Outcome]:
         step = self._running.pop(reference)
         try:
-            return step.key, ray.get(reference, timeout=10)
+            answer = ray.get(reference, timeout=10)
         except (RayError, GetTimeoutError) as error:
             # The step may have ended its work before its worker died.
             return step.key, read_outcome(Path(step.folder)) or _died(error)
+        if answer["check"] is not None:
+            self._nodes.note(answer["node"], answer["check"])
+        return step.key, Outcome.from_dict(answer["outcome"])
 
     def kill(self, key: str) -> None:
         for reference, step in self._running.items():
@@ -151,4 +178,44 @@ def _died(error: Exception) -> Outcome:
         return Outcome(succeeded=False, reason="out_of_memory", message=str(error)[:1000])
     if isinstance(error, RayTaskError):
         return Outcome(succeeded=False, reason="error", message=str(error)[:2000])
-    return Outcome(succeeded=False, reason="worker_died", message=f"{type(error).__name__}: {error}"[:1000])
+    with_its_node = isinstance(error, NodeDiedError)
+    return Outcome(succeeded=False, reason="preempted" if with_its_node else "worker_died", message=f"{type(error).__name__}: {error}"[:1000])
+
+
+def _common(environment: Mapping[str, str]) -> dict[str, Any]:
+    return {"log_to_driver": False, "configure_logging": False, "runtime_env": {"env_vars": dict(environment)}}
+
+
+def _connect(address: str, *, insecure: bool, environment: Mapping[str, str]) -> None:
+    """Join a cluster by address, if it asks for a token: whoever reaches one that does not runs code there."""
+    if os.environ.get("RAY_AUTH_MODE") != "token" and not insecure:
+        raise InvalidSpec(Problem(field="RAY_AUTH_MODE", expected="token (or NAS_RAY_INSECURE=1)", got=repr(os.environ.get("RAY_AUTH_MODE"))))
+    try:
+        ray.init(address=address, **_common(environment))
+    except AuthenticationError as refused:
+        raise InvalidSpec(Problem(field="RAY_AUTH_TOKEN", expected="the token of the cluster", got="one that it refuses")) from refused
+    if not insecure and _answers_everybody(ray.get_runtime_context().gcs_address):
+        ray.shutdown()
+        expected = "a cluster that asks for a token (start its nodes with RAY_AUTH_MODE=token), or NAS_RAY_INSECURE=1"
+        raise InvalidSpec(Problem(field="NAS_RAY_ADDRESS", expected=expected, got="one that answers without"))
+
+
+def _answers_everybody(gcs_address: str) -> bool:
+    """Whether the cluster's head answers somebody who has no token; asked by another process, since Ray knows one mode for each."""
+    ask = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
+    asked = subprocess.run([sys.executable, "-c", ask, gcs_address], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    if asked.returncode == 0:
+        return True
+    if "InvalidAuthToken" in asked.stderr:
+        return False
+    raise ConnectionError(f"{gcs_address}: expected the head to answer or to refuse, got {asked.stderr[-500:]}")
+
+
+def _mark_files(settings: Settings) -> dict[str, Any]:
+    """Leave a token in the shared files, by which a node knows that it sees the same; every controller of a deployment finds the first one's."""
+    url = settings.shared_url or f"file://{settings.data_folder}"
+    shared, key = SharedFiles(url), on_node.TOKEN
+    if shared.read_json(key) is None:
+        shared.write_json({"token": secrets.token_hex(16)}, key=key)
+    return {"url": url, "token": (shared.read_json(key) or {})["token"], "copies": settings.shared_url is not None}

@@ -59,7 +59,7 @@ class Outcome:
     succeeded: bool
     result: dict[str, Any] | None = None
     reason: str | None = None
-    """out_of_memory, does_not_fit, diverged, stopped, superseded, preempted, worker_died, timeout, unavailable, corrupt_file, error."""
+    """out_of_memory, does_not_fit, diverged, stopped, superseded, preempted, node_unfit, worker_died, timeout, unavailable, corrupt_file, error."""
     message: str = ""
     retryable: bool = True
 

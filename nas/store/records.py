@@ -133,6 +133,28 @@ class SpeedRecord:
     measured_at: datetime | None
 
 
+NodeState = Literal["joining", "fit", "unfit", "gone"]
+"""Not checked yet; gets steps; gets none, for its `problems`; has left the cluster, or nobody watches it any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeRecord:
+    """A machine of the cluster that runs steps."""
+
+    id: str
+    """Ray's, new with every start of its node."""
+    host: str
+    address: str
+    state: NodeState
+    problems: list[str]
+    """Why it gets no steps: what was expected there, and what was found."""
+    warnings: list[str]
+    facts: Json
+    """cpus, gpus, devices, memory_bytes, versions, cache, cache_free_bytes, clock_offset_seconds, as far as they are known."""
+    checked_at: datetime | None
+    seen_at: datetime
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherRecord:
     """A registered teacher; its config is kept so that shapes can be checked without torch."""

@@ -1,7 +1,7 @@
 """Store: the one place where the service's state is, on SQLite or PostgreSQL. Rows go in and records come out.
 
 It keeps and it guards (states, fences, idempotency, gap-free events); it decides nothing about searching. The methods are
-in nine parts, by what they keep; all of them are short transactions, and all may be called from any thread.
+in ten parts, by what they keep; all of them are short transactions, and all may be called from any thread.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from nas.store.idempotency import Idempotency
 from nas.store.leases import Leases
 from nas.store.listing import Listing
 from nas.store.logs import Logs
+from nas.store.nodes import Nodes
 from nas.store.registry import Registry
 from nas.store.requests import Requests
 from nas.store.searches import Searches
@@ -21,9 +22,9 @@ from nas.store.speeds import Speeds
 from nas.store.trials import Trials
 
 
-class Store(Registry, Searches, Requests, Idempotency, Trials, Listing, Counts, Boards, Leases, Speeds, Access, Logs, Figures):
-    """Registry, searches and events, requests of users, each done once, trials, results and their numbers, leaderboards, leases, speeds, projects and keys,
-    logs, figures of all; over one engine."""
+class Store(Registry, Searches, Requests, Idempotency, Trials, Listing, Counts, Boards, Leases, Speeds, Nodes, Access, Logs, Figures):
+    """Registry, searches and events, requests of users, each done once, trials, results and their numbers, leaderboards, leases, speeds, nodes,
+    projects and keys, logs, figures of all; over one engine."""
 
     @classmethod
     def open(cls, url: str, *, migrate: bool = False) -> Store:

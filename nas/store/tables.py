@@ -395,6 +395,20 @@ speeds = Table(
     Column("measured_at", UtcDateTime),
 )
 
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("id", Identifier(64), primary_key=True),
+    Column("host", PlainText, nullable=False),
+    Column("address", PlainText, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("problems", _JSON, nullable=False),
+    Column("warnings", _JSON, nullable=False),
+    Column("facts", _JSON, nullable=False),
+    Column("checked_at", UtcDateTime),
+    Column("seen_at", UtcDateTime, nullable=False),
+)
+
 leases = Table(
     "leases",
     metadata,

@@ -70,16 +70,7 @@ def _ray_cluster() -> Iterator[str]:
 
 def _search(folder: Path, *, address: str, seconds: float) -> list[tuple[float, float]]:
     """When workers slept (began, ended), in a search whose every rung takes as long."""
-    import ray
-
     from workers.ray_executor import RayExecutor
-
-    class SleepingExecutor(RayExecutor):
-        """Ray's executor, whose steps sleep."""
-
-        def __init__(self, settings: Settings) -> None:
-            super().__init__(settings)
-            self._on_cpu = ray.remote(num_cpus=1, max_retries=0)(sleep)
 
     num_workers = NUM_NODES * CPUS_PER_NODE
     environment = {"NAS_DATA": str(folder), "NAS_RAY_ADDRESS": address}
@@ -88,7 +79,7 @@ def _search(folder: Path, *, address: str, seconds: float) -> list[tuple[float, 
     values = make_spec(num_trials=num_workers * STEPS_PER_WORKER, num_workers=num_workers, label=str(seconds), rungs={"num_trained": 1})
     spec = parse_spec(json.dumps({**values, "controls": {"num_random": 0}}))
     search_id = store.create_search(spec=dump_spec(spec), inputs=INPUTS, plan={}, label="").id
-    executor = SleepingExecutor(settings)
+    executor = RayExecutor(settings, save_node=store.save_node, work="tests.benchmarks.dispatch:sleep")
     controller = Controller(store=store, executor=executor, settings=settings)
     while not store.get_search(search_id).state.is_terminal:
         controller.tick()

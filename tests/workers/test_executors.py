@@ -30,7 +30,7 @@ SECONDS = 90.0
 def ray_executor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
     from workers.ray_executor import RayExecutor
 
-    executor = RayExecutor(settings_in(tmp_path_factory.mktemp("ray")))
+    executor = RayExecutor(settings_in(tmp_path_factory.mktemp("ray")), save_node=lambda node: None)
     yield executor
     executor.close()
 

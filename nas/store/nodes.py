@@ -1,0 +1,37 @@
+"""The machines of the cluster, as the controllers see them. Several controllers on one cluster write the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from datetime import timedelta
+
+from sqlalchemy import delete, select, update
+
+from nas.store.database import Database
+from nas.store.records import NodeRecord, utc_now
+from nas.store.tables import nodes
+
+SEEN_SECONDS = 120.0
+"""A node that no controller has seen for so long is said to be gone."""
+KEPT = timedelta(days=1)
+"""How long one that is gone can still be asked about."""
+
+
+class Nodes(Database):
+    """Write and list nodes."""
+
+    def save_node(self, record: NodeRecord) -> None:
+        """Write a node as it is now; those that went long ago are forgotten."""
+        values = asdict(record)
+        with self.write(fence=None) as connection:
+            connection.execute(delete(nodes).where(nodes.c.seen_at < utc_now() - KEPT))
+            connection.execute(self.insert_if_new(nodes).values(values))
+            connection.execute(update(nodes).where(nodes.c.id == record.id).values(values))
+
+    def list_nodes(self) -> list[NodeRecord]:
+        """All that were seen of late, by host; one that nobody watches any more is gone."""
+        unseen = utc_now() - timedelta(seconds=SEEN_SECONDS)
+        with self.read() as connection:
+            rows = connection.execute(select(nodes).order_by(nodes.c.host, nodes.c.seen_at, nodes.c.id)).mappings()
+            found = [NodeRecord(**row) for row in rows]
+        return [replace(record, state="gone") if record.seen_at < unseen else record for record in found]
