@@ -113,6 +113,14 @@ class Client:
     def trial(self, search_id: str, number: int) -> dict[str, Any]:
         return self._ask("GET", f"/v1/searches/{search_id}/trials/{number}")
 
+    def attempts(self, search_id: str, *, trial: int | None = None) -> Iterator[dict[str, Any]]:
+        """Every try at a step of the search, or of one of its trials; the latest first, asked for as they are needed."""
+        return self._pages(f"/v1/searches/{search_id}/attempts", **({} if trial is None else {"trial": trial}))
+
+    def log(self, search_id: str, attempt_id: str) -> str:
+        """The end of what an attempt said, 64 KiB at most."""
+        return self._send("GET", f"/v1/searches/{search_id}/attempts/{attempt_id}/log").text
+
     def leaderboard(self, search_id: str, *, most: int | None = None, **query: Any) -> dict[str, Any]:
         """The board of one of the search's budgets with all its rows of one version, or the first few.
 

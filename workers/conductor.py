@@ -31,7 +31,7 @@ from workers.executor import Executor
 from workers.family import Family
 from workers.folders import SearchFolder
 from workers.liveness import ask_to_stop, read_beat, supersede
-from workers.logs import last_lines, read_tail
+from workers.logs import LogKeeper, last_lines, read_tail
 from workers.progress import ProgressReader, make_point
 from workers.search_run import Advance, NewTrial
 from workers.step import RESULT, Outcome, Step, read_outcome
@@ -106,6 +106,7 @@ class Conductor:
         """Outcomes of steps that wait to be recorded."""
         self._looked, self._stored_board, self._listened = -math.inf, -math.inf, self._clock()
         """The clock when progress was read last, when the board was stored last, and when beats were looked at last."""
+        self._logs = LogKeeper(record.id, store=self._store, fence=self._fence, clock=self._clock)
         self._load()
         self._store.recount_trials(record.id, fence=self._fence)
         self.prepared_key = prepared_key(self._run.spec, inputs=self._run.inputs)
@@ -159,6 +160,7 @@ class Conductor:
         if self._clock() - self._looked >= max(PROGRESS_SECONDS, PROGRESS_SECONDS_PER_STEP * len(self.running)):
             self._looked = self._clock()
             self._pass_on_progress(self.running.values())
+        self._logs.keep({key: running.progress.folder for key, running in self.running.items()})
         self._enforce_limits()
         self._listen()
         if self._board_is_old and self._clock() - self._stored_board >= BOARD_SECONDS_PER_TRIAL * len(self._run.trials):

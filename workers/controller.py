@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nas.errors import Conflict, Fenced, InvalidSpec
+from nas.logs import about
 from nas.settings import Settings
 from nas.store.records import AttemptRecord, AttemptState, SearchState, TrialState
 from nas.store.store import Store
@@ -106,7 +107,8 @@ class Controller:
         self._probe()
         for search_id, state in active.items():
             if search_id in self._membership.fences:
-                self._go_on(search_id, state)
+                with about(search_id=search_id):
+                    self._go_on(search_id, state)
 
     def _may_share(self) -> bool:
         """Whether searches are led by leases of their own: not while a controller of an older version leads them all."""
@@ -234,9 +236,8 @@ class Controller:
                 # Its worker may have outlived its controller: from here on it must leave no trace beside the next attempt.
                 _supersede(_mailbox(self._settings, attempt), attempt)
             lost = self._store.lose_running_attempts(search_id, fence=fence)
-            for attempt in lost:
-                if (log := read_tail(_mailbox(self._settings, attempt))) is not None:
-                    self._store.save_log(attempt.id, log, fence=fence)
+            tails = {attempt.id: read_tail(_mailbox(self._settings, attempt)) for attempt in lost}
+            self._store.save_logs(search_id, {key: text for key, text in tails.items() if text is not None}, fence=fence)
             extra = {"action": "recover", "search_id": search_id, "attempts": [attempt.id for attempt in lost]}
             logger.warning("resuming %d lost attempts", len(lost), extra=extra)
         return Conductor(self._store.get_search(search_id), leader=leader)

@@ -9,19 +9,26 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import logging
+import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from nas.logs import about, find_secrets, make_formatter, redact
+from nas.store.records import Fence
+from nas.store.store import Store
 
 LOG = "log.txt"
 MAX_LOG_BYTES = 64 * 1024
 """What the store keeps of an attempt's log, from its end."""
+LOG_SECONDS = 5.0
+"""Between two looks at the logs of a search's running steps."""
+LOG_SECONDS_PER_STEP = 0.05
+"""And for every running step at least this: a log costs the controller a few milliseconds (LOG), so a few per cent of its time however many run."""
 FAILURE_LINES = 20
 """How many of the last lines a failure carries."""
 
@@ -103,6 +110,37 @@ def read_tail(folder: Path) -> str | None:
         # From a whole line on: the rest of a cut one may be half of a secret.
         text = f"... {left_out} bytes before this are not kept\n{text.partition(chr(10))[2]}"
     return redact(text, secrets=find_secrets(os.environ))
+
+
+class LogKeeper:
+    """Keeps the logs of a search's running steps now and then, for those who follow them; the whole end of each is kept when its attempt ends."""
+
+    def __init__(self, search_id: str, *, store: Store, fence: Fence, clock: Callable[[], float]) -> None:
+        self._search_id, self._store, self._fence, self._clock = search_id, store, fence, clock
+        self._kept_at = -math.inf
+        self._sizes: dict[str, int] = {}
+
+    def keep(self, running: Mapping[str, Path]) -> None:
+        """Keep what has grown since the last time.
+
+        Args:
+            running: folders by attempt.
+        """
+        if self._clock() - self._kept_at < max(LOG_SECONDS, LOG_SECONDS_PER_STEP * len(running)):
+            return
+        self._kept_at = self._clock()
+        sizes = {key: _log_bytes(folder) for key, folder in running.items()}
+        tails = {key: read_tail(running[key]) for key, size in sizes.items() if size != self._sizes.get(key, 0)}
+        self._sizes = sizes
+        if logs := {key: text for key, text in tails.items() if text is not None}:
+            self._store.save_logs(self._search_id, logs, fence=self._fence)
+
+
+def _log_bytes(folder: Path) -> int:
+    try:
+        return os.stat(f"{folder}/{LOG}").st_size
+    except OSError:
+        return 0
 
 
 def last_lines(text: str | None, *, count: int = FAILURE_LINES) -> str:

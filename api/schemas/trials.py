@@ -38,10 +38,12 @@ class RungAnswer(Answer):
 
 
 class AttemptAnswer(Answer):
-    """One try at one step of a trial."""
+    """One try at one step of a search."""
 
     id: str
     stage: str
+    """prepare, rung, confirm or bundle."""
+    trial: int | None
     rung: int | None
     state: AttemptState
     reason: str | None
@@ -75,6 +77,7 @@ class TrialAnswer(Answer):
     rung: int | None
     """The deepest rung that it has finished."""
     failure: dict[str, Any] | None
+    """stage, reason, message, attempts, and the last lines of the last one's log."""
     confirmation: dict[str, Any] | None
     """Of a finalist: verified, the reason if not, parameters of the file, the held-out result, latency."""
     created_at: datetime

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sqlalchemy import Connection, insert, select, update
 
-from nas.errors import NotFound
 from nas.store.database import Database
 from nas.store.records import Fence, LogRecord, utc_now
-from nas.store.tables import attempt_logs, attempts
+from nas.store.tables import attempt_logs
 
 
 class Logs(Database):
     """Keep and read the logs of attempts. What takes a `fence` raises Fenced when it is stale."""
 
-    def save_log(self, attempt_id: str, text: str, *, fence: Fence | None) -> None:
-        """Keep the log of an attempt, in place of what was kept of it before.
-
-        Raises:
-            NotFound: no such attempt.
-        """
+    def save_logs(self, search_id: str, logs: Mapping[str, str], *, fence: Fence | None) -> None:
+        """Keep the logs of attempts of one search, by attempt, each in place of what was kept of it before."""
         with self.write(fence=fence) as connection:
-            search_id = connection.execute(select(attempts.c.search_id).where(attempts.c.id == attempt_id)).scalar_one_or_none()
-            if search_id is None:
-                raise NotFound(f"attempt: expected the id of one, got {attempt_id!r}")
-            keep_log(connection, attempt_id, search_id=search_id, text=text)
+            for attempt_id, text in logs.items():
+                keep_log(connection, attempt_id, search_id=search_id, text=text)
 
     def read_log(self, attempt_id: str) -> LogRecord | None:
         """What is kept of an attempt's log; None where nothing is."""

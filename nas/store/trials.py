@@ -174,11 +174,18 @@ class Trials(Database):
             running = [_lock_running(connection, attempt_id) for attempt_id in connection.execute(query).scalars().all()]
             return [_end_attempt(connection, attempt, state=AttemptState.LOST, reason="the service restarted") for attempt in running]
 
-    def list_attempts(self, search_id: str, *, trial: int | None = None) -> list[AttemptRecord]:
-        """Attempts in the order of their start; of one trial, or of all and of the search itself."""
-        query = _of_search(attempts, search_id, trial).order_by(attempts.c.id)
+    def list_attempts(self, search_id: str, *, trial: int | None = None, before: str | None = None, limit: int | None = None) -> list[AttemptRecord]:
+        """Attempts in the order of their start; of one trial, or of all and of the search itself.
+
+        Args:
+            before, limit: only the last so many that began before this one.
+        """
+        query = _of_search(attempts, search_id, trial).order_by(attempts.c.id if limit is None else attempts.c.id.desc()).limit(limit)
+        if before is not None:
+            query = query.where(attempts.c.id < before)
         with self.read() as connection:
-            return [_attempt(row) for row in connection.execute(query).mappings()]
+            found = [_attempt(row) for row in connection.execute(query).mappings()]
+        return found if limit is None else found[::-1]
 
     def counted_attempts(self, search_id: str, *, stage: Stage, trial: int | None, rung: int | None) -> int:
         """Attempts of one step that failed since its trial was last retried; lost and cancelled ones do not count."""

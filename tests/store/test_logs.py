@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 
-from nas.errors import NotFound
 from nas.store.records import AttemptRecord, AttemptState, SearchRecord, TrialRecord
 from nas.store.store import Store
 from tests.store.store_values import result
@@ -30,26 +29,21 @@ def test_an_attempt_has_no_log_until_one_is_kept(store: Store, attempt: AttemptR
 
 
 def test_a_later_log_takes_the_place_of_an_earlier_one(store: Store, attempt: AttemptRecord) -> None:
-    store.save_log(attempt.id, "one", fence=None)
-    store.save_log(attempt.id, "one\ntwo \0 \ud800", fence=None)
+    store.save_logs(attempt.search_id, {attempt.id: "one"}, fence=None)
+    store.save_logs(attempt.search_id, {attempt.id: "one\ntwo \0 \ud800"}, fence=None)
 
     assert kept(store, attempt) == "one\ntwo \ufffd \ufffd"
 
 
-def test_a_log_of_no_attempt_is_refused(store: Store) -> None:
-    with pytest.raises(NotFound):
-        store.save_log("att_unknown", "text", fence=None)
-
-
 def test_an_attempts_log_is_kept_with_its_end(store: Store, attempt: AttemptRecord) -> None:
-    store.save_log(attempt.id, "began", fence=None)
+    store.save_logs(attempt.search_id, {attempt.id: "began"}, fence=None)
     store.finish_attempt(attempt.id, state=AttemptState.FAILED, reason="diverged: nan", log="began\nended", fence=None)
 
     assert kept(store, attempt) == "began\nended"
 
 
 def test_an_end_without_a_log_leaves_what_was_kept(store: Store, attempt: AttemptRecord) -> None:
-    store.save_log(attempt.id, "began", fence=None)
+    store.save_logs(attempt.search_id, {attempt.id: "began"}, fence=None)
     store.finish_attempt(attempt.id, state=AttemptState.LOST, reason="gone", fence=None)
 
     assert kept(store, attempt) == "began"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,6 +25,7 @@ from nas.submission import check_submission
 from workers import conductor as conductor_module
 from workers.controller import Controller
 from workers.liveness import STOP
+from workers.logs import LOG
 from workers.step import PROGRESS, RESULT, Outcome, Step, execute
 
 RUNGS = {"first_tokens": 2048, "factor": 2, "num_trained": 2, "keep": 0.5}
@@ -698,3 +700,25 @@ def test_with_several_objectives_the_whole_front_is_confirmed_and_the_winner_sco
     assert all(rows[number]["confirmation"]["verified"] for number in front)
     assert [rows[number]["parameters"] for number in front] == sorted(rows[number]["parameters"] for number in front)
     assert search.winner["trial"] in board["finalists"]
+
+
+def test_a_failed_trial_says_its_last_lines_when_its_files_are_gone(service: Service) -> None:
+    search_id = service.submit(limits={"max_attempts": 1})
+
+    def fail(step: Step) -> Outcome | None:
+        if not is_rung(step, trial=0, rung=1):
+            return None
+        Path(step.folder).mkdir(parents=True, exist_ok=True)
+        (Path(step.folder) / LOG).write_text("".join(f"line {number}\n" for number in range(100)), encoding="utf-8")
+        return Outcome(succeeded=False, reason="worker_died", message="process ended with code -11")
+
+    service.executor.before = fail
+    service.run(search_id)
+    shutil.rmtree(service.folder(search_id))
+
+    failure = service.store.get_trial(search_id, 0).failure
+    assert failure is not None
+    assert failure["log"].splitlines() == [f"line {number}" for number in range(80, 100)]
+    logs = {attempt.id: service.store.read_log(attempt.id) for attempt in service.store.list_attempts(search_id)}
+    assert all(log is not None for log in logs.values()), "an attempt without a log"
+    assert all("begins" in log.text and f"attempt_id={key}" in log.text for key, log in logs.items() if log and "line 99" not in log.text)

@@ -4,11 +4,14 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from workers.logs import FAILURE_LINES, LOG, MAX_LOG_BYTES, captured, last_lines, read_tail
+from nas.store.records import AttemptRecord
+from nas.store.store import Store
+from workers.logs import FAILURE_LINES, LOG, LOG_SECONDS, MAX_LOG_BYTES, LogKeeper, captured, last_lines, read_tail
 
 TWO_STEPS = """
 import ctypes, logging, os, subprocess, sys, warnings
@@ -107,6 +110,36 @@ def test_no_secret_leaves_the_node_in_a_log(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / LOG).write_text("native: wJalrXUtnFEMI/K7MDENG\npostgresql://nas:hunter2hunter2@db/nas\n", encoding="utf-8")
 
     assert read_tail(tmp_path) == "native: ***\npostgresql://nas:***@db/nas\n"
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[tuple[Store, AttemptRecord]]:
+    """A store in which a prepare step runs."""
+    store = Store.open(f"sqlite:///{tmp_path / 'nas.db'}", migrate=True)
+    search = store.create_search(spec={}, inputs={}, plan={}, label="")
+    yield store, store.start_attempt(search.id, stage="prepare", trial=None, rung=None, fence=None)
+    store.close()
+
+
+def test_the_log_of_a_running_step_can_be_followed(tmp_path: Path, running: tuple[Store, AttemptRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    store, attempt = running
+    now, written = [0.0], []
+    fence = store.claim(attempt.search_id, owner="me", seconds=60.0)
+    assert fence is not None
+    save = store.save_logs
+    monkeypatch.setattr(store, "save_logs", lambda *values, **options: (written.append(1), save(*values, **options)))
+    keeper = LogKeeper(attempt.search_id, store=store, fence=fence, clock=lambda: now[0])
+    seen = []
+    for text in ("", "began\n", "", "step 1\n"):
+        with (tmp_path / LOG).open("a", encoding="utf-8") as file:
+            file.write(text)
+        for _ in range(3):
+            keeper.keep({attempt.id: tmp_path})
+        seen.append(log.text if (log := store.read_log(attempt.id)) else None)
+        now[0] += LOG_SECONDS
+
+    assert seen == [None, "began\n", "began\n", "began\nstep 1\n"]
+    assert len(written) == 2, "a log was written that had not grown"
 
 
 def test_a_failure_carries_the_last_lines_only() -> None:
