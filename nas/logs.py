@@ -48,7 +48,7 @@ def set_up_logging(*, environment: Mapping[str, str], format: LogFormat | None =
     """
     stream = sys.stderr if stream is None else stream
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(make_formatter(format or ("text" if stream.isatty() else "json"), secrets=find_secrets(environment)))
+    handler.setFormatter(make_formatter(format or ("text" if stream.isatty() else "json"), environment=environment))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
@@ -57,11 +57,11 @@ def set_up_logging(*, environment: Mapping[str, str], format: LogFormat | None =
     logging.captureWarnings(True)
 
 
-def make_formatter(format: LogFormat, *, secrets: Iterable[str] = ()) -> logging.Formatter:
+def make_formatter(format: LogFormat, *, environment: Mapping[str, str]) -> logging.Formatter:
     """Renders a record of any logger as one JSON object, or as a line for people (a traceback follows on lines of its own)."""
-    known = tuple(secrets)
 
     def mask(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        known = find_secrets(environment)  # at every line: a token may be made after the set-up
         # Names with an underscore are a library's own: ray adds one to every record of its process.
         return {name: _masked(name, value, known) for name, value in event.items() if not name.startswith("_")}
 

@@ -36,8 +36,8 @@ def stream() -> Iterator[io.StringIO]:
     root.setLevel(level)
 
 
-def render(record: dict[str, Any], *, secrets: tuple[str, ...] = ()) -> dict[str, Any]:
-    line = make_formatter("json", secrets=secrets).format(logging.makeLogRecord({"levelname": "INFO", "name": "nas", **record}))
+def render(record: dict[str, Any]) -> dict[str, Any]:
+    line = make_formatter("json", environment={}).format(logging.makeLogRecord({"levelname": "INFO", "name": "nas", **record}))
     assert "\n" not in line
     values: dict[str, Any] = json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
     return values

@@ -13,6 +13,7 @@ from nas.settings import Settings
 from nas.store.store import Store
 from workers.controller import Controller
 from workers.executor import Executor, LocalExecutor
+from workers.metrics import serve_metrics
 from workers.step import watch_parent
 
 REFUSED = 2
@@ -32,6 +33,13 @@ def main() -> int:
         print(f"nas workers: {error}", file=sys.stderr)
         return REFUSED
     controller = Controller(store=store, executor=executor, settings=settings)
+    if settings.metrics_port is not None:
+        try:
+            serve_metrics(settings.host, settings.metrics_port, pulse=controller.pulse)
+        except OSError as error:
+            executor.close()
+            print(f"nas workers: NAS_METRICS_PORT: expected a free port of {settings.host}, got {settings.metrics_port} ({error.strerror})", file=sys.stderr)
+            return REFUSED
     # After the executor was made: ray.init sets a handler of its own.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: controller.stop())

@@ -26,6 +26,7 @@ from nas.settings import Settings
 from nas.store.records import OVER_BUDGET, AttemptRecord, AttemptState, Fence, SearchRecord, SearchState, Stage, TrialState, all_winners
 from nas.store.store import Store
 from nas.warm_start import Known, recall
+from workers import metrics
 from workers.board import make_board
 from workers.executor import Executor
 from workers.family import Family
@@ -85,6 +86,8 @@ class Running:
     began: float | None = None
     """The leader's clock at its first sign of life; None while it waits for resources."""
     said_waiting: bool = False
+    tokens_per_second: float = 0.0
+    """As its last line of progress said."""
     beat: str | None = None
     """The last one that was seen; None: the step has not begun."""
     silent_seconds: float = 0.0
@@ -215,6 +218,7 @@ class Conductor:
         attempt = running.attempt
         if outcome.succeeded and outcome.result is not None:
             self._record(attempt, outcome.result, log=read_tail(running.progress.folder))
+            self._count_end(running, AttemptState.SUCCEEDED, reason="")
             return
         reason = running.killed or outcome.reason or "error"
         cancelled = self.record.state is SearchState.CANCELLING
@@ -223,11 +227,18 @@ class Conductor:
             _leave_outcome(running.progress.folder, outcome)
         log = read_tail(running.progress.folder)
         self._store.finish_attempt(attempt.id, state=state, reason=f"{reason}: {outcome.message}"[:4000], log=log, fence=self._fence)
+        self._count_end(running, state, reason=reason)
         logger.warning("attempt failed: %s", reason, extra={"action": "attempt_failed", "search_id": self.record.id, "attempt_id": attempt.id})
         if attempt.trial is not None:
             self._run.set_trial(self._store.get_trial(self.record.id, attempt.trial))
         if attempt.stage in ("rung", "confirm"):  # the others end the search when they are spent: that waits until all is settled
             self._give_up_if_spent(attempt.stage, trial=attempt.trial, rung=attempt.rung)
+
+    def _count_end(self, running: Running, state: AttemptState, *, reason: str) -> None:
+        stage, resources = running.attempt.stage, self._run.spec.resources
+        metrics.ATTEMPTS_ENDED.labels(stage=stage, state=state, reason=reason).inc()
+        if running.began is not None:
+            metrics.DEVICE_SECONDS.labels(stage=stage).inc((self._clock() - running.began) * (resources.gpus or resources.cpus))
 
     def _record(self, attempt: AttemptRecord, result: dict[str, Any], *, log: str | None) -> None:
         search_id, number = self.record.id, attempt.trial
@@ -340,9 +351,12 @@ class Conductor:
         points = []
         for running in steps:
             for line in running.progress.read():
-                running.began = self._clock() if running.began is None else running.began
+                if running.began is None:
+                    running.began = self._clock()
+                    metrics.DISPATCH_SECONDS.observe(running.began - running.started)
                 if (point := make_point(line, attempt=running.attempt)) is not None:
                     points.append(point)
+                    running.tokens_per_second = point.tokens_per_second
                 elif running.attempt.stage == "prepare" and "step" in line:
                     self._store.add_event(
                         self.record.id, "prepare.step", {name: line[name] for name in ("step", "done", "of") if name in line}, fence=self._fence

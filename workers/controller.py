@@ -19,6 +19,7 @@ from nas.logs import about
 from nas.settings import Settings
 from nas.store.records import AttemptRecord, AttemptState, SearchState, TrialState
 from nas.store.store import Store
+from workers import metrics
 from workers.conductor import WORKING, Conductor, Leader
 from workers.executor import Executor
 from workers.folders import SearchFolder
@@ -65,6 +66,8 @@ class Controller:
         self._troubles: dict[str, _Trouble] = {}
         self._probes = Probes(store=store, executor=executor, settings=settings, clock=clock)
         self._stopping = False
+        self.pulse = metrics.Pulse()
+        """Beats as long as the loop comes round, also while the store does not answer."""
 
     def stop(self) -> None:
         """Ask `run` to return after the current tick; running steps are lost, and resumed by whoever takes their search over."""
@@ -79,6 +82,7 @@ class Controller:
         failing_since: float | None = None
         try:
             while not self._stopping:
+                self.pulse.beat()
                 try:
                     self.tick()
                     failing_since = None
@@ -97,6 +101,12 @@ class Controller:
         """One round: collect what ended, see what is held, then let each search go on."""
         for key, outcome in self._executor.wait(timeout_seconds=timeout_seconds):
             self._take_in(key, outcome)
+        with metrics.TICK_SECONDS.time():
+            self._go_round()
+        steps = ((running.attempt.stage, running.tokens_per_second) for conductor in self._conductors.values() for running in conductor.running.values())
+        metrics.note_running(steps, num_searches=len(self._conductors))
+
+    def _go_round(self) -> None:
         if not self._may_share():
             return
         active = self._store.active_states()
@@ -134,6 +144,7 @@ class Controller:
 
     def _drop(self, name: str) -> None:
         """Another controller has it by now: nothing of it may run on here, and nothing was lost that is in the store."""
+        metrics.LEASES_LOST.inc()
         logger.warning("lease lost", extra={"action": "lease_lost", "lease": name, "owner": self._membership.owner})
         self._membership.forget(name)
         self._troubles.pop(name, None)
@@ -231,6 +242,7 @@ class Controller:
         fence = self._membership.fences[search_id]
         leader = Leader(store=self._store, executor=self._executor, settings=self._settings, fence=fence, clock=self._clock)
         if running := [attempt for attempt in self._store.list_attempts(search_id) if attempt.state is AttemptState.RUNNING]:
+            metrics.TAKEOVERS.inc()
             self._settle_finished(search_id, leader=leader, running=running)
             for attempt in running:
                 # Its worker may have outlived its controller: from here on it must leave no trace beside the next attempt.

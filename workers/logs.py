@@ -73,7 +73,7 @@ def _open_log(folder: Path) -> Iterator[TextIO]:
 def _logging_to(file: TextIO) -> Iterator[None]:
     root, show = logging.getLogger(), warnings.showwarning
     level, handler = root.level, logging.StreamHandler(file)
-    handler.setFormatter(make_formatter("text", secrets=find_secrets(os.environ)))
+    handler.setFormatter(make_formatter("text", environment=os.environ))
     root.addHandler(handler)
     root.setLevel(min(level, logging.INFO))
     warnings.showwarning = _log_warning

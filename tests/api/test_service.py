@@ -23,7 +23,7 @@ from tests.api.conftest import Service
 def log() -> Iterator[list[dict[str, Any]]]:
     """What the process says, as the JSON lines that it would write."""
     lines: list[dict[str, Any]] = []
-    formatter = make_formatter("json")
+    formatter = make_formatter("json", environment={})
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -26,6 +26,7 @@ from workers import conductor as conductor_module
 from workers.controller import Controller
 from workers.liveness import STOP
 from workers.logs import LOG
+from workers.metrics import REGISTRY
 from workers.step import PROGRESS, RESULT, Outcome, Step, execute
 
 RUNGS = {"first_tokens": 2048, "factor": 2, "num_trained": 2, "keep": 0.5}
@@ -713,8 +714,13 @@ def test_a_failed_trial_says_its_last_lines_when_its_files_are_gone(service: Ser
         return Outcome(succeeded=False, reason="worker_died", message="process ended with code -11")
 
     service.executor.before = fail
+    ended = {"stage": "rung", "state": "failed", "reason": "worker_died"}
+    before = REGISTRY.get_sample_value("nas_attempts_ended_total", ended) or 0.0
     service.run(search_id)
     shutil.rmtree(service.folder(search_id))
+
+    assert REGISTRY.get_sample_value("nas_attempts_ended_total", ended) == before + 1
+    assert (REGISTRY.get_sample_value("nas_device_seconds_total", {"stage": "rung"}) or 0.0) > 0
 
     failure = service.store.get_trial(search_id, 0).failure
     assert failure is not None
