@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from api import login, openapi, pages, routes, service
 from api.auth import Authentication, FailedKeys
 from api.feed import Feed
-from api.guard import Guard, allowed_hosts, is_single_user
+from api.guard import Guard, allowed_hosts, any_host_paths, is_single_user
 from api.observer import Observer
 from api.problems import install_problem_handlers
 from api.requests import RequestId
@@ -45,7 +45,7 @@ def create_app(*, store: Store, settings: Settings) -> FastAPI:
         requests_per_second=settings.requests_per_second,
         failed_keys=app.state.failed_keys,
     )
-    app.add_middleware(Guard, hosts=allowed_hosts(settings))
+    app.add_middleware(Guard, hosts=allowed_hosts(settings), any_host=any_host_paths(settings))
     app.add_middleware(Observer, metrics=request_metrics)
     app.add_middleware(RequestId)
     app.openapi = openapi.openapi_of(app)  # type: ignore[method-assign]

@@ -114,6 +114,7 @@ class Authentication:
         credentials = _Credentials(authorization=tuple(request.headers.getlist("authorization")), session=read_session(request))
         try:
             principal = await run_in_threadpool(self._find, credentials)
+            scope.setdefault("state", {})["principal"] = principal
             answer = self._limit(request, principal)
         except (KeyRefused, _Anonymous) as error:
             answer = self._refuse(request, error)
@@ -122,7 +123,6 @@ class Authentication:
         if answer is not None:
             await answer(scope, receive, send)
             return
-        scope.setdefault("state", {})["principal"] = principal
         reset = current_principal.set(principal)
         try:
             await self._serve(scope, receive, send, is_still=lambda: self._is_still(principal, credentials))

@@ -69,6 +69,11 @@ def allowed_hosts(settings: Settings) -> frozenset[str]:
     return LOOPBACK_HOSTS | own | frozenset(settings.allowed_hosts)
 
 
+def any_host_paths(settings: Settings) -> frozenset[str]:
+    """Paths that are served under any host name. Prometheus, too, knows addresses only; where keys are needed, no page of a stranger has one."""
+    return PROBES if is_single_user(settings) else PROBES | {"/metrics"}
+
+
 def _is_every_address(host: str) -> bool:
     return host in ("0.0.0.0", "::")
 
@@ -76,9 +81,10 @@ def _is_every_address(host: str) -> bool:
 class Guard:
     """Refuses requests to other host names and of other sites' pages, and adds the security headers to every answer."""
 
-    def __init__(self, app: ASGIApp, *, hosts: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, *, hosts: frozenset[str], any_host: frozenset[str] = PROBES) -> None:
         self.app = app
         self.hosts = hosts
+        self.any_host = any_host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -96,7 +102,7 @@ class Guard:
             await send(message)
 
         headers = Headers(scope=scope)
-        if scope["path"] not in PROBES and _host_name(headers.get("host", "")) not in self.hosts:
+        if scope["path"] not in self.any_host and _host_name(headers.get("host", "")) not in self.hosts:
             detail = f"Host: expected one of {', '.join(sorted(self.hosts))}, got {headers.get('host', 'nothing')!r}"
             await problem_response(Request(scope), "bad-request", detail=detail)(scope, receive, send_with_headers)
         elif scope["method"] not in SAFE_METHODS and (why := _cross_site(headers)) is not None:

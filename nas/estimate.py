@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from statistics import mean
 from typing import Any, cast
@@ -90,6 +90,28 @@ def total_work(spec: SearchSpec, *, plans: Sequence[Mapping[str, Any]]) -> list[
         RungWork(rung=steps[0].rung, expected=sum(step.expected for step in steps), at_most=sum(step.at_most for step in steps), tokens=steps[0].tokens)
         for steps in zip(*works, strict=True)
     ]
+
+
+def planned_work(spec: SearchSpec, *, budgets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a plan says of the work of all its budgets, which say what each searches (`searched`, `forced`)."""
+    work = total_work(spec, plans=budgets)
+    trials = sum(budget["searched"] for budget in budgets) + len(budgets) * spec.controls.num_random
+    return {
+        "rungs": [asdict(step) for step in work],
+        "expected_distillation_tokens": likely_tokens(work),
+        "max_trials": trials,
+        "max_distillation_tokens": trials * sum(step.tokens for step in work),
+    }
+
+
+def extended_plan(plan: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, Any]:
+    """The plan of a search whose spec has another `sampler.max_trials` by now; memory and disk stay as they were estimated at submit."""
+    budgets = []
+    for budget in plan["budgets"]:
+        at_least = len(budget["anchors"]) + len(spec.shapes)
+        searched = max(min(spec.sampler.max_trials, budget["legal_shapes"] + at_least), at_least)
+        budgets.append({**budget, "searched": searched})
+    return {**plan, **budgets[0], "budgets": budgets, **planned_work(spec, budgets=budgets)}
 
 
 def _promoted(trials: int, *, rung: int, spec: RungSpec) -> int:

@@ -12,7 +12,7 @@ from nas.budget import limits
 from nas.compress.train_plan import trunk_rate
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem
-from nas.estimate import Speed, describe_space, estimate_seconds, explain_shape, likely_tokens, task_work, total_work, with_first_tokens
+from nas.estimate import Speed, describe_space, estimate_seconds, explain_shape, planned_work, task_work, total_work, with_first_tokens
 from nas.evaluate.scores import FORMS_BY_KIND
 from nas.families import Architecture, read_architecture
 from nas.memory import TeacherMemory, Training, inference_memory, least_training_memory, preparation_disk, rung_disk, training_memory
@@ -213,10 +213,8 @@ def _plan(spec: SearchSpec, *, spaces: tuple[SearchSpace, ...], budgets: list[di
     architecture: Architecture = spaces[0].architecture
     teacher = count_parameters(architecture, architecture.shape)
     rungs = [spec.rungs.tokens(rung) for rung in range(spec.rungs.num_trained + 1)]
-    work = total_work(spec, plans=budgets)
-    trials = sum(budget["searched"] for budget in budgets) + len(budgets) * spec.controls.num_random
+    work = planned_work(spec, budgets=budgets)
     learning_rate, rate_follows_loss = trunk_rate(spec.distillation.learning_rate, teacher_hidden_size=architecture.shape.hidden_size)
-    trained = sum(spec.trained_tokens(rung) for rung in range(len(rungs)))
     return {
         "teacher_parameters": teacher.total,
         "teacher_non_embedding_parameters": teacher.non_embedding,
@@ -226,11 +224,8 @@ def _plan(spec: SearchSpec, *, spaces: tuple[SearchSpace, ...], budgets: list[di
         "rung_tokens": rungs,
         "learning_rate": learning_rate,
         "rate_follows_loss": rate_follows_loss,
-        "rungs": [asdict(step) for step in work],
-        "expected_distillation_tokens": likely_tokens(work),
-        "max_trials": trials,
-        "max_distillation_tokens": trained * trials,
-        **_needs(spec, spaces=spaces, trials=trials),
+        **work,
+        **_needs(spec, spaces=spaces, trials=work["max_trials"]),
     }
 
 

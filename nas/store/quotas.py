@@ -86,10 +86,17 @@ def charge(connection: Connection, project: str, *, quotas: Quotas, num_searches
         QuotaExceeded: it is more than the project may have now.
     """
     used = read_usage(connection, project)
-    _check(project, "max_active_searches", limit=quotas.max_active_searches, used=used.active_searches - num_searches, asked=num_searches)
-    _check(project, "max_active_trials", limit=quotas.max_active_trials, used=used.active_trials - num_trials, asked=num_trials)
-    _check(project, "max_tokens_per_day", limit=quotas.max_tokens_per_day, used=used.tokens_today, asked=tokens)
-    _check(project, "max_device_seconds_per_day", limit=quotas.max_device_seconds_per_day, used=used.device_seconds_today, asked=0)
+    asked = (
+        ("max_active_searches", quotas.max_active_searches, used.active_searches - num_searches, num_searches),
+        ("max_active_trials", quotas.max_active_trials, used.active_trials - num_trials, num_trials),
+        ("max_tokens_per_day", quotas.max_tokens_per_day, used.tokens_today, tokens),
+    )
+    for quota, limit, before, more in asked:
+        if limit is not None and more > 0 and before + more > limit:
+            raise _exceeded(project, quota, limit=limit, used=before, asked=more)
+    # Nobody knows before how many of these a search takes: a project goes over them once, and then waits.
+    if quotas.max_device_seconds_per_day is not None and used.device_seconds_today >= quotas.max_device_seconds_per_day:
+        raise _exceeded(project, "max_device_seconds_per_day", limit=quotas.max_device_seconds_per_day, used=used.device_seconds_today, asked=0)
     add_usage(connection, project, tokens=tokens)
 
 
@@ -101,22 +108,14 @@ def add_usage(connection: Connection, project: str, *, tokens: int = 0, device_s
     connection.execute(row.on_conflict_do_update(index_elements=[usage.c.project, usage.c.day], set_=sums))
 
 
-def _check(project: str, quota: str, *, limit: float | None, used: float, asked: float) -> None:
-    # Nothing is asked of device seconds, which nobody knows before: a project goes over them once, and then waits.
-    if limit is None or (used + asked <= limit if asked else used < limit):
-        return
-    is_daily = quota.endswith("_per_day")
-    retry = _seconds_to_midnight() if is_daily and asked <= limit and limit > 0 else None
-    when = "a new day (UTC) begins" if is_daily else "one of its searches has ended"
-    raise QuotaExceeded(
-        f"{quota} of project {project}: expected at most {limit:,}, got {used:,.0f} in use"
-        + (f" and {asked:,} asked for" if asked else "")
-        + (f"; ask again when {when}" if retry is not None or (not is_daily and asked <= limit) else ""),
-        quota=quota,
-        limit=limit,
-        used=used,
-        retry_after_seconds=retry,
-    )
+def _exceeded(project: str, quota: str, *, limit: float, used: float, asked: int) -> QuotaExceeded:
+    message = f"{quota} of project {project}: expected at most {limit:,}, got {used:,.0f} in use" + (f" and {asked:,} more" if asked else "")
+    retry_after_seconds = None
+    if asked <= limit and limit > 0:  # else no waiting helps
+        is_daily = quota.endswith("_per_day")
+        message += "; ask again when " + ("a new day (UTC) begins" if is_daily else "one of its searches has ended")
+        retry_after_seconds = _seconds_to_midnight() if is_daily else None
+    return QuotaExceeded(message, quota=quota, limit=limit, used=used, retry_after_seconds=retry_after_seconds)
 
 
 def _today() -> date:

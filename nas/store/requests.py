@@ -6,14 +6,18 @@ the search again. Each is one transaction under the search's lock, so of two at 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, select, update
 
 from nas.errors import Conflict, PreconditionFailed
+from nas.estimate import extended_plan
 from nas.search.results import CONTROL
+from nas.spec import parse_spec
 from nas.store.database import Database
+from nas.store.quotas import charge, lock_project
 from nas.store.records import AttemptState, Json, SearchRecord, SearchState, TrialRecord, TrialState
 from nas.store.searches import get_search, move_search, write_event
 from nas.store.tables import attempts, metadata, searches, trials
@@ -93,24 +97,27 @@ class Requests(Database):
         Raises:
             PreconditionFailed: the search has changed since that version.
             Conflict: more than max_trials shapes are proposed already, or it confirms already and would need more.
+            QuotaExceeded: its project may not have so many trials or tokens now.
         """
         with self.write(fence=None) as connection:
             search = _get_open(connection, search_id)
             if version is not None and version != search.version:
                 raise PreconditionFailed(f"search {search_id}: expected version {search.version}, got {version}; it has changed, read it again")
-            spec, changed = search.spec, dict[str, Any]()
+            spec, plan, changed = search.spec, search.plan, dict[str, Any]()
             if max_trials is not None and max_trials != spec.get("sampler", {}).get("max_trials"):
                 _get_searching(connection, search_id, what="max_trials")
                 _check_max_trials(connection, search_id, max_trials)
                 spec, changed["max_trials"] = _with(spec, "sampler", "max_trials", max_trials), max_trials
+                plan = _extend_plan(plan, spec=spec)
             if max_parallel_trials is not None and max_parallel_trials != spec.get("resources", {}).get("max_parallel_trials"):
                 spec, changed["max_parallel_trials"] = _with(spec, "resources", "max_parallel_trials", max_parallel_trials), max_parallel_trials
             if labels is not None and dict(labels) != search.labels:
                 spec, changed["labels"] = {**spec, "labels": dict(labels)}, dict(labels)
             if not changed:
                 return search
-            values = {"spec": spec, "labels": changed.get("labels", search.labels)}
+            values = {"spec": spec, "plan": plan, "labels": changed.get("labels", search.labels)}
             connection.execute(update(searches).where(searches.c.id == search_id).values(values))
+            _charge_more(connection, search, plan=plan)
             _count_request(connection, search)
             write_event(connection, search_id, "search.updated", changed)
             return get_search(connection, search_id)
@@ -164,6 +171,17 @@ def _refuse_cancelling(search: SearchRecord) -> None:
 def _is_begun(search: SearchRecord) -> bool:
     """Whether it may have trials and steps, for its controller to end."""
     return search.started_at is not None
+
+
+def _extend_plan(plan: Json, *, spec: Json) -> Json:
+    return extended_plan(plan, spec=parse_spec(json.dumps(spec))) if "budgets" in plan else plan  # plans of the first version had one budget and did not say so
+
+
+def _charge_more(connection: Connection, search: SearchRecord, *, plan: Json) -> None:
+    more_trials, more_tokens = (plan.get(name, 0) - search.plan.get(name, 0) for name in ("max_trials", "max_distillation_tokens"))
+    if more_trials > 0:
+        quotas = lock_project(connection, search.project)
+        charge(connection, search.project, quotas=quotas, num_searches=0, num_trials=more_trials, tokens=more_tokens)
 
 
 def _check_max_trials(connection: Connection, search_id: str, max_trials: int) -> None:

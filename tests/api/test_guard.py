@@ -97,6 +97,15 @@ def test_the_services_own_pages_may_change_something(service: Service, origin: s
     assert service.client.post(f"/v1/searches/{search.id}/cancel", headers={"Origin": origin}).status_code == 202
 
 
+def test_prometheus_may_ask_by_any_address_with_a_key_and_on_loopback_only_by_its_name(service: Service) -> None:
+    remote = TestClient(create_app(store=service.store, settings=settings(NAS_HOST="10.0.0.1")), base_url="http://10.1.2.3")
+
+    assert service.client.get("/metrics", headers={"Host": "evil.example"}).status_code == 400
+    assert remote.get("/metrics").status_code == 401
+    _, secret = service.store.create_key(project="default", name="prometheus", scopes=["admin"])
+    assert remote.get("/metrics", headers={"Authorization": f"Bearer {secret}"}).status_code == 200
+
+
 def test_every_answer_has_the_security_headers(service: Service) -> None:
     for path in ("/", "/v1/teachers", "/v1/nothing", "/login", "/static/style.css"):
         headers = service.client.get(path).headers

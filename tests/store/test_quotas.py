@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 
 from nas.errors import QuotaExceeded
+from nas.estimate import planned_work
+from nas.spec import dump_spec, parse_spec
 from nas.store import quotas
 from nas.store.quotas import Quotas, Usage
 from nas.store.records import SearchRecord, SearchState, utc_now
@@ -103,3 +106,40 @@ def test_of_twenty_submits_at_once_under_a_limit_of_one_exactly_one_is_stored(st
     assert [search.id for search in store.list_searches(project=project)] == made
     assert len(made) == 1
     assert usage(store, project).tokens_today == 100
+
+
+def a_spec(max_trials: int) -> dict[str, Any]:
+    spec = {"teacher": "t", "corpus": {"parts": [{"name": "c"}]}, "tasks": [{"name": "a"}], "budget": {"max_fraction": 0.5}}
+    return dump_spec(parse_spec(json.dumps({**spec, "sampler": {"max_trials": max_trials}, "controls": {"num_random": 2}})))
+
+
+def extendable(store: Store, project: str, *, max_trials: int) -> SearchRecord:
+    """A search whose plan says what its budget searches."""
+    spec = a_spec(max_trials)
+    budget = {"legal_shapes": 1000, "anchors": {"uniform": {}}, "searched": max_trials, "forced": 1}
+    plan = {**budget, "budgets": [budget], **planned_work(parse_spec(json.dumps(spec)), budgets=[budget])}
+    return store.create_search(spec=spec, inputs={}, plan=plan, label="", project=project)
+
+
+def test_an_extended_search_has_the_plan_of_one_that_began_so(store: Store, project: str) -> None:
+    search, other = extendable(store, project, max_trials=10), extendable(store, project, max_trials=25)
+
+    updated = store.update_search(search.id, version=None, max_trials=25)
+
+    assert updated.plan == other.plan
+    assert updated.plan["max_trials"] == 27
+    assert usage(store, project).active_trials == 2 * 27
+    assert usage(store, project).tokens_today == 2 * other.plan["max_distillation_tokens"]
+
+
+def test_a_search_is_not_extended_beyond_a_quota_but_narrowed_at_any_time(store: Store, project: str) -> None:
+    search = extendable(store, project, max_trials=10)
+    store.set_quotas(project, Quotas(max_active_searches=0, max_active_trials=20))
+
+    with pytest.raises(QuotaExceeded, match="max_active_trials of project team-a: expected at most 20, got 12 in use and 9 more"):
+        store.update_search(search.id, version=None, max_trials=19)
+    assert store.get_search(search.id) == search
+
+    assert store.update_search(search.id, version=None, max_trials=18).plan["max_trials"] == 20
+    assert store.update_search(search.id, version=None, max_trials=5).plan["max_trials"] == 7
+    assert store.update_search(search.id, version=None, labels={"a": "b"}).labels == {"a": "b"}
