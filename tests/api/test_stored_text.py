@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nas.store.records import SearchState, TrialState
+from nas.store.records import AttemptState, SearchState, TrialState
 from tests.api.conftest import Service
 
 HOSTILE = """'"><script src=//evil.example></script><img src=x onerror=alert(1)>{{ 7 * 7 }}</textarea></title>--><svg/onload=alert(2)> javascript:alert(3)"""
@@ -53,7 +53,7 @@ def pages(service: Service) -> list[str]:
     failure = {"stage": HOSTILE, "reason": HOSTILE, "message": HOSTILE, "attempts": 1, "log": HOSTILE}
     store.change_trial(search.id, 0, to=TrialState.FAILED, fence=None, failure=failure)
     attempt = store.start_attempt(search.id, stage="rung", trial=1, rung=0, fence=None)
-    store.finish_attempt(attempt.id, state="failed", reason=HOSTILE, fence=None)  # type: ignore[arg-type]
+    store.finish_attempt(attempt.id, state=AttemptState.FAILED, reason=HOSTILE, fence=None, log=HOSTILE)
     store.add_event(search.id, "task.weak", {HOSTILE: HOSTILE})
     service.move(search, SearchState.FAILED, error={"stage": HOSTILE, "message": HOSTILE, HOSTILE: {"a": HOSTILE}})
     paths = ["/", f"/searches/{search.id}", f"/searches/{search.id}/trials/0", f"/searches/{search.id}/trials/1"]

@@ -15,7 +15,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from api.auth import is_public
-from nas.store.records import SearchRecord, SearchState
+from nas.store.records import AttemptState, SearchRecord, SearchState
 from tests.api.conftest import Service
 
 MARK = "mark-of-ours"
@@ -45,7 +45,7 @@ def tenants(service: Service) -> Tenants:
     store.save_winner(search.id, winner, fence=None)
     store.update_search(search.id, version=None, labels={"team": MARK})
     store.add_event(search.id, "task.weak", {"task": MARK})
-    store.finish_attempt(attempt.id, state="failed", reason=MARK, fence=None)  # type: ignore[arg-type]
+    store.finish_attempt(attempt.id, state=AttemptState.FAILED, reason=MARK, fence=None, log=MARK)
     service.move(search, SearchState.FAILED, error={"stage": "bundle", "message": MARK})
     clients = {}
     for project in ("default", "theirs"):
