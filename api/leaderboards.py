@@ -28,7 +28,6 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], ...]] = {
     "score": (_NUMBER, _WHOLE),
     "kl": (_NUMBER, _WHOLE),
     "parameters": (_WHOLE, _WHOLE),
-    "number": (_WHOLE,),
 }
 """By order: what a position in it consists of."""
 

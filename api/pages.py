@@ -27,9 +27,10 @@ from api.views import board_row, compare_shapes, curve_figure, group_failures, h
 from nas.store.records import BoardPage, TrialState, utc_now
 
 SEARCHES_PER_PAGE = 50
-ROWS_PER_PAGE = 100
+ROWS_PER_PAGE = 50
+CONFIRMED_SHOWN = 50
 FAILURES_SHOWN = 100
-MAX_DRAWN = 150
+MAX_DRAWN = 100
 """Figures draw at most so many of the best rows, as many spread evenly over all trials, and the front."""
 EVENTS_SHOWN = 40
 
@@ -86,7 +87,7 @@ def search_page(
         new = store.list_trials(search.id, states=_SHOWN_WITHOUT_RESULT, without_result=True, budget=budget, limit=ROWS_PER_PAGE)
         rows += [new_row(trial, teacher_parameters=search.plan.get("teacher_parameters")) for trial in new]
     sample = [] if version is None else store.board_sample(search.id, version=version, budget=budget, most=MAX_DRAWN)
-    confirmed = [] if version is None else store.confirmed_rows(search.id, version=version, budget=budget, limit=ROWS_PER_PAGE)
+    confirmed = [] if version is None else store.confirmed_rows(search.id, version=version, budget=budget, limit=CONFIRMED_SHOWN)
     num_failed = counts.by_state[TrialState.FAILED]
     events = store.list_events(search.id, after=max(search.version - EVENTS_SHOWN, 0), limit=EVENTS_SHOWN)
     return render(
@@ -107,7 +108,7 @@ def search_page(
         pace=measure_pace(answer, now=utc_now()),
         has_winner=shown.winner is not None,
         others=[other for other in store.latest_searches(project=search.project, limit=SEARCHES_PER_PAGE) if other.id != search.id],
-        score_figure=score_figure(shown, rows=[board_row(row, board=board) for row in sample]),
+        score_figure=score_figure(shown, rows=sample),
         rung_figure=rung_figure(sample, board=board, progress=answer),
     )
 

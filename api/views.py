@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from statistics import median
 from typing import Any
 
@@ -136,23 +137,25 @@ def group_failures(trials: Iterable[TrialRecord]) -> list[dict[str, Any]]:
     return [{"stage": stage, "reason": reason, "trials": members} for (stage, reason), members in ordered]
 
 
-def score_figure(search: SearchRecord, *, rows: Sequence[Row]) -> dict[str, Any]:
+def score_figure(search: SearchRecord, *, rows: Sequence[Json]) -> dict[str, Any]:
     """Score versus parameters of the last rung, whose scores alone may be compared, with the teacher and the budget."""
-    scored = [row for row in rows if row.score is not None and row.rank is not None]
+    board = search.board or {}
+    leader, front = board.get("leader", board.get("winner")), frozenset(board.get("pareto", ()))
     points = [
         {
-            "number": row.number,
-            "x": row.parameters,
-            "y": row.score,
-            "error": row.standard_error,
-            "kind": _kind(row.origin),
-            "label": f"#{row.number} {row.shape.key}",
-            "tied": row.rank == 1 and row.tie_group is not None,
-            "pareto": row.is_pareto,
-            "winner": row.is_winner,
-            "url": f"/searches/{search.id}/trials/{row.number}",
+            "number": row["number"],
+            "x": row["parameters"],
+            "y": row["score"],
+            "error": row["standard_error"],
+            "kind": _kind(row["origin"]),
+            "label": _label(row),
+            "tied": row["rank"] == 1 and bool(row.get("tied")),
+            "pareto": row["number"] in front,
+            "winner": row["number"] == leader,
+            "url": f"/searches/{search.id}/trials/{row['number']}",
         }
-        for row in scored
+        for row in rows
+        if row["score"] is not None and row["rank"] is not None
     ]
     counting = search.plan.get("counting", "total")
     return {
@@ -163,6 +166,16 @@ def score_figure(search: SearchRecord, *, rows: Sequence[Row]) -> dict[str, Any]
         # The line stands where the axis counts what the budget counts.
         "budget": search.plan.get("max_parameters") if counting == "total" else None,
     }
+
+
+def _label(row: Json) -> str:
+    return f"#{row['number']} {_shape_key(*row['shape'].items())}"
+
+
+@lru_cache(maxsize=10_000)
+def _shape_key(*numbers: tuple[str, int]) -> str:
+    """Figures are drawn again and again of the same shapes."""
+    return Shape.from_dict(dict(numbers)).key
 
 
 def _kind(origin: str) -> str:
@@ -180,7 +193,7 @@ def rung_figure(rows: Sequence[Json], *, board: Json, progress: SearchAnswer) ->
         "lines": [
             {
                 "number": row["number"],
-                "label": f"#{row['number']} {Shape.from_dict(row['shape']).key}",
+                "label": _label(row),
                 "kind": _kind(row["origin"]),
                 "winner": row["number"] == leader,
                 "x": list(range(len(row["kl_by_rung"]))),

@@ -20,7 +20,7 @@ router = APIRouter(tags=["results"])
 
 MAX_PARAMETERS = 2**63 - 1
 
-Sort = Literal["rank", "-rank", "score", "-score", "kl", "-kl", "parameters", "-parameters", "number", "-number"]
+Sort = Literal["rank", "-rank", "score", "-score", "kl", "-kl", "parameters", "-parameters"]
 
 
 def get_query(

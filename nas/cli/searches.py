@@ -110,7 +110,7 @@ def leaderboard(
     search_id: SearchId,
     csv: Annotated[bool, typer.Option("--csv", help="As CSV, all rows.")] = False,
     budget: BudgetIndex = 0,
-    sort: Annotated[str, typer.Option(help="rank, score, kl, parameters or number; -NAME for the other way round.")] = "rank",
+    sort: Annotated[str, typer.Option(help="rank, score, kl or parameters; -NAME for the other way round.")] = "rank",
     state: Annotated[str | None, typer.Option(help="Only trials in this state.")] = None,
     rung: Annotated[int | None, typer.Option(help="Only trials whose deepest finished rung this is.")] = None,
     pareto: Annotated[bool | None, typer.Option("--pareto", help="Only trials of the front.")] = None,

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Select, bindparam, delete, func, insert, select, tuple_, update
 
 from nas.errors import Outdated
 from nas.store.database import Database, NotJson, dump_json
@@ -34,7 +34,6 @@ _KEYS: Mapping[str, tuple[ColumnElement[Any], ...]] = {
     "score": (board_rows.c.loss_of_score, board_rows.c.number),
     "kl": (board_rows.c.kl, board_rows.c.number),
     "parameters": (board_rows.c.parameters, board_rows.c.number),
-    "number": (board_rows.c.number,),
 }
 
 
@@ -95,20 +94,19 @@ class Boards(Database):
 
     def board_rows(self, search_id: str, *, version: int, numbers: Sequence[int]) -> dict[int, Json]:
         """Rows of some trials, of any budget, as far as the board has them."""
-        wanted = select(board_rows.c.number, board_rows.c.row).where(*_visible(search_id, version), board_rows.c.number.in_(numbers))
         with self.read() as connection:
-            return {number: json.loads(row) for number, row in connection.execute(wanted)}
+            return _rows_of(connection, _visible(search_id, version), numbers)
 
     def board_sample(self, search_id: str, *, version: int, budget: int, most: int) -> list[Json]:
-        """What a figure draws of a board of any length: the front, the best `most` rows, and as many trials spread evenly over their numbers."""
+        """What a figure draws of a board of any length: the best `most` rows, as many trials spread evenly over their numbers, and the front."""
+        place = (board_rows.c.tier, board_rows.c.place, board_rows.c.number)
         visible = (*_visible(search_id, version), board_rows.c.budget == budget)
+        wanted = select(*place, board_rows.c.row).where(*visible).order_by(*place)
         with self.read() as connection:
             highest = connection.execute(select(func.max(board_rows.c.number)).where(board_rows.c.search_id == search_id)).scalar() or 0
             spread = range(0, highest + 1, -(-(highest + 1) // most))
-            best = select(board_rows.c.tier, board_rows.c.place, board_rows.c.number, board_rows.c.row).where(*visible).order_by(*_KEYS["rank"]).limit(most)
-            chosen = or_(board_rows.c.is_pareto, board_rows.c.number.in_(spread))
-            others = select(board_rows.c.tier, board_rows.c.place, board_rows.c.number, board_rows.c.row).where(*visible, chosen)
-            found = {row.number: row for wanted in (best, others) for row in connection.execute(wanted)}
+            parts = (wanted.limit(most), wanted.where(board_rows.c.is_pareto).limit(most), wanted.where(board_rows.c.number.in_(spread)))
+            found = {row.number: row for part in parts for row in connection.execute(part)}
         return [json.loads(row.row) for row in sorted(found.values(), key=lambda row: tuple(row)[:3])]
 
     def confirmed_rows(self, search_id: str, *, version: int, budget: int, limit: int) -> list[Json]:
@@ -120,20 +118,14 @@ class Boards(Database):
 
     def shared_shapes(self, first: str, second: str, *, limit: int) -> list[tuple[Json, Json]]:
         """Rows of two boards (of their first budgets, as they are now) that have the same shape, in the order of the first one."""
-        ours, theirs = board_rows.alias(), board_rows.alias()
-        our_trials, their_trials = trials.alias(), trials.alias()
-        same = and_(our_trials.c.search_id == ours.c.search_id, our_trials.c.number == ours.c.number)
-        shape = and_(their_trials.c.search_id == second, their_trials.c.shape_key == our_trials.c.shape_key)
-        row = and_(theirs.c.search_id == second, theirs.c.number == their_trials.c.number, theirs.c.until == CURRENT, theirs.c.budget == 0)
-        wanted = (
-            select(ours.c.row, theirs.c.row)
-            .select_from(ours.join(our_trials, same).join(their_trials, shape).join(theirs, row))
-            .where(ours.c.search_id == first, ours.c.until == CURRENT, ours.c.budget == 0)
-            .order_by(ours.c.tier, ours.c.place, ours.c.number)
-            .limit(limit)
-        )
+        keys = select(trials.c.shape_key, trials.c.number)
         with self.read() as connection:
-            return [(json.loads(one), json.loads(other)) for one, other in connection.execute(wanted)]
+            theirs = {row.shape_key: row.number for row in connection.execute(keys.where(trials.c.search_id == second, trials.c.budget == 0))}
+            ours = {number: theirs[key] for key, number in connection.execute(keys.where(trials.c.search_id == first)) if key in theirs}
+            order = select(board_rows.c.number).where(*_newest(first), board_rows.c.budget == 0).order_by(*_KEYS["rank"])
+            pairs = [(number, ours[number]) for number in connection.execute(order).scalars() if number in ours][:limit]
+            rows = [_rows_of(connection, _newest(search_id), numbers) for search_id, numbers in zip((first, second), zip(*pairs, strict=True), strict=False)]
+        return [(rows[0][one], rows[1][other]) for one, other in pairs if other in rows[1]]
 
     def whole_board(self, search_id: str) -> Json | None:
         """The newest board as `save_board` got it, with all its rows; None before the first one."""
@@ -156,6 +148,11 @@ def _newest(search_id: str) -> tuple[ColumnElement[bool], ...]:
 
 def _visible(search_id: str, version: int) -> tuple[ColumnElement[bool], ...]:
     return board_rows.c.search_id == search_id, board_rows.c.since <= version, board_rows.c.until > version
+
+
+def _rows_of(connection: Connection, visible: Sequence[ColumnElement[bool]], numbers: Collection[int]) -> dict[int, Json]:
+    wanted = select(board_rows.c.number, board_rows.c.row).where(*visible, board_rows.c.number.in_(numbers))
+    return {number: json.loads(row) for number, row in connection.execute(wanted)}
 
 
 def _filters(query: BoardQuery) -> Iterator[ColumnElement[bool]]:

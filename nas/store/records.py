@@ -258,7 +258,7 @@ class SearchName:
     created_at: datetime
 
 
-BoardSort = Literal["rank", "score", "kl", "parameters", "number"]
+BoardSort = Literal["rank", "score", "kl", "parameters"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -239,7 +239,7 @@ board_heads = Table(
     Column("head", _JSON, nullable=False),
 )
 
-_SHOWN = ("until", "since", "state", "rung", "is_pareto", "is_confirmed")
+_SHOWN = ("state", "rung", "is_pareto", "is_confirmed")
 """What pages are filtered by. In every index, so that rows which are not wanted are passed over without reading them."""
 
 board_rows = Table(
@@ -264,7 +264,6 @@ board_rows = Table(
     Column("digest", String(32), nullable=False),
     # JSON text: it is compared by its digest, and parsed only for the page that shows it.
     Column("row", Text, nullable=False),
-    Index("ix_board_rows_newest", "search_id", "until", "number", "digest"),
     Index("ix_board_rows_rank", "search_id", "budget", "tier", "place", "number", *_SHOWN, "parameters"),
     Index("ix_board_rows_score", "search_id", "budget", "loss_of_score", "number", *_SHOWN, "parameters"),
     Index("ix_board_rows_kl", "search_id", "budget", "kl", "number", *_SHOWN, "parameters"),

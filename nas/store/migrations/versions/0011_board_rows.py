@@ -19,7 +19,7 @@ depends_on = None
 
 _CURRENT = 2**62
 _LAST = 1e308
-_SHOWN = ["until", "since", "state", "rung", "is_pareto", "is_confirmed"]
+_SHOWN = ["state", "rung", "is_pareto", "is_confirmed"]
 
 
 def upgrade() -> None:
@@ -68,7 +68,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("search_id", "number", "since", name="pk_board_rows"),
         sa.ForeignKeyConstraint(["search_id"], ["searches.id"], name="fk_board_rows_search_id"),
     )
-    op.create_index("ix_board_rows_newest", "board_rows", ["search_id", "until", "number", "digest"])
     op.create_index("ix_board_rows_rank", "board_rows", ["search_id", "budget", "tier", "place", "number", *_SHOWN, "parameters"])
     op.create_index("ix_board_rows_score", "board_rows", ["search_id", "budget", "loss_of_score", "number", *_SHOWN, "parameters"])
     op.create_index("ix_board_rows_kl", "board_rows", ["search_id", "budget", "kl", "number", *_SHOWN, "parameters"])
