@@ -290,7 +290,8 @@ trials = Table(
     Column("confirmation_documents", _JSON),
     UniqueConstraint("search_id", "shape_key"),
     Index(None, "search_id", "parameters", "number"),
-    Index(None, "search_id", "state", "number", "rung"),
+    Index(None, "search_id", "state", "number"),
+    Index(None, "search_id", "rung", "number"),
 )
 
 trial_counts = Table(

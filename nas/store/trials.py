@@ -88,10 +88,9 @@ class Trials(Database):
         states: Collection[TrialState] = (),
         without_result: bool = False,
         budget: int | None = None,
-        after: int | None = None,
         limit: int | None = None,
     ) -> list[TrialRecord]:
-        """Trials of a search by number: all of them, or those in some states, that have finished no rung, of one budget, behind a number, the first few."""
+        """Trials of a search by number: all of them, or those in some states, that have finished no rung, of one budget, the first few."""
         query = select(*TRIAL_COLUMNS).where(trials.c.search_id == search_id).order_by(trials.c.number).limit(limit)
         if states:
             query = query.where(trials.c.state.in_(states))
@@ -99,8 +98,6 @@ class Trials(Database):
             query = query.where(trials.c.rung.is_(None))
         if budget is not None:
             query = query.where(trials.c.budget == budget)
-        if after is not None:
-            query = query.where(trials.c.number > after)
         with self.read() as connection:
             return [trial_of(row) for row in connection.execute(query).mappings()]
 

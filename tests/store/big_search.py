@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy import insert
 
 from nas.shape import Shape
-from nas.store.records import SearchState, TrialState, utc_now
+from nas.store.records import AttemptState, SearchState, TrialState, utc_now
 from nas.store.store import Store
-from nas.store.tables import events, rungs, searches, trials
+from nas.store.tables import attempts, events, points, rungs, searches, trials
 
 TASKS = ("pairs", "bits", "arc_easy", "hellaswag", "piqa")
 RANKED_SHARE, FIRST_RUNG_SHARE = 0.05, 0.3
@@ -25,6 +25,10 @@ def fill(store: Store, search_id: str, *, num_trials: int, seed: int = 0) -> Non
         common = {"search_id": search_id, "created_at": now, "updated_at": now}
         connection.execute(insert(trials), [{**trial, **common} for trial in made])
         results = [_rung(trial, rung) for trial in made for rung in range(0 if trial["rung"] is None else trial["rung"] + 1)]
+        tries = [_attempt(search_id, result, number) for number, result in enumerate(results)]
+        connection.execute(insert(attempts), [{**one, "started_at": now, "finished_at": now} for one in tries])
+        curves = [{"search_id": search_id, **point} for result in results if result["rung"] for point in _points(result)]
+        connection.execute(insert(points), curves)
         numbered = [{**result, "search_id": search_id, "sequence": sequence, "finished_at": now} for sequence, result in enumerate(results, start=1)]
         connection.execute(insert(rungs), numbered)
         add_events(store, search_id, number=2 * num_trials, connection=connection)
@@ -111,6 +115,16 @@ def _trial(draw: random.Random, number: int, *, num_trials: int) -> dict[str, An
         "rung": rung,
         "failure": {"stage": "rung 0", "reason": "out_of_memory", "message": "no room", "attempts": 3} if state is TrialState.FAILED else None,
     }
+
+
+def _attempt(search_id: str, result: dict[str, Any], number: int) -> dict[str, Any]:
+    step = {"stage": "rung", "trial": result["trial"], "rung": result["rung"]}
+    return {"id": f"att_{search_id.removeprefix('srch_')}{number:06}", "search_id": search_id, **step, "state": AttemptState.SUCCEEDED}
+
+
+def _points(result: dict[str, Any]) -> list[dict[str, Any]]:
+    speeds = {"learning_rate": 1e-3, "tokens_per_second": 1e4}
+    return [{"trial": result["trial"], "rung": result["rung"], "tokens": 500 * step, "loss": 2.0 / step, **speeds} for step in (1, 2)]
 
 
 def _kl(trial: dict[str, Any], rung: int) -> float:

@@ -254,11 +254,24 @@ def test_every_order_is_read_from_its_index_and_never_sorted(store: Store, big: 
 
 def test_other_reads_of_a_long_search_use_an_index(store: Store, big: SearchRecord) -> None:
     version = version_of(store, big)
-    assert_indexed(plans(store, partial(store.list_events, big.id, after=3000, limit=100))[0], "sqlite_autoindex_events_1", "pk_events")
-    assert_indexed(plans(store, partial(store.board_rows, big.id, version=version, numbers=[1, 2, 3]))[0], "sqlite_autoindex_board_rows_1", "pk_board_rows")
-    assert_indexed(plans(store, partial(store.list_trials, big.id, after=500, limit=100))[0], "sqlite_autoindex_trials_1", "pk_trials")
+    ordered = {
+        partial(store.list_events, big.id, after=3000, limit=100): "events",
+        partial(store.board_rows, big.id, version=version, numbers=[1, 2, 3]): "board_rows",
+        partial(store.page_trials, big.id, after=(500,), limit=100): "trials",
+        partial(store.page_points, big.id, trial=5): "points",
+    }
+    for ask, table in ordered.items():
+        assert_indexed(plans(store, ask)[0], f"sqlite_autoindex_{table}_1", f"pk_{table}")
+    for order in ("parameters", "-parameters"):
+        assert_indexed(plans(store, partial(store.page_trials, big.id, order=order, after=(60_000, 5), limit=100))[0], "ix_trials_search_id_parameters_number")
+    # A trial's few rows may be sorted, but no others read.
+    (rungs,) = plans(store, partial(store.list_rungs, big.id, trial=5, with_documents=False))
+    assert "search_id=? AND trial=?" in rungs or "trial = 5" in rungs.split("Filter")[0]
+    (attempts,) = plans(store, partial(store.list_attempts, big.id, trial=5))
+    assert "ix_attempts_search_id_trial" in attempts
     running = partial(store.list_trials, big.id, states=[TrialState.RUNNING, TrialState.WAITING], without_result=True)
-    assert "ix_trials_search_id_state_number_rung" in plans(store, running)[0]
+    assert "ix_trials_search_id_rung_number" in plans(store, running)[0]
+    assert_indexed(plans(store, partial(store.page_trials, big.id, state=TrialState.FAILED, limit=100))[0], "ix_trials_search_id_state_number")
 
 
 def assert_indexed(plan: str, *names: str) -> None:

@@ -24,7 +24,8 @@ _SHOWN = ["state", "rung", "is_pareto", "is_confirmed"]
 
 def upgrade() -> None:
     op.add_column("searches", sa.Column("board_version", sa.BigInteger))
-    op.create_index("ix_trials_search_id_state_number_rung", "trials", ["search_id", "state", "number", "rung"])
+    op.create_index("ix_trials_search_id_state_number", "trials", ["search_id", "state", "number"])
+    op.create_index("ix_trials_search_id_rung_number", "trials", ["search_id", "rung", "number"])
     op.create_table(
         "trial_counts",
         sa.Column("search_id", sa.String(64), nullable=False),
