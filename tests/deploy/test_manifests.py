@@ -114,7 +114,7 @@ def test_everything_is_closed_but_what_is_named() -> None:
     policies = {document["metadata"]["name"]: document["spec"] for document in DOCUMENTS.values() if document["kind"] == "NetworkPolicy"}
     assert policies["nothing"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     into = {name: spec for name, spec in policies.items() if spec.get("ingress")}
-    assert set(into) == {"api", "ray"}
+    assert set(into) == {"api", "metrics", "ray"}
     assert all("ipBlock" not in json.dumps(spec["ingress"]) for spec in into.values())
     out = {name: spec for name, spec in policies.items() if "Egress" in spec["policyTypes"] and spec["podSelector"] == {}}
     assert set(out) == {"nothing", "dns"}
@@ -129,6 +129,14 @@ def test_the_api_is_the_only_door() -> None:
     assert with_ports == {"api": ["127.0.0.1:8400:8400"]}
     assert COMPOSE["networks"]["inside"] == {"internal": True}
     assert [name for name, service in COMPOSE["services"].items() if "outside" in service["networks"]] == ["api"]
+
+
+@pytest.mark.parametrize("name", ["api.yaml:Deployment:api", "controller.yaml:Deployment:controller"])
+def test_what_serves_is_probed(name: str) -> None:
+    (container,) = PODS[name]["spec"]["containers"]
+    ports = {port["name"] for port in container["ports"]}
+    assert container["livenessProbe"]["httpGet"]["path"] == container["startupProbe"]["httpGet"]["path"] == "/healthz"
+    assert {container[probe]["httpGet"]["port"] for probe in container if probe.endswith("Probe")} <= ports
 
 
 def test_disruptions_leave_one_of_each() -> None:
@@ -153,6 +161,17 @@ def test_no_secret_lies_in_a_file_but_the_example() -> None:
 
 
 # -- the manifests and the code --------------------------------------------------------------------------------------------
+
+
+def test_every_setting_that_is_deployed_exists() -> None:
+    known = set(
+        re.findall(
+            r"NAS_[A-Z_]+", "".join(path.read_text(encoding="utf-8") for package in ("nas", "api", "workers") for path in (ROOT / package).rglob("*.py"))
+        )
+    )
+    for path in (path for path in DEPLOY.rglob("*") if path.is_file() and path.suffix in (".yaml", ".sh", ".Containerfile", ".md")):
+        used = set(re.findall(r"\bNAS_[A-Z_]+\b", path.read_text(encoding="utf-8")))
+        assert {name.removesuffix("_FILE") for name in used} <= known, path
 
 
 def test_images_and_versions_agree() -> None:
