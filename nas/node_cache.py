@@ -67,6 +67,13 @@ class NodeCache:
         with self.scratch() as folder:
             yield folder
 
+    def keep(self, work: Path, *, key: str, source: SharedFiles) -> None:
+        """Make a folder of `writing` the copy of the tree that was published from it, so that this machine does not fetch what it made."""
+        entry = self._entry(f"{source.url}/{key}")
+        with _locked(entry, fcntl.LOCK_EX):
+            if not entry.is_dir():
+                work.rename(entry)
+
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """An empty folder, gone afterwards; one that a killed process left is removed like any entry."""

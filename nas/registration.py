@@ -6,14 +6,16 @@ A search names what is registered here; it can name nothing else, so no request 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nas.compress.corpus import check_corpus, fetch_corpus
 from nas.compress.teacher import check_teacher, fetch_teacher
+from nas.compress.untrusted import inside
 from nas.errors import InvalidSpec, Problem
 from nas.evaluate.tasks import add_task
 from nas.settings import Settings
+from nas.shared_files import SharedFiles, registry_key
 from nas.store.records import CorpusRecord, TaskRecord, TeacherRecord, utc_now
 from nas.store.store import Store
 
@@ -26,11 +28,13 @@ def register_teacher(source: str, *, name: str | None, store: Store, settings: S
     """Register a local folder or a Hugging Face id.
 
     Raises:
+        FilesUnavailable: NAS_SHARED cannot be reached.
         TeacherUnavailable: it cannot be used. Conflict: the name stands for another teacher. InvalidSpec: no spec could say the name.
     """
     name = _checked_name(name, source=source)
     folder = fetch_teacher(source, cache=settings.registry_folder / "teachers").absolute()
     teacher = check_teacher(folder)
+    _publish(settings, "teachers", digest=teacher.digest, files={file: inside(folder, name=file) for file in teacher.files})
     return store.add_teacher(
         TeacherRecord(
             name=name,
@@ -52,6 +56,8 @@ def register_corpus(sources: Sequence[str], *, name: str | None, store: Store, s
     name = _checked_name(name, source=sources[0])
     files = [path.absolute() for source in sources for path in fetch_corpus(source, cache=settings.registry_folder / "corpora")]
     corpus = check_corpus(files)
+    # Each in a folder that is its number: their order is part of the digest, and two may have one name.
+    _publish(settings, "corpora", digest=corpus.digest, files={f"{index:06d}/{file.name}": file for index, file in enumerate(corpus.files)})
     return store.add_corpus(
         CorpusRecord(
             name=name,
@@ -71,10 +77,25 @@ def register_tasks(source: str, *, dataset_path: Path | None, store: Store, sett
         TaskUnavailable: it cannot be used offline. Conflict: the name stands for another task.
     """
     cards = add_task(source, destination=settings.registry_folder / "tasks", dataset_path=dataset_path)
+    for card in cards:
+        _publish(settings, "tasks", digest=card.digest, files={path.relative_to(card.folder).as_posix(): path for path in _files_in(card.folder)})
     return [
         store.add_task(TaskRecord(name=card.name, digest=card.digest, folder=str(card.folder.absolute()), card=card.as_dict(), added_at=utc_now()))
         for card in cards
     ]
+
+
+def _publish(settings: Settings, kind: str, *, digest: str, files: Mapping[str, Path]) -> None:
+    """Copy a thing to where the nodes of the cluster find it, once; without NAS_SHARED they see the paths themselves."""
+    if settings.shared_url is None:
+        return
+    shared, key = SharedFiles(settings.shared_url), registry_key(kind, digest=digest)
+    if shared.find_tree(key) is None:
+        shared.publish_tree(files, key=key)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def _checked_name(name: str | None, *, source: str) -> str:

@@ -27,6 +27,11 @@ TRANSFERS = 4
 _S3_OPTIONS = {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}, "use_listings_cache": False}
 
 
+def registry_key(kind: str, *, digest: str) -> str:
+    """Where a registered thing is: kind is teachers, corpora or tasks."""
+    return f"registry/{kind}/{digest}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
     """One file of a tree."""
@@ -65,13 +70,13 @@ class SharedFiles:
 
     # -- trees -------------------------------------------------------------------------------------------------------------
 
-    def publish_tree(self, folder: Path, *, key: str, only: Mapping[str, Path] | None = None) -> Manifest:
-        """Upload a folder's regular files; what an earlier try has uploaded stays. Whoever publishes the same key again replaces the manifest alone.
+    def publish_tree(self, source: Path | Mapping[str, Path], *, key: str) -> Manifest:
+        """Upload files; what an earlier try has uploaded stays. Whoever publishes the same key again replaces the manifest alone.
 
         Args:
-            only: these files under these paths instead of all that the folder holds.
+            source: a folder, of which all regular files that are not hidden; or files by their path within the tree.
         """
-        sources = only if only is not None else _regular_files(folder)
+        sources = _regular_files(source) if isinstance(source, Path) else source
         with self._reaching(key), ThreadPoolExecutor(TRANSFERS) as pool:
             there = self._sizes(key)
             files = dict(zip(sources, pool.map(partial(self._upload, key=key, there=there), sources.values()), strict=True))
@@ -109,6 +114,12 @@ class SharedFiles:
                     self._write(f"{to}/{file.sha256}", partial(self._fs.copy, self._path(f"{source}/{file.sha256}")))
         self.write_json(manifest.as_dict(), key=f"{to}/{MANIFEST}")
         return True
+
+    def children(self, key: str) -> list[str]:
+        """Names right below a key; none where it is not there."""
+        with self._reaching(key):
+            path = self._path(key)
+            return sorted(PurePosixPath(name).name for name in self._fs.ls(path, detail=False)) if self._fs.exists(path) else []
 
     def delete(self, key: str) -> None:
         """Remove all below a key, manifest first; what is not there is no error."""

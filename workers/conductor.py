@@ -30,7 +30,7 @@ from workers import metrics
 from workers.board import make_board
 from workers.executor import Executor
 from workers.family import Family
-from workers.folders import SearchFolder
+from workers.folders import REUSED, SearchFolder, find_tree
 from workers.liveness import ask_to_stop, read_beat, supersede
 from workers.logs import LogKeeper, last_lines, read_tail
 from workers.progress import ProgressReader, make_point
@@ -103,7 +103,7 @@ class Conductor:
     def __init__(self, record: SearchRecord, *, leader: Leader) -> None:
         self._leader, self._store, self._fence, self._clock = leader, leader.store, leader.fence, leader.clock
         self.record = record
-        self.folder = SearchFolder(path=leader.settings.searches_folder / record.id)
+        self.folder = SearchFolder.of(record.id, settings=leader.settings)
         self.running: dict[str, Running] = {}
         self.ended: dict[str, Outcome] = {}
         """Outcomes of steps that wait to be recorded."""
@@ -288,6 +288,7 @@ class Conductor:
         self._run.add_result(number, rung_result)
         # The next rung resumes this one's trunk; after the last, only the student is needed.
         clear_below(self.folder.trial(number), rung=rung_result.rung + 1 if is_last else rung_result.rung)
+        self.folder.drop_superseded(number, tree=REUSED if rung_result.reused_from is not None else attempt.id)
         if failure:
             self.folder.drop_trial(number)
         self._stop_left_behind()
@@ -466,8 +467,9 @@ class Conductor:
     def _reuse(self, action: Advance, known: Known) -> bool:
         """Take a rung's result from an earlier search; False where that needs the student and it is gone."""
         if action.rung == self._run.last_rung:
-            source = SearchFolder(path=self._leader.settings.searches_folder / known.search).trial(known.trial)
-            if not self.folder.take_student(action.trial, source=source):
+            source = SearchFolder.of(known.search, settings=self._leader.settings)
+            tree = find_tree(known.search, known.trial, store=self._store)
+            if not self.folder.take_student(action.trial, source=source, source_number=known.trial, tree=tree):
                 return False
         origin = {"search": known.search, "trial": known.trial}
         result = replace(known.result, rung=action.rung, seconds={}, reused_from=origin)
@@ -527,7 +529,7 @@ class Conductor:
             key=attempt.id,
             stage=stage,
             folder=str(self.folder.attempt(attempt.id)),
-            request={"spec": self.record.spec, "inputs": run.inputs, "prepared": str(prepared), **request},
+            request={"spec": self.record.spec, "inputs": run.inputs, "prepared": str(prepared), **self._source_of(trial), **request},
             cpus=run.spec.resources.cpus,
             gpus=run.spec.resources.gpus,
             context={"search_id": run.id, "trial": trial, "rung": rung},
@@ -543,6 +545,12 @@ class Conductor:
         except Exception as error:
             logger.exception("step not started", extra={"action": "start_failed", "search_id": run.id, "attempt_id": attempt.id})
             self.ended[attempt.id] = Outcome(succeeded=False, reason="error", message=f"the step could not be started: {type(error).__name__}: {error}"[:2000])
+
+    def _source_of(self, trial: int | None) -> dict[str, Any]:
+        """Which attempt's files a step of a trial begins with, where each attempt has its own."""
+        if trial is None or self.folder.shared is None:
+            return {}
+        return {"trial_source": find_tree(self.record.id, trial, store=self._store)}
 
     # -- writing -----------------------------------------------------------------------------------------------------------
 

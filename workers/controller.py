@@ -20,7 +20,6 @@ from nas.settings import Settings
 from nas.store.records import AttemptRecord, AttemptState, SearchState, TrialState
 from nas.store.store import Store
 from workers import metrics
-from workers.cleaning import Cleaning
 from workers.conductor import WORKING, Conductor, Leader
 from workers.executor import Executor
 from workers.folders import SearchFolder
@@ -28,7 +27,7 @@ from workers.liveness import supersede
 from workers.logs import read_tail
 from workers.membership import Membership
 from workers.probes import PROBES, Probes
-from workers.step import Outcome, read_outcome
+from workers.step import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,6 @@ class Controller:
         self._conductors: dict[str, Conductor] = {}
         self._troubles: dict[str, _Trouble] = {}
         self._probes = Probes(store=store, executor=executor, settings=settings, clock=clock)
-        self._cleaning = Cleaning(store=store, settings=settings, clock=clock)
         self._stopping = False
         self.pulse = metrics.Pulse()
         """Beats as long as the loop comes round, also while the store does not answer."""
@@ -139,7 +137,6 @@ class Controller:
         if self._membership.hold(PROBES):
             try:
                 self._probes.go_on(fence=self._membership.fences[PROBES])
-                self._cleaning.go_on()
             except Fenced:
                 self._drop(PROBES)
 
@@ -260,9 +257,10 @@ class Controller:
     def _settle_finished(self, search_id: str, *, leader: Leader, running: list[AttemptRecord]) -> None:
         try:
             conductor = Conductor(self._store.get_search(search_id), leader=leader)
+            outcomes = conductor.folder.find_outcomes([attempt.id for attempt in running])
             for attempt in running:
-                if (outcome := read_outcome(conductor.folder.attempt(attempt.id))) is not None:
-                    conductor.resume(attempt, outcome)
+                if attempt.id in outcomes:
+                    conductor.resume(attempt, outcomes[attempt.id])
             conductor.settle()
         except Fenced:
             raise
@@ -272,7 +270,7 @@ class Controller:
 
 
 def _mailbox(settings: Settings, attempt: AttemptRecord) -> Path:
-    return SearchFolder(path=settings.searches_folder / attempt.search_id).attempt(attempt.id)
+    return SearchFolder.of(attempt.search_id, settings=settings).attempt(attempt.id)
 
 
 def _supersede(mailbox: Path, attempt: AttemptRecord) -> None:

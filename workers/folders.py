@@ -1,21 +1,38 @@
-"""Where the files of a search are, and when they go. It deletes; it reads and writes nothing.
+"""Where the files of a search are, and when they go. It deletes; but for students that are taken over it writes nothing.
 
 trials/N/          a trial's checkpoints and its student, until the trial or the search has ended; that of a verified finalist stays, to
                    be bundled (`nas bundle`), and for searches that start from this one
 attempts/ID/       an attempt's mailbox (see step.py), until the search has ended; that of a failed attempt stays, for its log
 winner/            the bundle; those of further budgets beside it: winner-1/, ...
+
+Where the nodes share files by URL (NAS_SHARED) the same paths are keys below it. There a trial has a tree for each attempt that
+trained it, attempts/ID/ has the outcome alone, and what is deleted is so a little later, by a thread of its own.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+from nas.errors import FilesUnavailable
 from nas.search.layout import STUDENT, trial_folder
+from nas.settings import Settings
+from nas.shared_files import SharedFiles
+from nas.store.records import AttemptState
+from nas.store.store import Store
+from workers.step import RESULT, Outcome, read_outcome
+
+logger = logging.getLogger(__name__)
+
+REUSED = "reused"
+"""The tree of a student that was taken over from another search."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +40,12 @@ class SearchFolder:
     """The folder of one search. What is not there can be deleted all the same: a restart may do it twice."""
 
     path: Path
+    shared: SharedFiles | None = None
+    """Where the nodes share files by URL: those."""
+
+    @classmethod
+    def of(cls, search_id: str, *, settings: Settings) -> SearchFolder:
+        return cls(path=settings.searches_folder / search_id, shared=None if settings.shared_url is None else _open(settings.shared_url))
 
     def trial(self, number: int) -> Path:
         return trial_folder(self.path, number=number)
@@ -36,18 +59,38 @@ class SearchFolder:
     def drop_trial(self, number: int) -> None:
         """A trial that ended without a student worth keeping."""
         shutil.rmtree(self.trial(number), ignore_errors=True)
+        self._delete(f"trials/{number}")
 
-    def take_student(self, number: int, *, source: Path) -> bool:
+    def drop_superseded(self, number: int, *, tree: str) -> None:
+        """Of a trial's trees keep that whose result counts."""
+        if self.shared is not None:
+            _remover().submit(_delete_all_but, self.shared, self._key(f"trials/{number}"), keep=(tree,))
+
+    def take_student(self, number: int, *, source: SearchFolder, source_number: int, tree: str | None) -> bool:
         """Make the student of another search's trial this trial's; False where it is not there any more.
 
         Linked where the disk allows it: a student is never written to again, only replaced.
+
+        Args:
+            tree: the other's, see `find_tree`.
         """
-        if not (source / STUDENT).is_dir():
+        if self.shared is not None:
+            return tree is not None and self.shared.copy_tree(source._key(f"trials/{source_number}/{tree}"), to=self._key(f"trials/{number}/{REUSED}"))
+        if not (source.trial(source_number) / STUDENT).is_dir():
             return False
         target = self.trial(number)
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(source, target, copy_function=_link_or_copy)
+        shutil.copytree(source.trial(source_number), target, copy_function=_link_or_copy)
         return True
+
+    def find_outcomes(self, attempt_ids: Collection[str]) -> dict[str, Outcome]:
+        """The outcomes that steps left, of those that did: also of steps whose controller died before it heard."""
+        found = {attempt_id: outcome for attempt_id in attempt_ids if (outcome := read_outcome(self.attempt(attempt_id))) is not None}
+        if self.shared is not None:
+            for attempt_id in set(self.shared.children(self._key("attempts"))) & (set(attempt_ids) - found.keys()):
+                if (values := self.shared.read_json(self._key(f"attempts/{attempt_id}/{RESULT}"))) is not None:
+                    found[attempt_id] = Outcome.from_dict(values)
+        return found
 
     def clear(self, *, keep_attempts: Collection[str], keep_trials: Collection[int]) -> None:
         """The search has ended: its bundle holds the winner, and the store what was measured of the others."""
@@ -61,6 +104,50 @@ class SearchFolder:
         for folder in attempts.iterdir() if attempts.exists() else ():
             if folder.name not in keep_attempts:
                 shutil.rmtree(folder, ignore_errors=True)
+        if self.shared is not None:
+            _remover().submit(_delete_all_but, self.shared, self._key("trials"), keep=tuple(map(str, keep_trials)))
+            self._delete("attempts")
+
+    def _key(self, name: str) -> str:
+        return f"{self.path.parent.name}/{self.path.name}/{name}"
+
+    def _delete(self, name: str) -> None:
+        if self.shared is not None:
+            _remover().submit(_delete_all_but, self.shared, self._key(name), keep=())
+
+
+def find_tree(search_id: str, number: int, *, store: Store) -> str | None:
+    """The name of the tree that holds what the trial's last rung left: its attempt; None where no rung has ended."""
+    rungs = store.list_rungs(search_id, trial=number, with_documents=False)
+    if not rungs:
+        return None
+    if rungs[-1].result.get("reused_from") is not None:
+        return REUSED
+    made = [attempt for attempt in store.list_attempts(search_id, trial=number) if attempt.stage == "rung" and attempt.rung == rungs[-1].rung]
+    return next((attempt.id for attempt in made if attempt.state is AttemptState.SUCCEEDED), None)
+
+
+@lru_cache(maxsize=4)
+def _open(url: str) -> SharedFiles:
+    return SharedFiles(url)
+
+
+@lru_cache(maxsize=1)
+def _remover() -> ThreadPoolExecutor:
+    """One thread: an object store that is slow to delete must not keep the controller from its leases."""
+    return ThreadPoolExecutor(1, thread_name_prefix="remover")
+
+
+def _delete_all_but(shared: SharedFiles, key: str, *, keep: Collection[str]) -> None:
+    try:
+        if not keep:
+            shared.delete(key)
+        for name in shared.children(key) if keep else ():
+            if name not in keep:
+                shared.delete(f"{key}/{name}")
+    except FilesUnavailable as error:
+        # The end of the search, or its deletion, asks once more.
+        logger.warning("not deleted: %s", error, extra={"action": "delete_failed", "key": key})
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -16,26 +16,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError, GetTimeoutError, NodeDiedError, OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import AuthenticationError, GetTimeoutError, NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nas.errors import InvalidSpec, Problem
+from nas.errors import FilesUnavailable, InvalidSpec, Problem
 from nas.settings import Settings
 from nas.shared_files import SharedFiles
 from nas.store.records import NodeRecord
 from workers import on_node
+from workers.courier import Deliverer, PostOffice, raised_flags
 from workers.ray_nodes import RayNodes
-from workers.step import Outcome, Step, read_outcome
+from workers.step import RESULT, Outcome, Step, read_outcome
 
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """Steps pass paths, never weights; Ray's default of 30 % of the memory would only take it away from training."""
+EXCHANGE_SECONDS = 0.5
+"""Between two looks at what the steps have sent."""
 SESSION_PREFIX = "nas-ray-"
 MAX_PARENT = 107 - 85
 """Length of the temporary folder's path: a socket's has at most 107 bytes, of which Ray's names and ours take 85."""
@@ -47,13 +51,13 @@ class RayExecutor:
 
     Args:
         save_node: told of every node of the cluster, when it changes and now and then.
-        work: module:function that runs a step on a node and returns its outcome.
+        work: module:function that runs a step on a node and returns its outcome; None: `step.execute`, or `away.run` where files are shared by URL.
     Raises:
         InvalidSpec: the cluster asks nobody for a token, or not for ours.
         FilesUnavailable: the shared files cannot be reached from here.
     """
 
-    def __init__(self, settings: Settings, *, save_node: Callable[[NodeRecord], None], work: str = "workers.step:execute") -> None:
+    def __init__(self, settings: Settings, *, save_node: Callable[[NodeRecord], None], work: str | None = None) -> None:
         # Steps that use no GPU must not see one: since Ray 2.55 the list is no longer emptied for them.
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "1"
         environment = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
@@ -79,7 +83,14 @@ class RayExecutor:
         ray_logger.setLevel(logging.WARNING)
         ray.cloudpickle.register_pickle_by_value(on_node)
         self._nodes = RayNodes(expected={"versions": on_node.versions(), "files": _mark_files(settings)}, save=save_node)
-        self._work, self._arguments = work, dict[str, Any]()
+        self._work, self._arguments = work or "workers.step:execute", dict[str, Any]()
+        self._post: _Post | None = None
+        self._files: SharedFiles | None = None
+        self._data_folder = settings.data_folder
+        if settings.shared_url is not None and work is None:
+            self._post, self._files = _Post(), SharedFiles(settings.shared_url)
+            self._work = "workers.away:run"
+            self._arguments = {"url": settings.shared_url, "data_folder": str(settings.data_folder), "post_office": self._post.office}
         self._on_cpu = ray.remote(num_cpus=1, max_retries=0)(on_node.run_step)
         self._on_gpu = ray.remote(num_cpus=1, num_gpus=1, max_calls=1, max_retries=0)(on_node.run_step)
         self._running: dict[Any, Step] = {}
@@ -113,7 +124,10 @@ class RayExecutor:
             return []
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_seconds)
         more, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
-        return [self._settle(reference) for reference in dict.fromkeys([*ready, *more])]
+        ended = list(dict.fromkeys([*ready, *more]))
+        if self._post is not None:  # before the outcomes: what a step has said belongs to it
+            self._post.exchange(self._running.values(), at_once=bool(ended))
+        return [self._settle(reference) for reference in ended]
 
     def _settle(self, reference: Any) -> tuple[str, Outcome]:
         step = self._running.pop(reference)
@@ -121,10 +135,21 @@ class RayExecutor:
             answer = ray.get(reference, timeout=10)
         except (RayError, GetTimeoutError) as error:
             # The step may have ended its work before its worker died.
-            return step.key, read_outcome(Path(step.folder)) or _died(error)
+            return step.key, self._find_outcome(step) or _died(error)
         if answer["check"] is not None:
             self._nodes.note(answer["node"], answer["check"])
         return step.key, Outcome.from_dict(answer["outcome"])
+
+    def _find_outcome(self, step: Step) -> Outcome | None:
+        """What a step left before its worker died."""
+        if self._files is None:
+            return read_outcome(Path(step.folder))
+        try:
+            found = self._files.read_json(f"{Path(step.folder).relative_to(self._data_folder).as_posix()}/{RESULT}")
+        except FilesUnavailable as error:
+            logger.warning("outcome not found: %s", error, extra={"action": "outcome_unreadable", "attempt_id": step.key})
+            return None
+        return None if found is None else Outcome.from_dict(found)
 
     def kill(self, key: str) -> None:
         for reference, step in self._running.items():
@@ -138,6 +163,35 @@ class RayExecutor:
         ray.shutdown()
         if self._session is not None:
             self._session.remove()
+
+
+class _Post:
+    """The controller's side of the steps' mailboxes where it shares no folder with them."""
+
+    def __init__(self) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.office = ray.remote(num_cpus=0, max_restarts=-1)(PostOffice).options(scheduling_strategy=here).remote()
+        self._deliverers: dict[str, Deliverer] = {}
+        self._exchanged = 0.0
+
+    def exchange(self, running: Iterable[Step], *, at_once: bool) -> None:
+        """Deliver what came, and tell which flags are up; every EXCHANGE_SECONDS, or now."""
+        now = time.monotonic()
+        if not at_once and now - self._exchanged < EXCHANGE_SECONDS:
+            return
+        self._exchanged = now
+        folders = {step.key: Path(step.folder) for step in running}
+        try:
+            parcels = ray.get(self.office.exchange.remote({key: flags for key, folder in folders.items() if (flags := raised_flags(folder))}), timeout=10)
+        except (RayActorError, GetTimeoutError) as error:
+            logger.warning("post office does not answer: %s", error, extra={"action": "post_failed"})
+            return
+        self._deliverers = {key: self._deliverers.get(key) or Deliverer(folder=folder) for key, folder in folders.items()}
+        for key, sent in parcels.items():
+            # A folder that is gone belongs to a search that ended: it is not made again.
+            if key in folders and folders[key].is_dir():
+                for parcel in sent:
+                    self._deliverers[key].deliver(parcel)
 
 
 class _Session:

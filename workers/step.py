@@ -59,7 +59,8 @@ class Outcome:
     succeeded: bool
     result: dict[str, Any] | None = None
     reason: str | None = None
-    """out_of_memory, does_not_fit, diverged, stopped, superseded, preempted, node_unfit, worker_died, timeout, unavailable, corrupt_file, error."""
+    """out_of_memory, does_not_fit, diverged, stopped, superseded, preempted, node_unfit, worker_died, timeout, unavailable, files_unavailable,
+    corrupt_file, error."""
     message: str = ""
     retryable: bool = True
 
@@ -102,7 +103,7 @@ def _attempt(step: Step, *, folder: Path) -> Outcome:
     try:
         outcome = Outcome(succeeded=True, result=_run(step, folder=folder))
     except BaseException as error:
-        outcome = _failure(error)
+        outcome = failure(error)
         outcome = replace(outcome, message=redact(outcome.message, secrets=find_secrets(os.environ)))
         # The traceback of what nobody expected; of the others the message says it all.
         logger.error("%s failed: %s", step.stage, outcome.message.partition("\n")[0], exc_info=error if outcome.reason == "error" else None)
@@ -188,10 +189,10 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
                 raise ValueError(f"stage: expected prepare, rung, confirm or bundle, got {unknown!r}")
 
 
-def _failure(error: BaseException) -> Outcome:
+def failure(error: BaseException) -> Outcome:
     """What an exception means for the search. What is deterministic is not tried again."""
     from nas.compress.distillation import Diverged, Stopped
-    from nas.errors import CorpusUnavailable, CorruptFile, DoesNotFit, Fenced, InvalidSpec, TaskUnavailable, TeacherUnavailable
+    from nas.errors import CorpusUnavailable, CorruptFile, DoesNotFit, Fenced, FilesUnavailable, InvalidSpec, TaskUnavailable, TeacherUnavailable
     from nas.search.prepare import StoppedEarly
 
     message = f"{type(error).__name__}: {error}"
@@ -207,6 +208,8 @@ def _failure(error: BaseException) -> Outcome:
         return Outcome(succeeded=False, reason="does_not_fit", message=message, retryable=False)
     if isinstance(error, CorruptFile):
         return Outcome(succeeded=False, reason="corrupt_file", message=message)
+    if isinstance(error, FilesUnavailable):
+        return Outcome(succeeded=False, reason="files_unavailable", message=message)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return Outcome(succeeded=False, reason="out_of_memory", message=message)
     return Outcome(succeeded=False, reason="error", message=message + "\n" + "".join(traceback.format_exception(error)[-4:])[-2000:])

@@ -55,6 +55,8 @@ class Teacher:
     """A checked folder: it is safe to load, and its tensors are the ones that its config promises."""
 
     path: Path
+    files: tuple[str, ...]
+    """Names of all that is read of the folder."""
     digest: str
     """sha256 over name and content of config, safetensors and tokenizer files: equal folders, equal digests."""
     config: dict[str, Any]
@@ -77,13 +79,15 @@ def check_teacher(folder: Path) -> Teacher:
     check_size(architecture)
     weight_files = _weight_files(folder)
     parameters = _check_weights([inside(folder, name=name) for name in weight_files], architecture=architecture)
-    tokenizer = [name for name in tokenizer_files(folder) if name != GENERATION_FILE]
+    beside = list(tokenizer_files(folder))
+    tokenizer = [name for name in beside if name != GENERATION_FILE]
     if not set(tokenizer) & set(_VOCABULARY_FILES):
         raise TeacherUnavailable(f"{folder}: expected a tokenizer ({' or '.join(_VOCABULARY_FILES)}), got none")
     if TOKENIZER_CONFIG_FILE in tokenizer:
         _refuse_code(read_json(folder, name=TOKENIZER_CONFIG_FILE), name=TOKENIZER_CONFIG_FILE)
     digest = _digest(folder, names=[CONFIG_FILE, *weight_files, *tokenizer])
-    return Teacher(path=folder, digest=digest, config=config, architecture=architecture, parameters=parameters)
+    files = (CONFIG_FILE, *weight_files, *beside)
+    return Teacher(path=folder, files=files, digest=digest, config=config, architecture=architecture, parameters=parameters)
 
 
 def check_context(sequence_length: int, *, name: str, model: Teacher) -> list[Problem]:

@@ -340,10 +340,8 @@ attempt_logs = Table(
     _search_id(),
     Column("text", PlainText, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
-    Column("num_bytes", Integer, nullable=False, server_default="0"),
     Index(None, "search_id"),
-    # With the sizes, so that they are summed without a look at the texts.
-    Index(None, "updated_at", "num_bytes"),
+    Index(None, "updated_at"),
 )
 
 rungs = Table(

@@ -1,0 +1,188 @@
+"""Searches whose steps run on machines that share nothing with the controller but a URL: each step in another machine's folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nas.node_cache import NodeCache
+from nas.search import confirm
+from nas.settings import Settings
+from nas.shared_files import SharedFiles
+from nas.spec import dump_spec, parse_spec
+from nas.store.records import AttemptState, SearchRecord, SearchState
+from nas.store.store import Store
+from nas.submission import check_submission
+from workers import folders
+from workers.away import run_here
+from workers.controller import Controller
+from workers.liveness import supersede
+from workers.step import Outcome, Step, execute
+
+
+class Nodes:
+    """An executor of one step at a time, each on the next of two machines."""
+
+    def __init__(self, folder: Path, *, url: str | None, data_folder: Path) -> None:
+        self.shared = None if url is None else SharedFiles(url)
+        self.caches = [NodeCache(folder=folder / f"node{index}", max_bytes=None) for index in range(2)]
+        self.data_folder = data_folder
+        self.steps: list[Step] = []
+        self.history: list[Step] = []
+        self.before: Callable[[Step, Path], None] = lambda step, mailbox: None
+
+    def start(self, step: Step) -> None:
+        self.steps.append(step)
+        self.history.append(step)
+
+    def wait(self, *, timeout_seconds: float) -> list[tuple[str, Outcome]]:
+        return [(step.key, self.run(step)) for step in (self.steps.pop(0),)] if self.steps else []
+
+    def run(self, step: Step) -> Outcome:
+        if self.shared is None:
+            return execute(step)
+        cache = self.caches[len(self.history) % 2]
+        with cache.scratch() as mailbox:
+            self.before(step, mailbox)
+            return run_here(step, mailbox=mailbox, shared=self.shared, cache=cache, data_folder=self.data_folder)
+
+    def kill(self, key: str) -> None:
+        self.steps = [step for step in self.steps if step.key != key]
+
+    def close(self) -> None:
+        self.steps.clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def verified_here() -> Iterator[None]:
+    """A fresh process for each finalist takes three times as long as all the rest of a search."""
+    verify = confirm.verify
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(confirm, "verify", lambda *arguments, **named: verify(*arguments, **{**named, "with_reload": False}))
+        yield
+
+
+@dataclasses.dataclass
+class Deployment:
+    settings: Settings
+    store: Store
+    nodes: Nodes
+
+    def submit(self, spec: dict[str, Any]) -> str:
+        parsed = parse_spec(json.dumps(spec))
+        submission = check_submission(parsed, store=self.store)
+        return self.store.create_search(spec=dump_spec(parsed), inputs=submission.inputs, plan=submission.plan, label="").id
+
+    def run(self, search_id: str) -> SearchRecord:
+        """A controller, until the search ends."""
+        controller = Controller(store=self.store, executor=self.nodes, settings=self.settings)
+        while not self.store.get_search(search_id).state.is_terminal:
+            controller.tick(timeout_seconds=0.0)
+        folders._remover().submit(lambda: None).result()  # all that was to be deleted is
+        return self.store.get_search(search_id)
+
+
+def make_deployment(folder: Path, *, url: str | None, register: Callable[..., None]) -> Deployment:
+    settings = Settings.from_environment({"NAS_DATA": str(folder / "data"), "NAS_SHARED": url or "", "NAS_LEASE_SECONDS": "1"})
+    settings.data_folder.mkdir(parents=True)
+    store = Store.open(settings.database_url, migrate=True)
+    register(store=store, settings=settings)
+    return Deployment(settings=settings, store=store, nodes=Nodes(folder, url=url, data_folder=settings.data_folder))
+
+
+def figures(store: Store, search_id: str) -> list[Any]:
+    board = store.whole_board(search_id)
+    assert board is not None, store.get_search(search_id).error
+    names = ("number", "rank", "shape", "rung", "score", "kl", "tasks", "state")
+    return [{name: row[name] for name in names} for row in board["rows"]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]]) -> list[Any]:
+    """The figures of the search on one machine, its files in place."""
+    deployment = make_deployment(tmp_path_factory.mktemp("in_place"), url=None, register=register_tiny)
+    return figures(deployment.store, deployment.run(deployment.submit(tiny_spec())).id)
+
+
+def test_a_search_over_s3_is_the_search_in_a_folder(
+    s3_url: str, undisturbed: list[Any], register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    deployment = make_deployment(tmp_path, url=s3_url, register=register_tiny)
+
+    search = deployment.run(deployment.submit(tiny_spec()))
+
+    assert search.state is SearchState.SUCCEEDED, search.error
+    assert figures(deployment.store, search.id) == undisturbed
+    shared = SharedFiles(s3_url)
+    assert search.winner is not None
+    with shared.open(search.winner["bundle"]) as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == search.winner["bundle_sha256"]
+    confirmed = [trial.number for trial in deployment.store.list_trials(search.id) if trial.confirmation and trial.confirmation["verified"]]
+    assert [int(name) for name in shared.children(f"searches/{search.id}/trials")] == confirmed
+    assert all(len(shared.children(f"searches/{search.id}/trials/{number}")) == 1 for number in confirmed), "a tree that nobody reads"
+    assert shared.children(f"searches/{search.id}/attempts") == []
+    assert list(deployment.settings.data_folder.rglob("*.safetensors")) == [], "weights on the controller's machine"
+
+
+class Killed(BaseException):
+    """The controller's process has ended."""
+
+
+def test_what_was_written_is_taken_over_and_what_was_superseded_leaves_no_trace(
+    undisturbed: list[Any], register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    deployment = make_deployment(tmp_path, url=f"file://{tmp_path / 'shared'}", register=register_tiny)
+    nodes, run = deployment.nodes, deployment.nodes.run
+    superseded: list[Step] = []
+    unheard: list[Step] = []
+
+    def run_badly(step: Step) -> Outcome:
+        is_trained = step.stage == "rung" and step.request["rung"] > 0
+        if is_trained and not superseded:
+            superseded.append(step)
+            nodes.before = lambda step, mailbox: supersede(mailbox) if step is superseded[0] else None
+            return run(step)
+        outcome = run(step)
+        if is_trained and not unheard:
+            unheard.append(step)
+            raise Killed
+        return outcome
+
+    nodes.run = run_badly  # type: ignore[method-assign]
+    search_id = deployment.submit(tiny_spec())
+    with pytest.raises(Killed):
+        deployment.run(search_id)
+    nodes.close()
+    time.sleep(deployment.settings.lease_seconds + 0.1)
+
+    search = deployment.run(search_id)
+
+    assert search.state is SearchState.SUCCEEDED, search.error
+    assert figures(deployment.store, search_id) == undisturbed
+    attempts = {attempt.id: attempt for attempt in deployment.store.list_attempts(search_id)}
+    assert attempts[superseded[0].key].state is AttemptState.LOST
+    assert attempts[unheard[0].key].state is AttemptState.SUCCEEDED, "its result was written, and it ran again"
+    trees = list((tmp_path / "shared" / "searches" / search_id).rglob(superseded[0].key))
+    assert trees == []
+
+
+def test_a_thing_that_was_registered_before_there_was_a_url_is_asked_for(
+    register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    deployment = make_deployment(tmp_path, url=f"file://{tmp_path / 'shared'}", register=register_tiny)
+    SharedFiles(f"file://{tmp_path / 'shared'}").delete("registry/corpora")
+
+    search = deployment.run(deployment.submit(tiny_spec()))
+
+    assert search.state is SearchState.FAILED
+    assert search.error is not None
+    assert search.error["reason"] == "unavailable"
+    assert "words: expected at file://" in search.error["message"]
+    assert "register it again (`nas corpora add`) with NAS_SHARED set" in search.error["message"]

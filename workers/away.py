@@ -1,0 +1,193 @@
+"""A step on a machine that shares no folder with the controller: its files are fetched by URL before it, and published after it.
+
+The step itself (`step.py`) sees plain folders of this machine. A trial's checkpoints are published under the attempt that made
+them, and the next step is told which attempt's to take: one that was superseded may publish, and nobody reads it. The
+outcome is published last, so that another controller finds it, and with it all that it speaks of.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from nas.bundle import TAR
+from nas.errors import CorpusUnavailable, NasError, NotFound, TaskUnavailable, TeacherUnavailable
+from nas.files import check_may_publish, publishing_unless
+from nas.node_cache import NodeCache
+from nas.search.layout import clear_below
+from nas.settings import Settings
+from nas.shared_files import SharedFiles, registry_key
+from nas.spec import parse_spec
+from workers.courier import carrying, sender
+from workers.liveness import beating, is_superseded
+from workers.step import RESULT, Outcome, Step, execute, failure
+
+logger = logging.getLogger(__name__)
+
+_ABSENT = {"teachers": TeacherUnavailable, "corpora": CorpusUnavailable, "tasks": TaskUnavailable}
+SOURCE = ".source"
+"""In a trial's folder on a node: the attempt whose checkpoints it began from, or which it published."""
+
+
+def run(step: Step, *, url: str, data_folder: str, post_office: Any) -> Outcome:
+    """Run a step on this node.
+
+    Args:
+        url: of the shared files; a path below the controller's `data_folder` is a key below the URL.
+        post_office: the handle of the controller's `PostOffice`.
+    """
+    settings = Settings.from_environment(os.environ)
+    cache = NodeCache(folder=settings.cache_folder, max_bytes=settings.cache_bytes)
+    with cache.scratch() as mailbox, carrying(mailbox, send=sender(post_office, step.key), beat_seconds=step.beat_seconds):
+        return run_here(step, mailbox=mailbox, shared=_open(url), cache=cache, data_folder=Path(data_folder))
+
+
+def run_here(step: Step, *, mailbox: Path, shared: SharedFiles, cache: NodeCache, data_folder: Path) -> Outcome:
+    """The same, with this node's side of the step's mailbox."""
+    if step.stage == "probe":
+        return execute(replace(step, folder=str(mailbox)))
+    away = _Away(step=step, mailbox=mailbox, shared=shared, cache=cache, data_folder=data_folder)
+    with beating(mailbox, seconds=step.beat_seconds), publishing_unless(partial(is_superseded, mailbox)):
+        try:
+            with ExitStack() as stack:
+                outcome = away.run(stack)
+            key = f"{away.key(step.folder)}/{RESULT}"
+            check_may_publish(Path(key))
+            shared.write_json(outcome.as_dict(), key=key)
+        except (NasError, OSError) as error:
+            return failure(error)
+    return outcome
+
+
+@lru_cache(maxsize=4)
+def _open(url: str) -> SharedFiles:
+    return SharedFiles(url)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Away:
+    """One step, its files and where they are."""
+
+    step: Step
+    mailbox: Path
+    shared: SharedFiles
+    cache: NodeCache
+    data_folder: Path
+    """The controller's."""
+
+    def key(self, path: str) -> str:
+        return Path(path).relative_to(self.data_folder).as_posix()
+
+    def run(self, stack: ExitStack) -> Outcome:
+        request = {**self.step.request, "inputs": self._fetch_inputs(stack)}
+        match self.step.stage:
+            case "prepare":
+                return self._prepare(request, stack)
+            case "rung":
+                return self._rung({**request, "prepared": str(self._read(self.key(request["prepared"]), stack))}, stack)
+            case _:
+                local = {"prepared": str(self._read(self.key(request["prepared"]), stack)), "trial_folder": str(self._read(self._trial(), stack))}
+                return self._bundle({**request, **local}, stack) if self.step.stage == "bundle" else self._execute({**request, **local})
+
+    def _execute(self, request: Mapping[str, Any]) -> Outcome:
+        return execute(replace(self.step, folder=str(self.mailbox), request=dict(request)))
+
+    def _read(self, key: str, stack: ExitStack) -> Path:
+        return stack.enter_context(self.cache.reading(key, source=self.shared))
+
+    def _work(self, key: str) -> AbstractContextManager[Path]:
+        return self.cache.writing(f"work on {self.shared.url}/{key}")
+
+    def _trial(self) -> str:
+        """The tree of the trial as the last attempt that counts left it."""
+        source = self.step.request["trial_source"]
+        if source is None:
+            raise NotFound(f"{self.step.request['trial_folder']}: expected a published student, got none")
+        return f"{self.key(self.step.request['trial_folder'])}/{source}"
+
+    def _fetch_inputs(self, stack: ExitStack) -> dict[str, Any]:
+        """The registered things under their paths on this machine; a corpus only where it is read."""
+        inputs = self.step.request["inputs"]
+        teacher = {**inputs["teacher"], "path": str(self._read_registered("teachers", inputs["teacher"], stack))}
+        tasks = [{**task, "folder": str(self._read_registered("tasks", task, stack))} for task in inputs["tasks"]]
+        corpora = inputs["corpora"]
+        if self.step.stage == "prepare":
+            corpora = [{**corpus, "files": _in_order(self._read_registered("corpora", corpus, stack))} for corpus in corpora]
+        return {**inputs, "teacher": teacher, "tasks": tasks, "corpora": corpora}
+
+    def _read_registered(self, kind: str, thing: Mapping[str, Any], stack: ExitStack) -> Path:
+        key = registry_key(kind, digest=thing["digest"])
+        try:
+            return self._read(key, stack)
+        except NotFound as absent:
+            error = _ABSENT[kind]
+            raise error(
+                f"{thing['name']}: expected at {self.shared.url}/{key}, got nothing; register it again (`nas {kind} add`) with NAS_SHARED set"
+            ) from absent
+
+    def _prepare(self, request: Mapping[str, Any], stack: ExitStack) -> Outcome:
+        """What another search has prepared is read; what this one prepares stays here, to be gone on with, until it is whole."""
+        key = self.key(request["prepared"])
+        if self.shared.find_tree(key) is not None:
+            return self._execute({**request, "prepared": str(self._read(key, stack))})
+        folder = stack.enter_context(self._work(key))
+        outcome = self._execute({**request, "prepared": str(folder)})
+        if outcome.succeeded:
+            check_may_publish(Path(key))
+            self.shared.publish_tree(folder, key=key)
+            self.cache.keep(folder, key=key, source=self.shared)
+        return outcome
+
+    def _rung(self, request: Mapping[str, Any], stack: ExitStack) -> Outcome:
+        key = self.key(request["trial_folder"])
+        folder = stack.enter_context(self._work(key))
+        self._begin_from(request["trial_source"], key=key, folder=folder)
+        outcome = self._execute({**request, "trial_folder": str(folder)})
+        if outcome.succeeded:
+            is_last = request["rung"] == parse_spec(json.dumps(request["spec"])).rungs.num_trained
+            clear_below(folder, rung=request["rung"] + is_last)
+            check_may_publish(Path(key))
+            self.shared.publish_tree(folder, key=f"{key}/{self.step.key}")
+            (folder / SOURCE).write_text(self.step.key, encoding="utf-8")
+        return outcome
+
+    def _begin_from(self, source: str | None, *, key: str, folder: Path) -> None:
+        """Make a trial's folder what the attempt `source` left, unless it is that, with what a later attempt on this machine has trained since."""
+        marker, wanted = folder / SOURCE, source or "nothing"
+        if marker.exists() and marker.read_text(encoding="utf-8") == wanted:
+            return
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if source is not None:
+            manifest = self.shared.find_tree(f"{key}/{source}")
+            if manifest is None:
+                # A rung that is known from an earlier search left no trunk: the next one trains from the start.
+                logger.info("trial has no checkpoint, training from the start", extra={"action": "trunk_lost", "key": key})
+            else:
+                self.cache.make_room(manifest.bytes)
+                self.shared.fetch_tree(f"{key}/{source}", folder=folder, manifest=manifest)
+                logger.info("trial fetched", extra={"action": "trial_fetched", "key": key, "bytes": manifest.bytes})
+        marker.write_text(wanted, encoding="utf-8")
+
+    def _bundle(self, request: Mapping[str, Any], stack: ExitStack) -> Outcome:
+        folder = stack.enter_context(self.cache.scratch())
+        outcome = self._execute({**request, "bundle_folder": str(folder)})
+        if not outcome.succeeded or outcome.result is None:
+            return outcome
+        key = f"{self.key(self.step.request['bundle_folder'])}/{TAR}"
+        check_may_publish(Path(key))
+        self.shared.publish_file(folder / TAR, key=key)
+        return replace(outcome, result={**outcome.result, "bundle": str(self.data_folder / key)})
+
+
+def _in_order(folder: Path) -> list[str]:
+    """A corpus's files as they were registered: each in a folder that is its number."""
+    return [str(file) for number in sorted(folder.iterdir()) for file in number.iterdir()]
