@@ -101,6 +101,16 @@ def publish(temporary: Path, *, target: Path) -> None:
         os.close(directory)
 
 
+def withdraw(target: Path) -> None:
+    """Remove a published file before what it vouches for is made anew.
+
+    Raises:
+        Fenced: another process has taken this one's place.
+    """
+    check_may_publish(target)
+    target.unlink(missing_ok=True)
+
+
 def file_digest(path: Path) -> str:
     """sha256 of one file's content."""
     with path.open("rb") as file:

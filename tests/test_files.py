@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 
 from nas.compress.manifest import load_tensors, save_tensors
-from nas.files import is_disk_full, whole_file, write_json
+from nas.errors import Fenced
+from nas.files import is_disk_full, publishing_unless, whole_file, withdraw, write_json
 
 
 def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
@@ -80,3 +81,35 @@ def test_json_that_does_not_fit_the_disk_leaves_the_old_one(tmp_path: Path) -> N
 
     assert json.loads((tmp_path / "a.json").read_text()) == {"kept": True}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_process_that_was_replaced_publishes_and_withdraws_nothing(tmp_path: Path) -> None:
+    """Whatever it had begun: its place was taken while it wrote, and what the other one left stays, byte for byte."""
+    save_tensors(tmp_path, name="trunk", tensors={"w": torch.ones(3)}, facts={"step": 500})
+    write_json({"a": 1}, target=tmp_path / "facts.json")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    is_replaced = [False]
+
+    with publishing_unless(lambda: is_replaced[0]):
+        late_file = whole_file(tmp_path / "facts.json")
+        late_file.__enter__().write_text("late")
+        is_replaced[0] = True
+        for late in (
+            lambda: late_file.__exit__(None, None, None),
+            lambda: save_tensors(tmp_path, name="trunk", tensors={"w": torch.zeros(3)}, facts={"step": 100}),
+            lambda: write_json({"a": 2}, target=tmp_path / "facts.json"),
+            lambda: withdraw(tmp_path / "trunk.json"),
+        ):
+            with pytest.raises(Fenced, match="got a process that was replaced"):
+                late()
+
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write_json({"a": 2}, target=tmp_path / "facts.json")
+
+
+def test_what_a_process_writes_beside_another_never_mixes(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "a") as one, whole_file(tmp_path / "a") as other:
+        one.write_text("one")
+        other.write_text("other")
+        assert one != other
+    assert (tmp_path / "a").read_text() in ("one", "other")

@@ -7,6 +7,7 @@ one of each other whatever the order in which they look, and then nothing moves 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,10 +45,14 @@ def num_to_claim(holdings: Holdings, *, owner: str) -> int:
 
 
 def num_to_hand_back(holdings: Holdings, *, owner: str) -> int:
-    """How many searches this controller should let go, as soon as nothing of them runs: one at a time, while somebody lacks what is not free either."""
+    """How many searches this controller should let go, as soon as nothing of them runs.
+
+    What others lack, and is not free already, is given in proportion by those who have more than their right; then what is more than anybody should have.
+    """
     share, left_over = divmod(len(holdings.active), len({owner, *holdings.controllers}))
-    held = holdings.held()
-    lacking = sum(max(0, share - held[controller]) for controller in holdings.controllers if controller != owner)
-    is_needed = lacking > len(holdings.free)
-    has_too_many = held[owner] > share + (1 if left_over else 0) and not holdings.free
-    return 1 if has_too_many or (is_needed and held[owner] > share) else 0
+    held, num_free = holdings.held(), len(holdings.free)
+    lacking = sum(max(0, share - held[controller]) for controller in holdings.controllers) - num_free
+    if lacking > 0:
+        spare = {controller: max(0, num - share) for controller, num in held.items()}
+        return math.ceil(lacking * spare.get(owner, 0) / max(1, sum(spare.values())))
+    return max(0, held[owner] - share - min(left_over, 1)) if not num_free else 0

@@ -31,6 +31,7 @@ from nas.compress.sorting import Sorting
 from nas.compress.teacher import checkpoint_sources
 from nas.errors import TeacherUnavailable
 from nas.families import Architecture, Axis, Source
+from nas.files import withdraw
 
 MOMENTS = "moments"
 """Name of the manifest that makes a folder of moments whole; its tensor is the basis."""
@@ -108,7 +109,7 @@ def measure_moments(
     Raises:
         TeacherUnavailable: an activation is not finite.
     """
-    (folder / f"{MOMENTS}.json").unlink(missing_ok=True)
+    withdraw(folder / f"{MOMENTS}.json")
     passes = list(_passes(sorting, element_size=8 if model.device.type == "cpu" else 4, max_bytes=max_bytes))
     stream_DD: Tensor | None = None
     for index, (sources, gaps) in enumerate(passes):

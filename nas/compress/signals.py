@@ -28,6 +28,7 @@ from nas.compress.losses import Head, chunked_loss, final_hidden, head_of, token
 from nas.compress.manifest import load_tensors, save_tensors
 from nas.cost import SignalKind, signal_bytes_per_token
 from nas.errors import CorruptFile, NotFound
+from nas.files import withdraw
 
 SHARD_BYTES = 2**28
 """Most bytes of one shard (one block, where that is larger): what a kill or a flipped bit costs, and what is hashed before its first row is read."""
@@ -172,7 +173,7 @@ def _drop_shards(folder: Path, *, part: str, first: int) -> None:
     for file in folder.glob(f"{part}-*"):
         number = re.match(r"(\d{5})[-.]", file.name.removeprefix(f"{part}-"))
         if number is not None and int(number[1]) >= first:
-            file.unlink()
+            withdraw(file)
 
 
 def _is_whole(folder: Path, *, name: str, facts: Mapping[str, Any]) -> bool:

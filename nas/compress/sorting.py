@@ -25,7 +25,7 @@ from nas.compress.teacher import WEIGHTS_FILE, checkpoint_weights, write_checkpo
 from nas.compress.untrusted import CONFIG_FILE
 from nas.errors import CorruptFile
 from nas.families import Architecture, Axis, Side, read_architecture
-from nas.files import file_digest
+from nas.files import file_digest, withdraw
 from nas.shape import Shape
 
 SORTING = "sorting"
@@ -107,7 +107,7 @@ def save_sorted(
     tokenizer_from: Path,
 ) -> None:
     """Write the sorted teacher: a checkpoint that loads by itself, and last `sorting.json` with the order, which makes it whole."""
-    (folder / f"{SORTING}.json").unlink(missing_ok=True)
+    withdraw(folder / f"{SORTING}.json")
     write_checkpoint(state, config=config, tokenizer_from=tokenizer_from, folder=folder)
     tensors = {name: getattr(order, name) for name in ("hidden_D", "neurons_LF", "kv_groups_LK", "queries_LKG")}
     tensors |= {} if order.experts_LX is None else {"experts_LX": order.experts_LX}

@@ -133,6 +133,11 @@ class FakeCluster:
         self.clock.resume()
         return ended
 
+    def go_on_unwatched(self) -> None:
+        """Its controller does nothing, and time has passed: what ended meanwhile waits to be told."""
+        self._heed_stops()
+        self._unbegun = self._collect()
+
     def kill(self, key: str) -> None:
         killed = Outcome(succeeded=False, reason="worker_died", message="killed")
         if key in self._running:

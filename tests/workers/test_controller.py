@@ -24,7 +24,7 @@ from nas.store.store import Store
 from nas.submission import check_submission
 from workers import conductor as conductor_module
 from workers.controller import Controller
-from workers.liveness import STOP
+from workers.liveness import BEAT, STOP
 from workers.logs import LOG
 from workers.metrics import REGISTRY
 from workers.step import PROGRESS, RESULT, Outcome, Step, execute
@@ -559,6 +559,80 @@ def test_a_search_is_dropped_when_a_write_is_refused_before_the_lease_was_looked
 
     assert service.executor.steps == []
     assert service.store.get_search(search_id).state is SearchState.PREPARING
+
+
+def hang(service: Service, *, hangs: Callable[[Step], bool]) -> list[Step]:
+    """Steps of which `hangs` says so beat once and never end; returns them as they come."""
+    hung: list[Step] = []
+    executor = service.executor
+
+    def wait(*, timeout_seconds: float) -> list[tuple[str, Outcome]]:
+        for step in [step for step in executor.steps if hangs(step)]:
+            executor.steps.remove(step)
+            (Path(step.folder) / BEAT).write_text("0")
+            hung.append(step)
+        return InlineExecutor.wait(executor, timeout_seconds=timeout_seconds)
+
+    executor.wait = wait  # type: ignore[method-assign]
+    return hung
+
+
+def test_a_step_that_falls_silent_is_run_again_and_what_it_says_later_is_not_heard(service: Service) -> None:
+    search_id = service.submit()
+    hung = hang(service, hangs=lambda step: step.request.get("rung") == 1 and not hung)
+    settings = dataclasses.replace(service.settings, attempt_lease_seconds=0.3)
+    zombie_ended: list[Outcome] = []
+
+    def wake(_: SearchRecord) -> bool:
+        if hung and not zombie_ended and len(service.store.list_attempts(search_id)) > 6:
+            zombie_ended.append(execute(hung[0]))
+            result = {**zombie_ended[0].as_dict(), "succeeded": True, "result": {"lies": 1}}
+            (Path(hung[0].folder) / RESULT).write_text(json.dumps(result))
+        return service.store.get_search(search_id).state.is_terminal
+
+    search = dataclasses.replace(service, settings=settings).run(search_id, until=wake)
+
+    assert search.state is SearchState.SUCCEEDED, search.error
+    assert [outcome.reason for outcome in zombie_ended] == ["superseded"]
+    attempts = {attempt.id: attempt for attempt in service.store.list_attempts(search_id)}
+    lost = attempts[hung[0].key]
+    assert (lost.state, lost.reason) == (AttemptState.LOST, "preempted: no sign of life for 0.3 s")
+    assert service.executor.ran(trial=lost.trial or 0, rung=1) == 2
+    assert [attempt.state for attempt in attempts.values() if attempt is not lost] == [AttemptState.SUCCEEDED] * (len(attempts) - 1)
+    assert not any("lies" in rung.result for rung in service.store.list_rungs(search_id))
+
+
+def test_a_step_that_is_lost_too_often_fails_as_preempted_and_the_search_goes_on(service: Service) -> None:
+    search_id = service.submit(limits={"max_preemptions": 3, "max_attempts": 1})
+    hung = hang(service, hangs=lambda step: is_rung(step, trial=1, rung=1))
+
+    search = dataclasses.replace(service, settings=dataclasses.replace(service.settings, attempt_lease_seconds=0.1)).run(search_id)
+
+    trial = service.store.get_trial(search_id, 1)
+    assert search.state is SearchState.SUCCEEDED, search.error
+    assert trial.state is TrialState.FAILED
+    assert trial.failure is not None
+    assert (trial.failure["reason"], trial.failure["attempts"], len(hung)) == ("preempted", 3, 3)
+
+
+def test_a_controller_that_slept_gives_no_step_up_that_slept_with_it(service: Service) -> None:
+    """A machine, or a container, that was stopped as a whole: only time in which the controller looked counts."""
+    search_id = service.submit()
+    clock = [0.0]
+    hung = hang(service, hangs=lambda step: step.request.get("rung") == 1)
+    controller = Controller(store=service.store, executor=service.executor, settings=service.settings, clock=lambda: clock[0])
+    while not hung:
+        controller.tick(timeout_seconds=0.0)
+    for seconds in (6.0, 6.0, 1000.0, 6.0):
+        clock[0] += seconds
+        controller.tick(timeout_seconds=0.0)
+    assert service.store.list_attempts(search_id)[-1].state is AttemptState.RUNNING
+
+    for _ in range(11):
+        clock[0] += 6.0
+        controller.tick(timeout_seconds=0.0)
+    lost = [attempt for attempt in service.store.list_attempts(search_id) if attempt.state is AttemptState.LOST]
+    assert {(attempt.id, attempt.reason) for attempt in lost} == {(hung[0].key, "preempted: no sign of life for 60 s")}
 
 
 def test_a_point_that_is_not_finite_is_not_kept(service: Service) -> None:
