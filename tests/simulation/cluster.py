@@ -5,6 +5,7 @@ What a step "measures" follows from its shape and rung alone, so that a rung tha
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
 import time
@@ -256,7 +257,8 @@ def pretended_result(step: Step, *, is_verified: bool = True) -> dict[str, Any]:
             reason = None if is_verified else "parameters: one too few"
             return {"verified": is_verified, "reason": reason, "reloaded": True, "parameters": 1, "held_out": held_out, "latency": {}}
         case _:
-            return {"bundle": str(Path(request["bundle_folder"]) / "bundle.json"), "trial": request["trial"]}
+            path = str(Path(request["bundle_folder"]) / "bundle.json")
+            return {"bundle": path, "bundle_sha256": hashlib.sha256(path.encode()).hexdigest(), "trial": request["trial"]}
 
 
 _parse = lru_cache(maxsize=8)(parse_spec)
