@@ -24,7 +24,7 @@ _Item = TypeVar("_Item", bound=BaseModel)
 
 MAX_CURSOR_LENGTH = 400
 
-AfterCursor = Annotated[str | None, Query(max_length=MAX_CURSOR_LENGTH, description="`next_cursor` of the page before.")]
+AfterCursor = Annotated[str | None, Query(max_length=MAX_CURSOR_LENGTH, pattern=r"^[A-Za-z0-9_-]+$", description="`next_cursor` of the page before.")]
 
 Value = str | int | float | bool | None
 

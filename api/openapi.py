@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from api.auth import is_public, needed_scope
 from api.problems import MEDIA_TYPE, PROBLEM_TYPES
 from api.schemas.common import ProblemAnswer
+from api.schemas.results import WinnerAnswer
 from api.schemas.searches import UPDATE_ADAPTER
 from nas.spec import SPEC_ADAPTER
 
@@ -22,6 +23,13 @@ score them with lm-eval, and rank them with their standard errors.
 
 Every error is an RFC 9457 problem (`application/problem+json`) that names the field, what was expected and what came.
 Times are RFC 3339 in UTC, numbers are finite, lists are objects with a cursor."""
+
+_HEADERS = {
+    "ETag": "The version of what is answered, for If-None-Match and If-Match.",
+    "Idempotency-Replayed": "`true` where the key came before: nothing was done again.",
+    "Location": "Where it is.",
+    "Retry-After": "Seconds after which to try again, where waiting helps.",
+}
 
 TAGS = [
     {"name": "registry", "description": "What the operator has registered: teachers, corpora, lm-eval tasks."},
@@ -101,10 +109,20 @@ SUBMIT_BODY: dict[str, Any] = {
 
 
 UPDATE_BODY: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "If-Match",
+            "in": "header",
+            "required": True,
+            "description": "The ETag of the version that was decided on; `*` is whichever is there.",
+            "schema": {"type": "string", "pattern": r'^(\*|"[0-9]{1,18}")$'},
+            "examples": {"version": {"value": '"42"'}, "any": {"value": "*"}},
+        }
+    ],
     "requestBody": {
         "required": True,
         "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(model="SearchUpdate")}, "examples": UPDATE_EXAMPLES}},
-    }
+    },
 }
 
 
@@ -115,7 +133,10 @@ def not_modified_answer() -> dict[int | str, dict[str, Any]]:
 
 def winner_answers() -> dict[int | str, dict[str, Any]]:
     """The other forms in which the winner comes."""
-    return {200: {"description": "The winner, or its config alone.", "content": {"application/yaml": {"schema": {"type": "string"}}}}}
+    winner = {"$ref": _REFERENCE.format(model="WinnerAnswer")}
+    config = {"type": "object", "title": "config.json", "description": "With format=hf-config: what transformers loads."}
+    content = {"application/json": {"schema": {"anyOf": [winner, config]}}, "application/yaml": {"schema": winner}}
+    return {200: {"description": "The winner, or its config alone.", "content": content}}
 
 
 def file_answers() -> dict[int | str, dict[str, Any]]:
@@ -129,6 +150,26 @@ def file_answers() -> dict[int | str, dict[str, Any]]:
     }
 
 
+def answer_headers(*names: str) -> dict[str, Any]:
+    """Headers that an answer has, for its `responses`."""
+    return {name: {"description": _HEADERS[name], "schema": {"type": "string"}} for name in names}
+
+
+def made_answer() -> dict[int | str, dict[str, Any]]:
+    """What was made, and where it is."""
+    return {201: {"description": "It is queued.", "headers": answer_headers("Location", "ETag", "Idempotency-Replayed")}}
+
+
+def accepted_answer() -> dict[int | str, dict[str, Any]]:
+    """A wish that was written down."""
+    return {202: {"description": "It is written down; the search's controller sees to it.", "headers": answer_headers("Idempotency-Replayed")}}
+
+
+def versioned_answer() -> dict[int | str, dict[str, Any]]:
+    """An answer with a version, and the one to who has it."""
+    return {200: {"description": "As it is now.", "headers": answer_headers("ETag")}, **not_modified_answer()}
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The error answers of a route, for its `responses`."""
     answers: dict[int | str, dict[str, Any]] = {}
@@ -136,6 +177,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         kinds = [kind for kind in PROBLEM_TYPES.values() if kind.status == status]
         answers[status] = {
             "description": " ".join(f"`{kind.code}`: {kind.meaning}" for kind in kinds),
+            **({"headers": answer_headers("Retry-After")} if status in (429, 503) else {}),
             "content": {MEDIA_TYPE: {"schema": {"$ref": _REFERENCE.format(model="ProblemAnswer")}}},
         }
     return answers
@@ -159,7 +201,8 @@ def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
                 title=app.title, version=app.version, summary=app.summary, description=app.description, routes=app.routes, tags=app.openapi_tags
             )
             schemas = document["components"]["schemas"]
-            bodies: dict[str, TypeAdapter[Any]] = {"SearchSpec": SPEC_ADAPTER, "SearchUpdate": UPDATE_ADAPTER, "ProblemAnswer": TypeAdapter(ProblemAnswer)}
+            bodies: dict[str, TypeAdapter[Any]] = {"SearchSpec": SPEC_ADAPTER, "SearchUpdate": UPDATE_ADAPTER}
+            bodies |= {model.__name__: TypeAdapter(model) for model in (ProblemAnswer, WinnerAnswer)}
             for name, schema in ((name, adapter.json_schema(ref_template=_REFERENCE)) for name, adapter in bodies.items()):
                 nested = schema.pop("$defs", {})
                 for key, value in {**nested, name: schema}.items():
@@ -173,18 +216,17 @@ def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
 
 
 def _add_security(document: dict[str, Any]) -> None:
-    """The API key, the scope that each operation needs, and how every one of them refuses a key: routes know nothing of it."""
+    """The API key, the scope that each operation needs, and what every one of them may answer (another host, a key, the store): routes know nothing of it."""
     document["components"]["securitySchemes"] = {
         "ApiKey": {"type": "http", "scheme": "bearer", "description": "A key of `nas keys create`. In single-user mode, on loopback, none is needed."}
     }
-    refusals = {str(status): answer for status, answer in problems(401, 403, 429).items()}
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            if is_public(path):
-                continue
-            scope = needed_scope(method.upper(), path)
-            operation["security"] = [{"ApiKey": [scope] if scope else []}, {}]
-            operation["responses"] = dict(sorted((refusals | operation["responses"]).items()))
+            refusals = problems(400, 503) if is_public(path) else problems(400, 401, 403, 429, 503)
+            if not is_public(path):
+                scope = needed_scope(method.upper(), path)
+                operation["security"] = [{"ApiKey": [scope] if scope else []}, {}]
+            operation["responses"] = dict(sorted({**{str(status): answer for status, answer in refusals.items()}, **operation["responses"]}.items()))
 
 
 def _drop_foreign_errors(document: dict[str, Any]) -> None:

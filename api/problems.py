@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Match
 
 from api.feed import TooManyStreams
 from api.rendering import TEMPLATES
@@ -281,10 +282,20 @@ def _quota_response(request: Request, error: QuotaExceeded) -> Response:
 def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _CODES_BY_STATUS.get(error.status_code, "bad-request" if error.status_code < 500 else "internal-error")
+    headers = error.headers
+    if error.status_code == 405:
+        headers = {**(headers or {}), "Allow": ", ".join(_allowed_methods(request))}
     # The router's own two say no more than their status.
     details = {"Not Found": f"nothing is at {request.url.path}", "Method Not Allowed": f"{request.method} is not allowed at {request.url.path}"}
     detail = details.get(error.detail, error.detail)
-    return problem_response(request, code, detail=detail, headers=error.headers, status=error.status_code)
+    return problem_response(request, code, detail=detail, headers=headers, status=error.status_code)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Methods of all routes of the address; the router's own header names those of the first route alone."""
+    routes = request.app.router.routes
+    methods = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+    return [method for method in methods if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)]
 
 
 def _on_validation_error(request: Request, error: Exception) -> Response:

@@ -6,12 +6,11 @@ here; what needs it (ranges, budget) is checked in `space.py`, what needs the re
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from nas.shape import Shape
@@ -23,9 +22,10 @@ _value = dataclass(frozen=True, slots=True, kw_only=True, config=_CONFIG)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Count = Annotated[int, Field(ge=1, le=2**53)]
 Share = Annotated[float, Field(gt=0, le=1)]
-LABEL_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")
-LabelName = Annotated[str, Field(pattern=LABEL_NAME.pattern)]
+LabelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
 LabelValue = Annotated[str, Field(max_length=200)]
+ONLY_THESE: dict[str, JsonValue] = {"additionalProperties": False}
+"""For the schema of a mapping whose keys have a pattern: pydantic refuses others, but its schema lets them through."""
 Objective = Annotated[str, Field(pattern=r"^(parameters|memory_bytes|flops_per_token|(prefill_ms|decode_ms):[A-Za-z0-9][A-Za-z0-9._-]{0,95})$")]
 """A cost that a rung's result carries; of a measured latency with the name of its workload."""
 
@@ -382,7 +382,7 @@ class SearchSpec:
     promotions, finalists and winner; a shape is evaluated once, for the budget that proposes it first. Named shapes belong to the first that they fit."""
     label: Annotated[str, Field(max_length=200)] = ""
     """Free text for lists."""
-    labels: Annotated[Mapping[LabelName, LabelValue], Field(max_length=32)] = field(default_factory=dict)
+    labels: Annotated[Mapping[LabelName, LabelValue], Field(max_length=32, json_schema_extra=ONLY_THESE)] = field(default_factory=dict)
     """Names and values of the user's own, to filter lists by."""
     preset: Literal["minitron"] | None = None
     """Published method whose choices fill what this spec leaves out."""

@@ -62,7 +62,7 @@ def read_importances(search: SearchDep, budget: BudgetIndex = 0) -> ImportancesA
     "/searches/{search_id}/winner",
     operation_id="get_winner",
     summary="Get the winner",
-    response_model=WinnerAnswer,
+    response_model=None,
     responses={**winner_answers(), **problems(404, 409, 422)},
 )
 def read_winner(

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import AwareDatetime
+from pydantic import AwareDatetime, BeforeValidator, StringConstraints
 from starlette.responses import Response
 
 from api.bodies import JsonBodyDep, read_no_body
 from api.conditional import check_match, etag_of, is_unchanged, not_modified
 from api.cursors import AfterCursor, decode_cursor, encode_cursor, page_of
 from api.once import OnceDep
-from api.openapi import SUBMIT_BODY, UPDATE_BODY, not_modified_answer, problems
+from api.openapi import SUBMIT_BODY, UPDATE_BODY, accepted_answer, made_answer, problems, versioned_answer
 from api.principal import PrincipalDep
 from api.routes.dependencies import SearchDep, StoreDep
 from api.schemas.common import Page
 from api.schemas.searches import UPDATE_ADAPTER, PreviewAnswer, SearchAnswer, SearchSummary
 from api.summary import describe_inputs, describe_search, summarise_search
 from nas.shape import Shape
-from nas.spec import LABEL_NAME, dump_spec, parse_spec
+from nas.spec import dump_spec, parse_spec
 from nas.store.records import SearchRecord, SearchState
 from nas.store.store import Store
 from nas.strict_json import read_object, validate
 from nas.submission import ask_about, check_submission, estimate_time
 
 router = APIRouter(tags=["searches"])
+
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+
+def _check_time(text: str) -> str:
+    if not _TIME.fullmatch(text):
+        raise ValueError("a time such as 2026-11-22T09:30:00Z")
+    return text
+
+
+LabelQuery = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}:.{0,200}$")]
+Time = Annotated[AwareDatetime, BeforeValidator(_check_time)]
+"""RFC 3339 with its zone; pydantic alone also takes numbers for seconds since 1970."""
 
 _Route = TypeVar("_Route", bound=Callable[..., Any])
 
@@ -38,7 +52,7 @@ _Route = TypeVar("_Route", bound=Callable[..., Any])
     summary="Submit a search",
     status_code=201,
     openapi_extra=SUBMIT_BODY,
-    responses=problems(409, 413, 415, 422),
+    responses={**made_answer(), **problems(409, 413, 415, 422)},
 )
 def submit_search(store: StoreDep, principal: PrincipalDep, body: JsonBodyDep, once: OnceDep, response: Response) -> SearchAnswer:
     """Check and price a spec, and queue it. Nothing is computed on the teacher yet."""
@@ -85,9 +99,9 @@ def list_searches(
     store: StoreDep,
     principal: PrincipalDep,
     state: Annotated[SearchState | None, Query(description="Only searches in this state.")] = None,
-    label: Annotated[list[str], Query(max_length=32, description="Only searches with this label, as `name:value`; several must all be there.")] = [],  # noqa: B006  (FastAPI copies it)
-    created_after: Annotated[AwareDatetime | None, Query(description="Only searches submitted at this time or later (RFC 3339).")] = None,
-    created_before: Annotated[AwareDatetime | None, Query(description="Only searches submitted before this time.")] = None,
+    label: Annotated[list[LabelQuery], Query(max_length=32, description="Only searches with this label, as `name:value`; several must all be there.")] = [],  # noqa: B006  (FastAPI copies it)
+    created_after: Annotated[Time | None, Query(description="Only searches submitted at this time or later (RFC 3339).")] = None,
+    created_before: Annotated[Time | None, Query(description="Only searches submitted before this time.")] = None,
     after: AfterCursor = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 50,
 ) -> Page[SearchSummary]:
@@ -114,9 +128,9 @@ def _read_labels(texts: Sequence[str]) -> dict[str, str]:
     """`name:value` each; a name has no colon, a value may."""
     labels: dict[str, str] = {}
     for text in texts:
-        name, colon, value = text.partition(":")
-        if not colon or not LABEL_NAME.fullmatch(name) or labels.get(name, value) != value:
-            message = "Input should be name:value, each name once"
+        name, _, value = text.partition(":")
+        if labels.get(name, value) != value:
+            message = "Input should be name:value, each name with one value"
             raise RequestValidationError([{"type": "value_error", "loc": ("query", "label"), "msg": message, "input": text[:80]}])
         labels[name] = value
     return labels
@@ -127,7 +141,7 @@ def _read_labels(texts: Sequence[str]) -> dict[str, str]:
     operation_id="get_search",
     summary="Get a search",
     response_model=SearchAnswer,
-    responses={**not_modified_answer(), **problems(404)},
+    responses={**versioned_answer(), **problems(404)},
 )
 def read_search(search: SearchDep, store: StoreDep, request: Request, response: Response) -> object:
     """State, progress, plan, cost and error of a search. Its ETag is its version, which grows with everything that happens to it."""
@@ -170,7 +184,7 @@ def _act(path: str, *, operation_id: str, summary: str) -> Callable[[_Route], _R
         operation_id=operation_id,
         summary=summary,
         status_code=202,
-        responses=problems(404, 409, 413, 422),
+        responses={**accepted_answer(), **problems(404, 409, 413, 422)},
         dependencies=[Depends(read_no_body)],
     )
 

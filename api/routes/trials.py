@@ -13,7 +13,7 @@ from api.bodies import read_no_body
 from api.conditional import etag_of, is_unchanged, not_modified
 from api.cursors import AfterCursor, decode_cursor, encode_cursor, page_of
 from api.once import OnceDep
-from api.openapi import not_modified_answer, problems
+from api.openapi import accepted_answer, problems, versioned_answer
 from api.routes.dependencies import MAX_INTEGER, SearchDep, StoreDep, TrialNumber
 from api.schemas.common import Page
 from api.schemas.trials import AttemptAnswer, CurveAnswer, PointAnswer, TrialAnswer, TrialDetail
@@ -49,7 +49,7 @@ def list_trials(
     operation_id="get_trial",
     summary="Get a trial",
     response_model=TrialDetail,
-    responses={**not_modified_answer(), **problems(404, 422)},
+    responses={**versioned_answer(), **problems(404, 422)},
 )
 def read_trial(search: SearchDep, number: TrialNumber, store: StoreDep, request: Request, response: Response) -> Any:
     """One trial: its results by rung, attempts and learning curve."""
@@ -97,7 +97,7 @@ def thin(points: Sequence[PointRecord], *, max_points: int) -> list[PointRecord]
     operation_id="retry_trial",
     summary="Retry a failed trial",
     status_code=202,
-    responses=problems(404, 409, 413, 422),
+    responses={**accepted_answer(), **problems(404, 409, 413, 422)},
     dependencies=[Depends(read_no_body)],
 )
 def retry_trial(search: SearchDep, number: TrialNumber, store: StoreDep, once: OnceDep) -> TrialAnswer:

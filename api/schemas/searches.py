@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from api.schemas.common import Answer
-from nas.spec import LabelName, LabelValue
+from nas.spec import ONLY_THESE, LabelName, LabelValue
 from nas.store.records import SearchState, TrialState
 
 
@@ -129,7 +129,7 @@ class SearchUpdate:
     """Shapes per budget that the sampler proposes; not fewer than it has proposed."""
     max_parallel_trials: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Steps that run at once; more that run already end by themselves."""
-    labels: Annotated[dict[LabelName, LabelValue], Field(max_length=32)] | None = None
+    labels: Annotated[dict[LabelName, LabelValue], Field(max_length=32, json_schema_extra=ONLY_THESE)] | None = None
     """All labels, in place of those that were there."""
 
 
