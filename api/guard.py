@@ -24,11 +24,13 @@ PROBES = frozenset({"/healthz", "/readyz"})
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
-# plotly.js adds <style> elements of its own; nothing else in the pages is inline.
-_CONTENT_SECURITY_POLICY = (
-    "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
-    "form-action 'self'; frame-ancestors 'none'"
-)
+_STRICT = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+
+CONTENT_SECURITY_POLICY = f"{_STRICT}; img-src 'self' data:"
+"""Of every answer that says nothing else: no script, style or address but the service's own."""
+
+PLOTTED_SECURITY_POLICY = f"{_STRICT}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:"
+"""Of pages with figures: plotly.js adds <style> elements of its own. Scripts are as elsewhere."""
 
 
 def is_loopback(host: str) -> bool:
@@ -94,7 +96,7 @@ class Guard:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["Content-Security-Policy"] = _CONTENT_SECURITY_POLICY
+                headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["Referrer-Policy"] = "same-origin"
                 headers["Cross-Origin-Resource-Policy"] = "same-origin"

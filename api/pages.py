@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from api.cursors import MAX_CURSOR_LENGTH
+from api.guard import PLOTTED_SECURITY_POLICY
 from api.leaderboards import cursor_behind, describe_board, of_budget, read_cursor, read_page
 from api.principal import PrincipalDep
 from api.problems import PROBLEM_TYPES
@@ -35,6 +36,8 @@ EVENTS_SHOWN = 40
 
 _SHOWN_WITHOUT_RESULT = (TrialState.WAITING, TrialState.RUNNING, TrialState.STOPPED, TrialState.CANCELLED)
 
+_PLOTTED = frozenset({"search.html", "trial.html"})
+
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 
 
@@ -45,7 +48,8 @@ def install(app: FastAPI) -> None:
 
 
 def render(name: str, **values: Any) -> HTMLResponse:
-    return HTMLResponse(TEMPLATES.get_template(name).render(**values))
+    headers = {"Content-Security-Policy": PLOTTED_SECURITY_POLICY} if name in _PLOTTED else {}
+    return HTMLResponse(TEMPLATES.get_template(name).render(**values), headers=headers)
 
 
 @router.get("/")

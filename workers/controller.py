@@ -20,6 +20,7 @@ from nas.settings import Settings
 from nas.store.records import AttemptRecord, AttemptState, SearchState, TrialState
 from nas.store.store import Store
 from workers import metrics
+from workers.cleaning import Cleaning
 from workers.conductor import WORKING, Conductor, Leader
 from workers.executor import Executor
 from workers.folders import SearchFolder
@@ -65,6 +66,7 @@ class Controller:
         self._conductors: dict[str, Conductor] = {}
         self._troubles: dict[str, _Trouble] = {}
         self._probes = Probes(store=store, executor=executor, settings=settings, clock=clock)
+        self._cleaning = Cleaning(store=store, settings=settings, clock=clock)
         self._stopping = False
         self.pulse = metrics.Pulse()
         """Beats as long as the loop comes round, also while the store does not answer."""
@@ -137,6 +139,7 @@ class Controller:
         if self._membership.hold(PROBES):
             try:
                 self._probes.go_on(fence=self._membership.fences[PROBES])
+                self._cleaning.go_on()
             except Fenced:
                 self._drop(PROBES)
 

@@ -10,6 +10,8 @@ from nas.store.database import Database
 from nas.store.records import Fence, LogRecord, utc_now
 from nas.store.tables import attempt_logs
 
+_COLUMNS = [column for column in attempt_logs.c if column.name != "num_bytes"]
+
 
 class Logs(Database):
     """Keep and read the logs of attempts. What takes a `fence` raises Fenced when it is stale."""
@@ -22,7 +24,7 @@ class Logs(Database):
 
     def read_log(self, attempt_id: str) -> LogRecord | None:
         """What is kept of an attempt's log; None where nothing is."""
-        query = select(attempt_logs).where(attempt_logs.c.attempt_id == attempt_id)
+        query = select(*_COLUMNS).where(attempt_logs.c.attempt_id == attempt_id)
         with self.read() as connection:
             row = connection.execute(query).mappings().one_or_none()
             return None if row is None else LogRecord(**row)
@@ -32,6 +34,6 @@ def keep_log(connection: Connection, attempt_id: str, *, search_id: str, text: s
     """Write a log in the transaction that ends its attempt; None leaves what there is."""
     if text is None:
         return
-    values = {"text": text, "updated_at": utc_now()}
+    values = {"text": text, "updated_at": utc_now(), "num_bytes": len(text.encode("utf-8", "replace"))}
     if connection.execute(update(attempt_logs).where(attempt_logs.c.attempt_id == attempt_id).values(values)).rowcount == 0:
         connection.execute(insert(attempt_logs).values(attempt_id=attempt_id, search_id=search_id, **values))

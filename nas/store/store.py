@@ -17,12 +17,13 @@ from nas.store.logs import Logs
 from nas.store.nodes import Nodes
 from nas.store.registry import Registry
 from nas.store.requests import Requests
+from nas.store.retention import Retention
 from nas.store.searches import Searches
 from nas.store.speeds import Speeds
 from nas.store.trials import Trials
 
 
-class Store(Registry, Searches, Requests, Idempotency, Trials, Listing, Counts, Boards, Leases, Speeds, Nodes, Access, Logs, Figures):
+class Store(Registry, Searches, Requests, Idempotency, Trials, Listing, Counts, Boards, Leases, Speeds, Nodes, Access, Logs, Retention, Figures):
     """Registry, searches and events, requests of users, each done once, trials, results and their numbers, leaderboards, leases, speeds, nodes,
     projects and keys, logs, figures of all; over one engine."""
 

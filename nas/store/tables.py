@@ -340,8 +340,10 @@ attempt_logs = Table(
     _search_id(),
     Column("text", PlainText, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
+    Column("num_bytes", Integer, nullable=False, server_default="0"),
     Index(None, "search_id"),
-    Index(None, "updated_at"),
+    # With the sizes, so that they are summed without a look at the texts.
+    Index(None, "updated_at", "num_bytes"),
 )
 
 rungs = Table(

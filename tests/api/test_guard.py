@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,13 @@ def test_every_answer_has_the_security_headers(service: Service) -> None:
         headers = service.client.get(path).headers
         assert "script-src" not in headers["content-security-policy"]  # scripts fall back to default-src 'self': nothing inline
         assert headers["content-security-policy"].startswith("default-src 'self'; ")
+        assert "unsafe" not in headers["content-security-policy"]
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cross-origin-resource-policy"] == "same-origin"
+
+
+def test_only_pages_with_figures_let_a_style_in(service: Service) -> None:
+    policy = service.client.get(f"/searches/{service.submit().id}").headers["content-security-policy"]
+
+    assert re.findall(r"[\w-]+-src [^;]*unsafe[^;]*", policy) == ["style-src 'self' 'unsafe-inline'"]

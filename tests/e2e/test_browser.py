@@ -17,6 +17,7 @@ import uvicorn
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as DriverService
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from api.app import create_app
@@ -172,6 +173,30 @@ def test_the_page_stops_following_when_the_search_ends(site: Site, browser: webd
 
     wait_for(browser, "#head .state", "succeeded")
     wait_for(browser, "#live[hidden]")
+
+
+def test_a_user_logs_in_follows_a_search_and_logs_out(site: Site, browser: webdriver.Chrome) -> None:
+    _, secret = site.store.create_key(project="default", name="me", scopes=["read", "submit"])
+    page = f"{site.address}/searches/{site.search.id}"
+    browser.get(page)
+    wait_for(browser, "h1", "Log in")
+    browser.find_element(By.NAME, "key").send_keys("nas_wrong", Keys.ENTER)
+    wait_for(browser, ".banner", "not one of this service")
+    browser.find_element(By.NAME, "key").send_keys(secret, Keys.ENTER)
+
+    wait_for(browser, "#live-text", "live")
+    assert browser.current_url == page
+    assert browser.execute_script("return document.cookie") == ""
+    site.propose(7)
+    wait_for(browser, "#trial-7 .state", "waiting")
+    browser.find_element(By.CSS_SELECTOR, "[data-post$='cancel']").click()
+    browser.switch_to.alert.accept()
+    wait_for(browser, "#head .state", "cancelling")
+
+    browser.find_element(By.CSS_SELECTOR, ".who button").click()
+    wait_for(browser, "h1", "Log in")
+    browser.get(page)
+    wait_for(browser, "h1", "Log in")
 
 
 def test_a_search_is_cancelled_with_its_button(site: Site, browser: webdriver.Chrome) -> None:
