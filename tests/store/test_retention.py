@@ -94,10 +94,11 @@ def test_what_ended_a_moment_ago_stays_whole(store: Store, new_search: Callable[
     assert len(store.list_events(search.id)) == 2
 
 
-def test_the_sum_of_all_sizes_reads_no_text(store: Store) -> None:
-    if not store.is_sqlite:
-        pytest.skip("PostgreSQL keeps long texts apart from their rows by itself")
+def test_the_sum_of_all_sizes_reads_no_text(sqlite_url: str) -> None:
+    """PostgreSQL keeps long texts apart from their rows by itself."""
+    store = Store.open(sqlite_url)
     with store.read() as connection:
         plan = " ".join(str(row) for row in connection.execute(text("EXPLAIN QUERY PLAN SELECT sum(num_bytes) FROM attempt_logs")))
+    store.close()
 
     assert "USING COVERING INDEX" in plan
