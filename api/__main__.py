@@ -16,6 +16,7 @@ from nas.errors import InvalidSpec, Problem
 from nas.logs import set_up_logging
 from nas.settings import Settings
 from nas.store.store import Store
+from nas.tracing import set_up_tracing
 
 logger = logging.getLogger("api")
 
@@ -30,6 +31,7 @@ def main() -> int:
         parent = read_parent(os.environ)
         set_up_logging(environment=os.environ, format=settings.log_format, level=settings.log_level)
         logging.getLogger("uvicorn.error").addFilter(is_worth_telling)
+        set_up_tracing(os.environ, service_name="nas-api")
         store = Store.open_for_service(settings.database_url, migrate=settings.migrate)
         check_exposure(settings, has_keys=store.has_keys())
     except InvalidSpec as error:

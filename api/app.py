@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from opentelemetry.trace import TracerProvider
 
 from api import login, openapi, pages, routes, service
 from api.auth import Authentication, FailedKeys
 from api.feed import Feed
 from api.guard import Guard, allowed_hosts, any_host_paths, is_single_user
-from api.observer import Observer
+from api.observer import Observer, is_probe
 from api.problems import install_problem_handlers
 from api.requests import RequestId
 from nas.settings import Settings
@@ -18,8 +19,12 @@ API_VERSION = "1.0"
 """Of the REST interface under /v1: it grows, and keeps what it has."""
 
 
-def create_app(*, store: Store, settings: Settings) -> FastAPI:
-    """The application over an open store. Whether it needs keys, and which host names it answers to, follows from the settings."""
+def create_app(*, store: Store, settings: Settings, tracer_provider: TracerProvider | None = None) -> FastAPI:
+    """The application over an open store. Whether it needs keys, and which host names it answers to, follows from the settings.
+
+    Args:
+        tracer_provider: where its spans go; None: to the process's own (`nas/tracing.py`), if it has one.
+    """
     app = FastAPI(
         title="nas",
         summary="Neural architecture search for compressed language models",
@@ -29,6 +34,8 @@ def create_app(*, store: Store, settings: Settings) -> FastAPI:
         # Both load their scripts from a CDN; `pages.py` has one that works offline.
         docs_url=None,
         redoc_url=None,
+        # A span for each request. Metrics are Prometheus', and FastAPI's logs would hold the messages of exceptions.
+        telemetry={"tracer_provider": tracer_provider, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False, "exclude": is_probe},
     )
     app.state.store, app.state.settings, app.state.feed = store, settings, Feed(store)
     app.state.failed_keys = FailedKeys()

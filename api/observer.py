@@ -69,6 +69,11 @@ class Observer:
         logger.log(level, "%s %s %d", method, route, status, extra={**values, "key": getattr(principal, "key_id", None)})
 
 
+def is_probe(scope: Scope) -> bool:
+    """Whether a machine only looks in."""
+    return scope.get("path") in _QUIET
+
+
 def route_of(scope: Scope) -> str:
     """The template of the route that took a request: `/v1/searches/{search_id}`."""
     # FastAPI keeps the template with the prefixes of the including routers apart from the route itself.

@@ -22,6 +22,7 @@ ROWS = (
     "nas.shared_files",
     "nas.node_cache",
     "nas.logs",
+    "nas.tracing",
     "nas.shape",
     "nas.families",
     "nas.deployability",
@@ -107,6 +108,7 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "starlette": "api",
     "uvicorn": "api",
     "structlog": "nas.logs",
+    "opentelemetry": ("nas.tracing", "api.app"),
     "prometheus_client": ("api.metrics", "api.service", "workers.metrics"),
 }
 

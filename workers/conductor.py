@@ -533,6 +533,7 @@ class Conductor:
             cpus=run.spec.resources.cpus,
             gpus=run.spec.resources.gpus,
             context={"search_id": run.id, "trial": trial, "rung": rung},
+            traceparent=self.record.traceparent,
             beat_seconds=self._leader.settings.attempt_lease_seconds / BEATS_PER_LEASE,
         )
         if trial is not None and rung is not None:

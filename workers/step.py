@@ -21,8 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nas.errors import InvalidSpec
 from nas.files import publishing_unless
 from nas.logs import find_secrets, redact
+from nas.tracing import note_end, set_up_tracing, step_span
 from workers.liveness import STOP, beating, is_superseded
 from workers.logs import captured
 
@@ -48,6 +50,8 @@ class Step:
     gpus: float
     context: dict[str, str | int | None] = field(default_factory=dict)
     """What its log lines carry: search_id, trial, rung."""
+    traceparent: str | None = None
+    """The trace to which it belongs."""
     beat_seconds: float = BEAT_SECONDS
     """Between two signs of life."""
 
@@ -82,7 +86,7 @@ def execute(step: Step) -> Outcome:
         return _SUPERSEDED
     log = captured(folder, context={**step.context, "attempt_id": step.key})
     with log, beating(folder, seconds=step.beat_seconds), publishing_unless(partial(is_superseded, folder)):
-        outcome = _attempt(step, folder=folder)
+        outcome = _traced_attempt(step, folder=folder)
     if is_superseded(folder):
         return _SUPERSEDED
     temporary = folder / f".{RESULT}"
@@ -95,6 +99,17 @@ def execute(step: Step) -> Outcome:
 
 
 _SUPERSEDED = Outcome(succeeded=False, reason="superseded", message="another attempt took this one's place, or its search ended")
+
+
+def _traced_attempt(step: Step, *, folder: Path) -> Outcome:
+    try:
+        set_up_tracing(os.environ, service_name="nas-step")
+    except InvalidSpec as missing:
+        logger.warning("not traced: %s", missing)
+    with step_span(f"step {step.stage}", traceparent=step.traceparent, attributes={**step.context, "attempt_id": step.key}) as span:
+        outcome = _attempt(step, folder=folder)
+        note_end(span, reason=outcome.reason)
+    return outcome
 
 
 def _attempt(step: Step, *, folder: Path) -> Outcome:

@@ -27,6 +27,7 @@ from nas.store.records import SearchRecord, SearchState
 from nas.store.store import Store
 from nas.strict_json import read_object, validate
 from nas.submission import ask_about, check_submission, estimate_time
+from nas.tracing import current_traceparent
 
 router = APIRouter(tags=["searches"])
 
@@ -60,7 +61,13 @@ def submit_search(store: StoreDep, principal: PrincipalDep, body: JsonBodyDep, o
     submission = check_submission(spec, store=store, project=principal.project)
     search = once.search(
         lambda: store.create_search(
-            spec=dump_spec(submission.spec), inputs=submission.inputs, plan=submission.plan, label=spec.label, labels=spec.labels, project=principal.project
+            spec=dump_spec(submission.spec),
+            inputs=submission.inputs,
+            plan=submission.plan,
+            label=spec.label,
+            labels=spec.labels,
+            project=principal.project,
+            traceparent=current_traceparent(),
         )
     )
     response.headers["Location"] = f"/v1/searches/{search.id}"

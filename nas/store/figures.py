@@ -22,7 +22,7 @@ class ServiceFigures:
     attempts: dict[tuple[str, AttemptState, str], int]
     """By stage, state and reason; the reason of one that runs or succeeded is empty."""
     oldest_queued_seconds: float
-    """Since the search that waits longest for a controller last changed; 0 when none waits."""
+    """Since the search that waits longest for a controller was queued; 0 when none waits."""
 
 
 class Figures(Database):
@@ -43,7 +43,8 @@ class Figures(Database):
             columns = (attempts.c.stage, attempts.c.state, reason)
             grouped = select(*columns, func.count()).where(attempts.c.search_id.in_(of_open)).group_by(*columns)
             tries = {(stage, AttemptState(state), why): count for stage, state, why, count in connection.execute(grouped)}
-            waiting_since = connection.execute(select(func.min(searches.c.updated_at)).where(searches.c.state == SearchState.QUEUED)).scalar()
+            since = func.coalesce(searches.c.state_since, searches.c.updated_at)
+            waiting_since = connection.execute(select(func.min(since)).where(searches.c.state == SearchState.QUEUED)).scalar()
             waited = (self.wall_time(connection) - waiting_since).total_seconds() if waiting_since is not None else 0.0
         return ServiceFigures(
             searches={state: states.get(state, 0) for state in SearchState},

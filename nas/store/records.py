@@ -226,6 +226,8 @@ class SearchRecord:
     """When it came into its state; None: an older version wrote it."""
     num_requests: int = 0
     """Grows with everything that a user asks of a search that is there: a controller that sees a new number reads the search again."""
+    traceparent: str | None = None
+    """The trace to which its steps belong: that of the request that submitted it (W3C); None where nothing is traced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,9 +25,17 @@ class Searches(Database):
     """
 
     def create_search(
-        self, *, spec: Json, inputs: Json, plan: Json, label: str, labels: Mapping[str, str] | None = None, project: str = DEFAULT_PROJECT
+        self,
+        *,
+        spec: Json,
+        inputs: Json,
+        plan: Json,
+        label: str,
+        labels: Mapping[str, str] | None = None,
+        project: str = DEFAULT_PROJECT,
+        traceparent: str | None = None,
     ) -> SearchRecord:
-        """A queued search.
+        """A queued search; its steps belong to the trace of `traceparent` (W3C).
 
         Raises:
             NotFound: no such project.
@@ -46,6 +54,7 @@ class Searches(Database):
             "spec": spec,
             "inputs": inputs,
             "plan": plan,
+            "traceparent": traceparent,
         }
         with self.write(fence=None) as connection:
             quotas = lock_project(connection, project)

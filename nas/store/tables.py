@@ -195,6 +195,8 @@ searches = Table(
     Column("project", Identifier(64), nullable=False, server_default="default"),
     # Of the newest leaderboard: the sequence of the event that announced it.
     Column("board_version", BigInteger),
+    # Trace of the request that submitted it, as in the W3C header.
+    Column("traceparent", String(64)),
     # The large columns come last: SQLite then reads and rewrites those before without them.
     Column("spec", _JSON, nullable=False),
     Column("inputs", _JSON, nullable=False),
