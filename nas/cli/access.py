@@ -36,7 +36,7 @@ Assignments = Annotated[
 def create_key(
     name: Annotated[str, typer.Option(help="What it is for: a person, a script.")],
     project: Project = "default",
-    scope: Annotated[list[str] | None, typer.Option(help="read, submit or admin; may be repeated. Default: read and submit.")] = None,
+    scope: Annotated[str, typer.Option(help="read: look at searches; submit: also start and change them; admin: also the metrics of all projects.")] = "submit",
     expires_days: Annotated[float | None, typer.Option(min=0.0, max=36500.0, help="Days until it expires; default: never.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -46,7 +46,7 @@ def create_key(
     expires_at = None if expires_days is None else utc_now() + timedelta(days=expires_days)
     with open_store() as (store, _):
         is_first = not store.has_keys()
-        key, secret = store.create_key(project=project, name=name, scopes=scope or ["read", "submit"], expires_at=expires_at)
+        key, secret = store.create_key(project=project, name=name, scopes=[scope], expires_at=expires_at)
     if as_json:
         print_json({**_key_row(key), "key": secret})
     else:

@@ -26,7 +26,7 @@ from nas.store.tables import api_keys, projects, sessions
 logger = logging.getLogger(__name__)
 
 SCOPES = ("read", "submit", "admin")
-"""read: look at the project's searches; submit: start and change them; admin: what concerns the whole service, such as its metrics."""
+"""read: look at the project's searches; submit: start and change them; admin: the metrics of all. Each includes those before it."""
 
 LAST_USED_SECONDS = 60.0
 """How old the stored time of a key's last use may be: not every request writes."""
@@ -114,7 +114,7 @@ class Access(Database):
             "id": key_id,
             "project": project,
             "name": name,
-            "scopes": [scope for scope in SCOPES if scope in scopes],
+            "scopes": SCOPES[: 1 + max(SCOPES.index(scope) for scope in scopes)],
             "digest": _digest(secret),
             "created_at": utc_now(),
             "expires_at": expires_at,

@@ -74,11 +74,15 @@ class TestProjects:
 class TestKeys:
     def test_a_key_opens_its_project_with_its_scopes(self, store: Store, new_key: NewKey) -> None:
         store.create_project("team-a")
-        key, secret = new_key(project="team-a", scopes=["submit", "read", "read"])
+        key, secret = new_key(project="team-a", scopes=["submit"])
 
         found = store.authenticate_key(secret)
 
         assert (found.id, found.project, found.scopes) == (key.id, "team-a", frozenset({"read", "submit"}))
+
+    @pytest.mark.parametrize(("asked", "given"), [(["read"], 1), (["submit"], 2), (["admin"], 3), (["admin", "read"], 3), (["read", "read"], 1)])
+    def test_a_scope_includes_those_before_it(self, new_key: NewKey, asked: list[str], given: int) -> None:
+        assert new_key(scopes=asked)[0].scopes == set(access.SCOPES[:given])
 
     def test_the_secret_is_in_no_table(self, store: Store, url: str, new_key: NewKey) -> None:
         key, secret = new_key()
