@@ -253,8 +253,9 @@ class Controller:
             lost = self._store.lose_running_attempts(search_id, fence=fence)
             tails = {attempt.id: read_tail(_mailbox(self._settings, attempt)) for attempt in lost}
             self._store.save_logs(search_id, {key: text for key, text in tails.items() if text is not None}, fence=fence)
-            extra = {"action": "recover", "search_id": search_id, "attempts": [attempt.id for attempt in lost]}
-            logger.warning("resuming %d lost attempts", len(lost), extra=extra)
+            if lost:
+                extra = {"action": "recover", "search_id": search_id, "attempts": [attempt.id for attempt in lost]}
+                logger.warning("resuming %d lost attempts", len(lost), extra=extra)
         return Conductor(self._store.get_search(search_id), leader=leader)
 
     def _settle_finished(self, search_id: str, *, leader: Leader, running: list[AttemptRecord]) -> None:

@@ -94,7 +94,7 @@ class Fleet:
             self.search_ids.append(self.store.create_search(spec=dump_spec(parse_spec(json.dumps(values))), inputs=INPUTS, plan={}, label="").id)
 
     def join(self) -> Member:
-        cluster = FakeCluster(num_workers=1000, seed=self.seed, clock=self.clock, trouble=Trouble(unverified=0.0))
+        cluster = FakeCluster(num_workers=1000, seed=100 * self.seed + len(self.clusters), clock=self.clock, trouble=Trouble(unverified=0.0))
         self.clusters.append(cluster)
         member = Member(controller=Controller(store=self.store, executor=cluster, settings=self.settings, clock=self.clock), cluster=cluster)
         self.members.append(member)
@@ -161,8 +161,9 @@ class Fleet:
         """Every search ended well, nothing was lost, and nothing counts twice. Reads the store and what the workers saw, no controller's memory."""
         history = [run for cluster in self.clusters for run in cluster.history]
         for search_id in self.search_ids:
-            view = _View(store=self.store, search_id=search_id, history=[run for run in history if search_id in run.step.folder])
+            view = View(store=self.store, search_id=search_id, history=[run for run in history if search_id in run.step.folder])
             view.check()
+            view.check_results()
         self._check_preparations([run for run in history if run.step.stage == "prepare"])
 
     def _check_preparations(self, runs: list[Run]) -> None:
@@ -177,7 +178,7 @@ class Fleet:
 
 
 @dataclass(kw_only=True)
-class _View(Simulation):
+class View(Simulation):
     """One search, as the checks of a simulation read it."""
 
     history: list[Run]
@@ -199,7 +200,6 @@ class _View(Simulation):
         check_promotions(trials, events=events)
         check_winner(self, search=search, trials=trials)
         self.check_attempts()
-        self.check_results()
         ends = [event.type for event in events if event.type in ("search.succeeded", "search.failed", "search.cancelled")]
         assert ends == ["search.succeeded"]
 
@@ -219,13 +219,14 @@ class _View(Simulation):
                 assert running.pop(step) == event.data["attempt"]
             elif event.type == "trial.rung_finished":
                 running.pop(("rung", event.data["trial"], event.data["rung"]))
+        succeeded = [(attempt.trial, attempt.rung) for attempt in attempts if attempt.stage == "rung" and attempt.state is AttemptState.SUCCEEDED]
+        assert Counter((rung.trial, rung.rung) for rung in self.store.list_rungs(self.search_id)) == Counter(succeeded)
+        assert max(Counter(succeeded).values()) == 1, "a rung that had a result ran again"
         assert {run.step.key for run in self.history} <= {attempt.id for attempt in attempts}
 
     def check_results(self) -> None:
-        """Each result is that of the attempt that succeeded, once; whatever superseded attempts said is nowhere."""
+        """Each result is that of the attempt that succeeded; whatever superseded attempts said is nowhere."""
         attempts = self.store.list_attempts(self.search_id)
         succeeded = {(attempt.trial, attempt.rung): attempt.id for attempt in attempts if attempt.stage == "rung" and attempt.state is AttemptState.SUCCEEDED}
-        rungs = self.store.list_rungs(self.search_id)
-        assert Counter((rung.trial, rung.rung) for rung in rungs) == Counter(succeeded.keys())
         said = {run.step.key: run.outcome.result for run in self.history}
-        assert all(said[succeeded[rung.trial, rung.rung]] == rung.result for rung in rungs)
+        assert all(said[succeeded[rung.trial, rung.rung]] == rung.result for rung in self.store.list_rungs(self.search_id))
