@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Insert, Table, create_engine, event, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DontWrapMixin, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DontWrapMixin, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from nas.errors import Conflict, Fenced, InvalidSpec, Problem, StoreUnavailable
@@ -32,6 +32,8 @@ VERSION_TABLE = "nas_alembic_version"
 """Own name: Optuna keeps its `alembic_version` in whatever database it is given."""
 
 _BUSY_SECONDS = 60.0
+_IDLE_SECONDS = 5.0
+"""PostgreSQL ends a transaction in which nothing was asked for so long: its process hangs, or went with its machine, and others wait for its locks."""
 _CONNECT_SECONDS = 5
 """A PostgreSQL that is not there is told after this long; the system's own patience is minutes."""
 _MIGRATION_LOCK = 0x6E6173
@@ -181,6 +183,10 @@ def _known_errors() -> Iterator[None]:
         yield
     except (OperationalError, InterfaceError, PoolTimeout) as error:
         raise StoreUnavailable("the database does not answer") from error
+    except DBAPIError as error:
+        if not error.connection_invalidated:
+            raise
+        raise StoreUnavailable("the database ended the connection") from error
 
 
 def _alembic_config() -> Any:
@@ -214,12 +220,17 @@ def _parse_url(text: str) -> URL:
     raise InvalidSpec(Problem(field="database_url", expected=expected, got=f"{backend}: without a file" if backend == "sqlite" else f"{backend}:..."))
 
 
+_KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 25_000}
+"""A database whose machine is gone is noticed in half a minute, and not after hours of silence."""
+
+
 def _make_engine(url: URL) -> Engine:
     # Room for every thread of the API's pool; a session holds its connection for milliseconds.
     make = partial(create_engine, url, pool_size=8, max_overflow=32, json_serializer=dump_json)
     if url.get_backend_name() != "sqlite":
         # pre_ping: a restart of the server costs a reconnect, not an error.
-        return make(pool_pre_ping=True, connect_args={"connect_timeout": _CONNECT_SECONDS})
+        options = f"-c idle_in_transaction_session_timeout={round(1000 * _IDLE_SECONDS)}"
+        return make(pool_pre_ping=True, connect_args={"connect_timeout": _CONNECT_SECONDS, "options": options, **_KEEPALIVES})
     engine = make(connect_args={"timeout": _BUSY_SECONDS})
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

@@ -26,19 +26,22 @@ class Leases(Database):
     """Claim, renew and release leases; say that a controller lives."""
 
     def claim(self, name: str, *, owner: str, seconds: float) -> Fence | None:
-        """Hold a lease from now on, under a new token; None while another owner's lives."""
+        """Hold a lease from now on, under a new token; None while another owner's lives, or somebody writes under it at this moment."""
         with self.write(fence=None) as connection:
             connection.execute(self.insert_if_new(leases).values(name=name, owner=None, token=0, expires_at_seconds=0.0, length_seconds=0.0))
             now = self._now(connection)
             is_free = or_(leases.c.owner.is_(None), leases.c.owner == owner, ~_lives(leases, now))
+            # Not waiting for whoever has locked the row: it may be a process that hangs.
+            free = select(leases.c.name).where(leases.c.name == name, is_free).with_for_update(skip_locked=True)
+            if connection.execute(free).first() is None:
+                return None
             claim = (
                 update(leases)
-                .where(leases.c.name == name, is_free)
+                .where(leases.c.name == name)
                 .values(owner=owner, token=leases.c.token + 1, expires_at_seconds=now + seconds, length_seconds=seconds)
                 .returning(leases.c.token)
             )
-            token = connection.execute(claim).scalar_one_or_none()
-            return None if token is None else Fence(name=name, token=token)
+            return Fence(name=name, token=connection.execute(claim).scalar_one())
 
     def release(self, fence: Fence) -> None:
         """Let another claim at once; writes under this fence are refused from here on. Nothing happens if it was lost already."""
@@ -53,7 +56,8 @@ class Leases(Database):
         with self.write(fence=None) as connection:
             now = self._now(connection)
             until = {"expires_at_seconds": now + seconds, "length_seconds": seconds}
-            connection.execute(delete(controllers).where(or_(~_lives(controllers, now), controllers.c.owner == controller.owner)))
+            over = select(controllers.c.owner).where(~_lives(controllers, now)).with_for_update(skip_locked=True)
+            connection.execute(delete(controllers).where(or_(controllers.c.owner.in_(over), controllers.c.owner == controller.owner)))
             connection.execute(insert(controllers).values({**asdict(controller), **until}))
             renewal = update(leases).where(leases.c.owner == controller.owner).values(until).returning(leases.c.name, leases.c.token)
             return [Fence(name=name, token=token) for name, token in connection.execute(renewal)]

@@ -10,11 +10,13 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,10 +84,24 @@ class Fleet:
     def have_ended(self) -> bool:
         return not self.store.active_states()
 
+    def can_write(self) -> bool:
+        if not self.store.is_sqlite:
+            return True
+        with closing(sqlite3.connect(self.settings.database_url.removeprefix("sqlite:///"), timeout=0.5)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return False
+            return True
+
     def stop_beyond_the_lease(self, process: subprocess.Popen[bytes]) -> None:
         """It wakes when others lead what it led."""
         led = set(self.wait_for_share(process))
         os.kill(process.pid, signal.SIGSTOP)
+        while not self.can_write():  # it hangs inside a write to SQLite, which has one writer at a time
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(0.05)
+            os.kill(process.pid, signal.SIGSTOP)
         wait_until(lambda: self.have_ended() or not led & {lease.name for lease in self.store.list_leases() if str(process.pid) in lease.owner}, what="lost")
         self.wait_for_progress()
         os.kill(process.pid, signal.SIGCONT)

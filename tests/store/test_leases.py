@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from sqlalchemy import update
+from sqlalchemy.exc import DBAPIError
 
-from nas.errors import Fenced
+from nas.errors import Fenced, StoreUnavailable
 from nas.store.records import AttemptState, ControllerRecord, Fence, PointRecord, SearchRecord, SearchState, TrialState, utc_now
+from nas.store.searches import write_event
 from nas.store.store import Store
 from nas.store.tables import controllers, leadership, leases
 
@@ -105,12 +107,14 @@ def test_of_claimers_at_the_same_time_one_wins(url: str) -> None:
     assert sum(fence is not None for fence in fences) == 1
 
 
-def test_controllers_live_as_long_as_they_renew(store: Store) -> None:
+def test_controllers_live_as_long_as_they_renew(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(store, "_now", lambda connection: clock[0])
     a, b = controller("a"), controller("b")
-    store.renew(a, seconds=0.05)
+    store.renew(a, seconds=10)
     store.renew(b, seconds=60)
     assert store.list_controllers() == [a, b]
-    time.sleep(0.1)
+    clock[0] += 10
 
     assert store.list_controllers() == [b]
     store.renew(replace(b, version="1.1"), seconds=60)
@@ -194,14 +198,44 @@ def test_nobody_claims_before_a_fenced_write_has_ended(url: str, new_search: Cal
             with writer.write(fence=fence):
                 claimed = pool.submit(claimer.claim, NAME, owner="b", seconds=60)
                 time.sleep(0.2)
-                claimed_inside = claimed.done()
-            assert claimed.result() == Fence(name=NAME, token=fence.token + 1)
-        assert not claimed_inside
+                # SQLite waits for the writer; PostgreSQL says no, and serves others.
+                claimed_inside = claimed.result() if claimed.done() else None
+            claimed_after = claimed.result() or claimer.claim(NAME, owner="b", seconds=60)
+        assert claimed_inside is None
+        assert claimed_after == Fence(name=NAME, token=fence.token + 1)
         with pytest.raises(Fenced):
             writer.add_event(search.id, "x", {}, fence=fence)
     finally:
         writer.close()
         claimer.close()
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_a_process_that_hangs_inside_a_write_keeps_nobody_from_its_lease_for_long(
+    url: str, new_search: Callable[..., SearchRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by a signal, or gone with its machine: PostgreSQL never hears of it. (A lock of SQLite ends with its process alone.)"""
+    search = new_search()
+    monkeypatch.setattr("nas.store.database._IDLE_SECONDS", 0.3)
+    hanging, other = Store.open(url), Store.open(url)
+    try:
+        fence = claim(hanging, "a", name=search.id, seconds=0.1)
+        write = hanging.write(fence=fence)
+        connection = write.__enter__()
+        write_event(connection, search.id, "x", {})
+        renewed = time.monotonic()
+        other.renew(controller("b"), seconds=60)
+        assert time.monotonic() - renewed < 0.3, "who waits for a hanging process loses its own leases"
+        time.sleep(0.6)
+        other.add_event(search.id, "y", {}, fence=claim(other, "b", name=search.id))
+        with pytest.raises(DBAPIError) as ended:
+            write_event(connection, search.id, "z", {})
+        with pytest.raises(StoreUnavailable):
+            write.__exit__(type(ended.value), ended.value, ended.value.__traceback__)
+        assert [event.type for event in other.list_events(search.id)] == ["search.created", "y"]
+    finally:
+        hanging.close()
+        other.close()
 
 
 def test_searches_are_shared_only_when_no_single_leader_of_an_older_version_is_left(store: Store) -> None:
