@@ -12,9 +12,11 @@ import logging
 import math
 import re
 import sys
+import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any, Literal, TextIO
 from urllib.parse import unquote, urlsplit
 
@@ -55,6 +57,14 @@ def set_up_logging(*, environment: Mapping[str, str], format: LogFormat | None =
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = lambda raised: _log_uncaught(raised.exc_type, raised.exc_value, raised.exc_traceback)
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    """What ends a process or a thread is a line too, and its message may hold what no line may."""
+    if not issubclass(kind, (KeyboardInterrupt, SystemExit)):
+        logging.getLogger("nas").critical("uncaught %s", kind.__name__, exc_info=(kind, error or kind(), trace), extra={"action": "uncaught"})
 
 
 def make_formatter(format: LogFormat, *, environment: Mapping[str, str]) -> logging.Formatter:

@@ -3,8 +3,18 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,12 +36,13 @@ SECRETS = (PASSWORD, "0123456789abcdef", "wJalrXUtnFEMI/K7MDENG")
 @pytest.fixture
 def stream() -> Iterator[io.StringIO]:
     """Where the process's log goes; the test runner's own handlers come back afterwards."""
-    root, show = logging.getLogger(), warnings.showwarning
+    root, show, hooks = logging.getLogger(), warnings.showwarning, (sys.excepthook, threading.excepthook)
     handlers, level = root.handlers[:], root.level
     stream = io.StringIO()
     yield stream
     logging.captureWarnings(False)
     warnings.showwarning = show
+    sys.excepthook, threading.excepthook = hooks
     root.handlers[:] = handlers
     root.setLevel(level)
 
@@ -148,3 +159,68 @@ def test_masking_twice_is_masking_once() -> None:
     once = redact("postgresql://nas:hunter2hunter2@db password=x12345678", secrets=SECRETS)
 
     assert redact(once, secrets=SECRETS) == once
+
+
+def test_what_ends_a_thread_is_a_line_without_secrets(stream: io.StringIO) -> None:
+    set_up_logging(environment={}, format="json", stream=stream)
+
+    def fail() -> None:
+        raise RuntimeError("postgresql://nas:hunter2hunter2@db/nas")
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+
+    line = json.loads(stream.getvalue())
+    assert (line["level"], line["event"]) == ("critical", "uncaught RuntimeError")
+    assert "RuntimeError: postgresql://nas:***@db/nas" in line["exception"]
+
+
+def test_every_line_of_a_server_parses_and_none_holds_what_a_client_showed(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    environment = {**os.environ, "NAS_DATA": str(tmp_path), "NAS_PORT": str(port), "NAS_LOG_LEVEL": "debug", "AWS_SECRET_ACCESS_KEY": PASSWORD}
+    environment.pop("NAS_PARENT_PID", None)
+    key = f"nas_1f2e3d4c5b6a_{'Zz09_-' * 7}x"
+    process = subprocess.Popen([sys.executable, "-m", "api"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/healthz")
+        for path in (f"/v1/searches?key={PASSWORD}", f"/v1/searches/{PASSWORD}", f"/nowhere/{PASSWORD}"):
+            request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {key}"})
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=10)
+            refused.value.close()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, written = process.communicate(timeout=30)
+
+    lines = [json.loads(line) for line in written.splitlines()]
+    assert sum(line["logger"] == "api.access" for line in lines) >= 3
+    assert any(line["logger"].startswith("uvicorn") for line in lines)
+    assert all({"time", "level", "logger", "event"} <= line.keys() for line in lines)
+    assert PASSWORD not in written
+    assert key.rpartition("_")[2] not in written
+
+
+def test_a_server_without_its_database_says_so_in_lines_that_parse_and_without_its_password(tmp_path: Path) -> None:
+    environment = {**os.environ, "NAS_DATA": str(tmp_path), "NAS_DATABASE_URL": f"postgresql://nas:{PASSWORD}@127.0.0.1:1/nas"}
+    environment.pop("NAS_PARENT_PID", None)
+
+    done = subprocess.run([sys.executable, "-m", "api"], env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode != 0
+    assert done.stderr
+    assert all(json.loads(line)["level"] for line in done.stderr.splitlines() if not line.startswith("nas api: "))
+    assert PASSWORD not in done.stdout + done.stderr
+
+
+def _wait_for(url: str) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.1)

@@ -20,6 +20,7 @@ from nas.spec import dump_spec, parse_spec
 from nas.store.store import Store
 from nas.submission import check_submission
 from workers.executor import Executor, LocalExecutor
+from workers.logs import LOG
 from workers.step import PROGRESS, Outcome, Step, execute, read_outcome
 
 SECONDS = 90.0
@@ -117,7 +118,7 @@ def wait_until(condition: Callable[[], bool], *, what: str) -> None:
 
 
 def test_every_step_ends_once_in_its_result_or_its_failure(executor: Executor, make_step: Callable[..., Step]) -> None:
-    good, bad = make_step(), make_step(stage="polish")
+    good, bad = (dataclasses.replace(step, context={"search_id": f"srch_{step.stage}"}) for step in (make_step(), make_step(stage="polish")))
     executor.start(good)
     executor.start(bad)
 
@@ -130,6 +131,13 @@ def test_every_step_ends_once_in_its_result_or_its_failure(executor: Executor, m
     assert outcomes[bad.key].reason == "error"
     assert "expected prepare, rung, confirm or bundle, got 'polish'" in outcomes[bad.key].message
     assert executor.wait(timeout_seconds=0.1) == []
+    logs = [(Path(step.folder) / LOG).read_text() for step in (good, bad)]  # of one warm worker, with Ray
+    assert [f"{step.stage} begins search_id=srch_{step.stage} attempt_id={step.key}" in log for step, log in zip((good, bad), logs, strict=True)] == [
+        True,
+        True,
+    ]
+    assert ["Traceback" in log for log in logs] == [False, True]
+    assert "polish" not in logs[0]
 
 
 def test_a_killed_process_is_a_dead_worker(executor: Executor, endless: Step) -> None:
