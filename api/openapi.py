@@ -37,7 +37,7 @@ TAGS = [
     {"name": "trials", "description": "The shapes that a search evaluates."},
     {"name": "results", "description": "The leaderboard and the winner."},
     {"name": "events", "description": "What happened, as a list or as a stream."},
-    {"name": "service", "description": "Is the service well?"},
+    {"name": "service", "description": "Is the service well, and who asks?"},
 ]
 
 SUBMIT_EXAMPLES: dict[str, dict[str, Any]] = {

@@ -79,6 +79,10 @@ class Client:
         except httpx2.TransportError:
             return False
 
+    def project(self) -> dict[str, Any]:
+        """The project that the key opens, its scopes, its quotas and what is used of them."""
+        return self._ask("GET", "/v1/project")
+
     def teachers(self) -> list[dict[str, Any]]:
         return list(self._pages("/v1/teachers"))
 

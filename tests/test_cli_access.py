@@ -63,7 +63,7 @@ def test_projects_have_quotas_that_change_one_by_one(nas: Nas, tmp_path: Path) -
     assert nas("projects", "set-quota", "team-a", "max_active_searches=none", "max_tokens_per_day=1000").code == 0
 
     store = opened(tmp_path)
-    assert store.get_project("team-a").quotas == Quotas(max_tokens_per_day=1000, max_device_seconds_per_day=3600.5)
+    assert store.get_project("team-a")[0].quotas == Quotas(max_tokens_per_day=1000, max_device_seconds_per_day=3600.5)
     store.close()
     rows = {row["name"]: row for row in json.loads(nas("projects", "list", "--json").out)}
     assert rows["team-a"]["max_tokens_per_day"] == 1000
@@ -133,6 +133,8 @@ def test_the_command_sends_its_key_and_says_what_is_wrong_with_it(nas: Nas, addr
     (tmp_path / "key").write_text(reading + "\n")
 
     missing = nas("list", "--url", address)
+    whoami = nas("--key-file", tmp_path / "key", "whoami", "--url", address)
+    assert (whoami.code, "default" in whoami.out, "max_active_searches" in whoami.out) == (0, True, True)
     given = nas("--key-file", tmp_path / "key", "list", "--url", address)
     not_enough = nas("--key-file", tmp_path / "key", "cancel", "srch_1", "--url", address)
     nas("keys", "revoke", reading)

@@ -95,8 +95,8 @@ def list_projects(as_json: Json = False) -> None:
 @projects.command("set-quota")
 def set_quota(name: Annotated[str, typer.Argument(help="The project.")], quotas: Assignments = None, as_json: Json = False) -> None:
     """Change quotas; those that are not named stay, and what runs goes on."""
-    with open_store() as (store, _):
-        there = store.get_project(name)
+    with open_store() as (store, _settings):
+        there, _ = store.get_project(name)
         project = store.set_quotas(name, changed_quotas(there.quotas, quotas or []))
     print_rows([_project_row(project)], as_json=as_json)
 

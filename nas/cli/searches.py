@@ -68,6 +68,19 @@ def read_spec(path: Path) -> bytes:
         raise InvalidSpec(Problem(field="spec", expected="a readable file", got=str(error))) from error
 
 
+@commands.command()
+def whoami(url: Url = None, as_json: Json = False) -> None:
+    """The project and the scopes of the API key, and what is left of the project's quotas."""
+    with make_client(url) as client:
+        project = client.project()
+    if as_json:
+        print_json(project)
+        return
+    print_facts({"project": project["name"], "key": project["key_id"], "scopes": project["scopes"]}, as_json=False)
+    used = dict(zip(project["quotas"], project["usage"].values(), strict=True))
+    print_rows([{"quota": name, "limit": limit, "used": used[name]} for name, limit in project["quotas"].items()], as_json=False)
+
+
 @commands.command("list")
 def list_searches(state: Annotated[str | None, typer.Option(help="Only searches in this state.")] = None, url: Url = None, as_json: Json = False) -> None:
     """Searches, newest first."""

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import RowMapping, delete, insert, or_, select, update
 
@@ -25,7 +25,7 @@ from nas.store.tables import api_keys, projects, sessions
 
 logger = logging.getLogger(__name__)
 
-SCOPES = ("read", "submit", "admin")
+SCOPES: Final = ("read", "submit", "admin")
 """read: look at the project's searches; submit: start and change them; admin: the metrics of all. Each includes those before it."""
 
 LAST_USED_SECONDS = 60.0
@@ -84,12 +84,13 @@ class Access(Database):
             found = [_project(row) for row in connection.execute(select(projects).order_by(projects.c.name)).mappings()]
             return [(project, read_usage(connection, project.name)) for project in found]
 
-    def get_project(self, name: str) -> ProjectRecord:
+    def get_project(self, name: str) -> tuple[ProjectRecord, Usage]:
+        """A project, and what it uses now. Raises NotFound."""
         with self.read() as connection:
             row = connection.execute(select(projects).where(projects.c.name == name)).mappings().one_or_none()
-        if row is None:
-            raise _no_project(name)
-        return _project(row)
+            if row is None:
+                raise _no_project(name)
+            return _project(row), read_usage(connection, name)
 
     def set_quotas(self, name: str, quotas: Quotas) -> ProjectRecord:
         """New limits from now on; what runs goes on. Raises NotFound."""

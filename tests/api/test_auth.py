@@ -242,6 +242,19 @@ class TestLimits:
         assert 0 < int(answers[1].headers["retry-after"]) <= 86401
 
 
+def test_a_key_is_told_its_project_its_scopes_and_what_is_left(tenants: Tenants) -> None:
+    tenants.service.store.set_quotas("theirs", Quotas(max_active_searches=2))
+    tenants.theirs.post("/v1/searches", content=json.dumps(tenants.service.spec()), headers={"Content-Type": "application/json"})
+    tenants.service.submit()
+
+    answer = tenants.theirs.get("/v1/project").json()
+
+    assert (answer["name"], answer["scopes"]) == ("theirs", ["read", "submit", "admin"])
+    assert tenants.keys["theirs"].startswith(answer["key_id"])
+    assert (answer["quotas"]["max_active_searches"], answer["usage"]["active_searches"]) == (2, 1)
+    assert tenants.service.client.get("/v1/project").status_code == 401
+
+
 @pytest.fixture
 def address(service: Service) -> Iterator[str]:
     """The application behind a real server: the test client cannot read a stream that does not end."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,16 @@ def test_a_service_behind_a_proxy_on_loopback_needs_keys_too() -> None:
 def test_a_service_on_every_address_must_know_its_names(host: str) -> None:
     with pytest.raises(InvalidSpec, match="NAS_ALLOWED_HOSTS: expected the names"):
         check_exposure(settings(NAS_HOST=host), has_keys=True)
+
+
+def test_the_api_itself_does_not_start_where_others_reach_it_without_keys(tmp_path: Path) -> None:
+    environment = {**os.environ, "NAS_DATA": str(tmp_path), "NAS_HOST": "0.0.0.0"}
+
+    done = subprocess.run([sys.executable, "-m", "api"], env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode == 2  # `nas serve` does not try again
+    assert "NAS_HOST: expected a service that only this machine reaches" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_it_answers_to_loopback_names_its_own_address_and_those_it_is_told() -> None:
