@@ -40,6 +40,7 @@ ROWS = (
     "nas.compress.teacher",
     "nas.compress.corpus",
     "nas.compress.importance",
+    "nas.compress.linear",
     "nas.compress.losses",
     "nas.compress.depth",
     "nas.compress.sorting",

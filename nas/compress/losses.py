@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nas import memory
+from nas.compress.linear import linear
 
 LogitLoss = Literal["forward_kl", "reverse_kl", "js", "mse", "cosine"]
 """Distances of the student's logits from the teacher's, as in arXiv 2407.14679, A.3."""
@@ -38,9 +39,7 @@ class Head:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """logits_NV, in the dtype of the matrix product."""
-        logits_NV = hidden_ND @ self.weight_VD.t()
-        if self.bias_V is not None:
-            logits_NV = logits_NV + self.bias_V
+        logits_NV = linear(hidden_ND, self.weight_VD, self.bias_V)
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:

@@ -12,15 +12,17 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from nas.compress.linear import fast_linear_layers
 from nas.compress.losses import Head, head_of, token_chunks
 from nas.evaluate.prefix_trees import Batch, Ints, plan_batches
 
@@ -29,12 +31,43 @@ _ATTENTION = "prefix_trees"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Paths:
-    """Which tokens see which, on the device: for each group its queries_GL, its keys_GK and what a query sees of a whole sequence by depth."""
+class _Group:
+    """A group of pieces on the device."""
 
-    groups: tuple[tuple[Tensor, Tensor, Tensor], ...]
-    """queries_GL, keys_GK, depths_GL1 of the queries."""
+    queries: Tensor
+    """[G * L]"""
+    keys: Tensor
+    """[G * K]"""
+    depths_GL1: Tensor
+    """Of the queries."""
+    num_keys: int
+
+    @property
+    def shape_GL(self) -> tuple[int, int]:
+        return self.depths_GL1.shape[0], self.depths_GL1.shape[1]
+
+    def mask(self, window: int | None, *, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores: [G, 1, L, K], 0 where a query sees a key."""
+        at_K = torch.arange(self.num_keys, device=self.keys.device)
+        hidden_GLK = at_K > self.depths_GL1
+        if window is not None:
+            hidden_GLK |= at_K <= self.depths_GL1 - window
+        return torch.zeros(hidden_GLK.shape, dtype=dtype, device=hidden_GLK.device).masked_fill_(hidden_GLK, -math.inf)[:, None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Paths:
+    """Which tokens see which, on the device."""
+
+    groups: tuple[_Group, ...]
     places_T: Tensor
+    _masks: dict[tuple[int | None, torch.dtype], list[Tensor]] = field(default_factory=dict)
+
+    def masks(self, window: int | None, *, dtype: torch.dtype) -> list[Tensor]:
+        """Of each group; the same for every layer with this window."""
+        if (window, dtype) not in self._masks:
+            self._masks[window, dtype] = [group.mask(window, dtype=dtype) for group in self.groups]
+        return self._masks[window, dtype]
 
 
 _paths: ContextVar[_Paths] = ContextVar("paths")
@@ -51,7 +84,7 @@ class SequenceLikelihoods:
     """Whether each of them is the most probable one."""
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sequence_likelihoods(model: Any, *, sequences: Sequence[Ints], num_scored: Sequence[int], batch_tokens: int) -> SequenceLikelihoods:
     """Scores the last tokens of each sequence given all before them.
 
@@ -64,7 +97,7 @@ def sequence_likelihoods(model: Any, *, sequences: Sequence[Ints], num_scored: S
     batches = plan_batches(sequences, num_scored=num_scored, batch_tokens=batch_tokens)
     nats_Q, num_missed_Q = np.zeros(len(sequences)), np.zeros(len(sequences), np.int64)
     head = head_of(model)
-    with _attending_to_paths(model.config):
+    with _attending_to_paths(model.config), fast_linear_layers(model):
         for batch in batches:
             nats_S, is_greedy_S = _score_batch(model, batch, head=head)
             nats_Q += np.bincount(batch.sequences_S, weights=nats_S, minlength=len(sequences))
@@ -90,7 +123,8 @@ def _score_batch(model: Any, batch: Batch, *, head: Head) -> tuple[npt.NDArray[n
     groups = []
     for group in batch.groups:
         queries_GL, keys_GK = torch.from_numpy(group.queries_GL).to(device), torch.from_numpy(group.keys_GK).to(device)
-        groups.append((queries_GL, keys_GK, depths_BT[0][queries_GL][..., None]))
+        depths_GL1 = depths_BT[0][queries_GL][..., None]
+        groups.append(_Group(queries=queries_GL.flatten(), keys=keys_GK.flatten(), depths_GL1=depths_GL1, num_keys=keys_GK.shape[1]))
     paths = _Paths(groups=tuple(groups), places_T=torch.from_numpy(batch.places_T).to(device))
     before = _paths.set(paths)
     try:
@@ -124,22 +158,23 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """What each token takes from those it sees; a transformers attention function (softcap and window as in its eager ones), for one row of trees."""
     paths = _paths.get()
-    (query_HTE,), (key_KTE,), (value_KTE,) = query_BHTE, key_BKTE, value_BKTE
-    num_heads, num_kv_heads = len(query_HTE), len(key_KTE)
+    # Token by token, so that a piece is gathered by whole rows.
+    query_TD, key_TD, value_TD = (tensor[0].transpose(0, 1).flatten(1) for tensor in (query_BHTE, key_BKTE, value_BKTE))
+    (num_heads, head_dim), num_kv_heads = (query_BHTE.shape[1], query_BHTE.shape[3]), key_BKTE.shape[1]
     parts = []
-    for queries_GL, keys_GK, depths_GL1 in paths.groups:
-        (size, length), width = queries_GL.shape, keys_GK.shape[1]
-        # Heads that share keys are more queries of these keys.
-        query = query_HTE[:, queries_GL.flatten()].view(num_kv_heads, -1, size, length, query_HTE.shape[-1]).transpose(1, 2).flatten(2, 3)
-        key, value = (tensor[:, keys_GK.flatten()].view(num_kv_heads, size, width, -1) for tensor in (key_KTE, value_KTE))
-        scores = (query @ key.transpose(-1, -2)).mul_(scaling)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        at_K = torch.arange(width, device=scores.device)
-        hidden_GLK = at_K > depths_GL1
-        if sliding_window is not None:
-            hidden_GLK |= at_K <= depths_GL1 - sliding_window
-        scores = scores.view(num_kv_heads, size, -1, length, width).masked_fill_(hidden_GLK[:, None], -math.inf).flatten(2, 3)
-        taken = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
-        parts.append(taken.view(num_kv_heads, size, -1, length, taken.shape[-1]).transpose(1, 2).reshape(num_heads, size * length, -1))
-    return torch.cat(parts, dim=1)[:, paths.places_T].transpose(0, 1)[None], None
+    for group, mask in zip(paths.groups, paths.masks(sliding_window, dtype=query_TD.dtype), strict=True):
+        (size, length), width = group.shape_GL, group.num_keys
+        query = query_TD.index_select(0, group.queries).view(size, length, num_heads, head_dim).transpose(1, 2)
+        key, value = (tensor.index_select(0, group.keys).view(size, width, num_kv_heads, -1).transpose(1, 2) for tensor in (key_TD, value_TD))
+        if softcap is None:
+            taken = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+        else:
+            taken = _capped_attention(query, key, value, mask=mask, scaling=scaling, softcap=softcap)
+        parts.append(taken.transpose(1, 2).reshape(size * length, -1))
+    return torch.cat(parts).index_select(0, paths.places_T).view(1, len(paths.places_T), num_heads, -1), None
+
+
+def _capped_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor, scaling: float, softcap: float) -> Tensor:
+    key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
+    scores = torch.tanh((query @ key.transpose(-1, -2)).mul_(scaling / softcap)).mul_(softcap)
+    return torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(query.dtype) @ value

@@ -18,7 +18,7 @@ from nas.evaluate.tasks import load_tasks
 from nas.search.layout import PACKS, SPLITS
 from nas.spec import SearchSpec
 
-CPU_BATCH_TOKENS = 2048
+CPU_BATCH_TOKENS = 1024
 """Tokens of a forward pass of the scoring on a CPU: more of them leave its caches (LOG.md)."""
 
 
