@@ -26,6 +26,7 @@ LabelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
 LabelValue = Annotated[str, Field(max_length=200)]
 ONLY_THESE: dict[str, JsonValue] = {"additionalProperties": False}
 """For the schema of a mapping whose keys have a pattern: pydantic refuses others, but its schema lets them through."""
+Seconds = Annotated[float, Field(gt=0, le=10_000_000)]
 Objective = Annotated[str, Field(pattern=r"^(parameters|memory_bytes|flops_per_token|(prefill_ms|decode_ms):[A-Za-z0-9][A-Za-z0-9._-]{0,95})$")]
 """A cost that a rung's result carries; of a measured latency with the name of its workload."""
 
@@ -358,8 +359,44 @@ class LimitSpec:
     """Times that one step may be lost with its worker (the node went away, or fell silent) before it fails: it may be what takes nodes along."""
     max_failed_trials: Annotated[int, Field(ge=1, le=100_000)] = 8
     """Failed trials after which the search fails, with the first reasons."""
-    max_rung_seconds: Annotated[float, Field(gt=0, le=10_000_000)] = 86_400.0
-    """Time limit of one step: a rung, and also the prepare, confirm and bundle steps; counted from its first sign of life."""
+    max_rung_seconds: Seconds = 86_400.0
+    """Time limit of a rung, and of the other steps that have none of their own, in seconds; counted from the step's first sign of life."""
+    max_prepare_seconds: Seconds | None = None
+    """Time limit of the prepare step. None: max_rung_seconds."""
+    max_confirm_seconds: Seconds | None = None
+    """Time limit of the confirmation of one finalist. None: max_rung_seconds."""
+    max_bundle_seconds: Seconds | None = None
+    """Time limit of packing a winner. None: max_rung_seconds."""
+    max_wait_seconds: Seconds | None = None
+    """Longest that a step waits for a worker with its resources; the try then fails with the reason no_resources. None: for ever."""
+    max_queued_seconds: Seconds | None = None
+    """Longest that the search waits for a controller, after its submission or a pause; it then fails with the reason queued_too_long. None: for ever."""
+    max_search_seconds: Seconds | None = None
+    """Longest that the search works, pauses not counted. Then nothing more is proposed or trained: what has reached the last rung is confirmed, and without
+    any the search fails with the reason time_limit. None: no limit."""
+    max_tokens: Count | None = None
+    """Most tokens trained over all trials, whole rungs counted when they begin. A rung that would take the search above ends it as max_search_seconds
+    does, once those that run have ended; reason token_limit. None: no limit."""
+    max_device_seconds: Annotated[float, Field(gt=0, le=1e12)] | None = None
+    """Most wall seconds times GPUs (CPU cores where it has none) of all steps, failed ones too; as max_search_seconds, reason device_seconds_limit.
+    None: no limit."""
+    max_disk_bytes: Count | None = None
+    """Most bytes of the search's folder. Above it the checkpoints of waiting trials go, the least promising first (they would train from the start again);
+    still above, the search pauses with the reason disk_budget. None: no limit."""
+
+    def step_seconds(self, stage: Literal["prepare", "rung", "confirm", "bundle"]) -> float:
+        """Time limit of one step."""
+        own = {"prepare": self.max_prepare_seconds, "confirm": self.max_confirm_seconds, "bundle": self.max_bundle_seconds}.get(stage)
+        return self.max_rung_seconds if own is None else own
+
+
+@_value
+class RetentionSpec:
+    """What stays on disk when the search has ended, beside the bundle of the winner."""
+
+    students: Literal["finalists", "pareto", "best", "none"] = "finalists"
+    """finalists: the students that were verified, which can still be bundled and serve later searches. pareto: those of them that no other beats in score
+    and costs. best: the winner's own. none: no student."""
 
 
 @_value
@@ -401,6 +438,7 @@ class SearchSpec:
     distillation: DistillationSpec = field(default_factory=DistillationSpec)
     resources: ResourceSpec = field(default_factory=ResourceSpec)
     limits: LimitSpec = field(default_factory=LimitSpec)
+    retention: RetentionSpec = field(default_factory=RetentionSpec)
 
     @property
     def budgets(self) -> tuple[BudgetSpec, ...]:

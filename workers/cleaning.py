@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from nas.housekeeping import remove_orphans
 from nas.settings import Settings
 from nas.store.store import Store
 
@@ -12,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 CLEAN_SECONDS = 3600.0
 """Between two times that nothing was left to remove."""
+SWEEP_SECONDS = 600.0
+"""Between two looks for folders of searches that were deleted."""
 
 
 class Cleaning:
@@ -19,11 +22,15 @@ class Cleaning:
 
     def __init__(self, *, store: Store, settings: Settings, clock: Callable[[], float]) -> None:
         self._store, self._settings, self._clock = store, settings, clock
-        self._rest_until = clock()
+        self._rest_until = self._sweep_at = clock()
         self._num_logs = self._num_events = 0
 
     def go_on(self) -> None:
-        """Remove a few hundred rows, if it is time and there are any."""
+        """Remove a few hundred rows, and files of searches that were deleted, if it is time and there are any."""
+        if self._clock() >= self._sweep_at:
+            self._sweep_at = self._clock() + SWEEP_SECONDS
+            if removed := remove_orphans(self._store, settings=self._settings):
+                logger.info("files of deleted searches removed", extra={"action": "swept", "searches": [path.name for path in removed]})
         if self._clock() < self._rest_until:
             return
         num_logs = self._store.drop_old_logs(days=self._settings.log_days, max_bytes=self._settings.max_log_bytes)

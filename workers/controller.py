@@ -16,12 +16,13 @@ from pathlib import Path
 
 from nas.errors import Conflict, Fenced, InvalidSpec
 from nas.logs import about
+from nas.search.layout import prepared_lease
 from nas.settings import Settings
-from nas.store.records import AttemptRecord, AttemptState, SearchState, TrialState
+from nas.store.records import ActiveSearch, AttemptRecord, AttemptState, SearchState, TrialState
 from nas.store.store import Store
 from workers import metrics
 from workers.cleaning import Cleaning
-from workers.conductor import WORKING, Conductor, Leader
+from workers.conductor import Conductor
 from workers.executor import Executor
 from workers.folders import SearchFolder
 from workers.liveness import supersede
@@ -29,6 +30,7 @@ from workers.logs import read_tail
 from workers.membership import Membership
 from workers.probes import PROBES, Probes
 from workers.step import Outcome
+from workers.watch import Leader
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +41,6 @@ MAX_TROUBLES = 3
 """A search whose advance raised so often in a row, while the store answered in between, has a bug and fails."""
 TROUBLE_SECONDS = 2.0
 """Pause after such an exception: a store that is away for moments must not fail a search."""
-PREPARED = "prepared/"
-"""Before a prepared folder's key: the name of the lease under which a search fills it, also where the other is another controller's."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,16 +111,16 @@ class Controller:
     def _go_round(self) -> None:
         if not self._may_share():
             return
-        active = self._store.active_states()
+        active = self._store.active_searches()
         for name in self._membership.update(list(active)):
             self._drop(name)
         for name in self._membership.fences.keys() - active.keys() - {PROBES}:
             self._let_go(name)
         self._probe()
-        for search_id, state in active.items():
+        for search_id, found in active.items():
             if search_id in self._membership.fences:
                 with about(search_id=search_id):
-                    self._go_on(search_id, state)
+                    self._go_on(search_id, found)
 
     def _may_share(self) -> bool:
         """Whether searches are led by leases of their own: not while a controller of an older version leads them all."""
@@ -158,8 +158,8 @@ class Controller:
 
     def _let_go(self, name: str) -> None:
         """Release what is not needed any more: a search that ended or was paused, a prepared folder that nobody fills."""
-        if name.startswith(PREPARED):
-            key = name.removeprefix(PREPARED)
+        if name.startswith(prepared_lease("")):
+            key = name.removeprefix(prepared_lease(""))
             if any(conductor.is_preparing and conductor.prepared_key == key for conductor in self._conductors.values()):
                 return
         if (conductor := self._conductors.pop(name, None)) is not None:
@@ -172,17 +172,17 @@ class Controller:
         key = conductor.prepared_key
         if any(other.is_preparing and other.prepared_key == key for other in self._conductors.values() if other is not conductor):
             return False
-        return self._membership.hold(PREPARED + key)
+        return self._membership.hold(prepared_lease(key))
 
     # -- one search --------------------------------------------------------------------------------------------------------
 
-    def _go_on(self, search_id: str, state: SearchState) -> None:
+    def _go_on(self, search_id: str, active: ActiveSearch) -> None:
         """Let a search settle and advance. Its bugs end it, not the controller."""
         trouble = self._troubles.setdefault(search_id, _Trouble())
         if self._clock() < trouble.retry_at:
             return
         try:
-            conductor = self._conduct(search_id, state)
+            conductor = self._conduct(search_id, active)
             conductor.settle()
             if self._membership.num_to_hand_back and not conductor.running:
                 self._conductors.pop(search_id)
@@ -201,13 +201,13 @@ class Controller:
         else:
             self._troubles.pop(search_id, None)
 
-    def _conduct(self, search_id: str, state: SearchState) -> Conductor:
+    def _conduct(self, search_id: str, active: ActiveSearch) -> Conductor:
         conductor = self._conductors.get(search_id)
         if conductor is None:
             conductor = self._conductors[search_id] = self._take_over(search_id)
         elif search_id in self._troubles and self._troubles[search_id].count:
             conductor.reload()
-        conductor.note_state(state)
+        conductor.note(active)
         return conductor
 
     def _troubled(self, search_id: str, trouble: _Trouble, error: Exception) -> None:
@@ -232,9 +232,9 @@ class Controller:
             if not trial.state.is_terminal:
                 self._store.change_trial(search_id, trial.number, to=TrialState.CANCELLED, fence=fence)
         try:
-            self._store.change_search(
-                search_id, fence=fence, to=SearchState.FAILED, expected=[*WORKING, SearchState.CANCELLING], error={"reason": reason, "message": message}
-            )
+            open_states = [state for state in SearchState if not state.is_terminal]
+            error = {"reason": reason, "message": message}
+            self._store.change_search(search_id, fence=fence, to=SearchState.FAILED, expected=open_states, error=error)
         except Conflict as conflict:
             logger.info("state not changed: %s", conflict, extra={"action": "state_conflict", "search_id": search_id})
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from workers.logs import LOG
-from workers.step import REQUEST, Outcome, Step, read_outcome
+from workers.step import DISK_FULL, REQUEST, Outcome, Step, read_outcome
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,11 @@ class LocalExecutor:
         return [(key, self._outcome(*self._processes.pop(key))) for key in ended]
 
     def _outcome(self, process: subprocess.Popen[bytes], folder: Path) -> Outcome:
-        outcome = read_outcome(folder)
-        return outcome or Outcome(succeeded=False, reason="worker_died", message=f"process ended with code {process.returncode}; {_last_lines(folder)}")
+        if (outcome := read_outcome(folder)) is not None:
+            return outcome
+        if process.returncode == DISK_FULL:
+            return Outcome(succeeded=False, reason="disk_full", message=f"no room for its result; {_last_lines(folder)}")
+        return Outcome(succeeded=False, reason="worker_died", message=f"process {_ended(process.returncode)}; {_last_lines(folder)}")
 
     def kill(self, key: str) -> None:
         if key in self._processes:
@@ -75,6 +78,14 @@ class LocalExecutor:
         for process, _ in self._processes.values():
             process.wait()
         self._processes.clear()
+
+
+def _ended(code: int) -> str:
+    """How a process ended, with the name of the signal that killed it."""
+    if code >= 0:
+        return f"ended with code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"was killed by {names.get(-code, f'signal {-code}')}"
 
 
 def _last_lines(folder: Path, *, count: int = 5) -> str:

@@ -12,14 +12,14 @@ from types import MappingProxyType
 
 from nas.search.confirmed import Confirmation
 from nas.search.ranking import Board, TaskScale
-from nas.search.results import RungResult
+from nas.search.results import RungResult, trained_tokens
 from nas.search.study import Observation
 from nas.search.task_signals import TaskSignal
 from nas.shape import Shape
 from nas.spec import parse_spec
 from nas.store.records import AttemptRecord, RungRecord, SearchRecord, TrialRecord
 from nas.warm_start import Known, Memory
-from workers.search_run import Advance, EndReason, NewTrial, SearchRun
+from workers.search_run import Advance, EndReason, LimitReason, NewTrial, SearchRun
 
 
 class Family:
@@ -58,6 +58,12 @@ class Family:
         """By budget."""
         self.results: dict[int, dict[int, RungResult]] = {number: results for run in self.runs for number, results in run.results.items()}
         """By trial and rung."""
+        self._tokens: dict[int, int] = {}
+        """By trial: tokens of the rungs that it has begun."""
+        self.begun_tokens = 0
+        """Tokens that the trials were, or are being, trained on: a rung counts whole from its start."""
+        for number in self._trials:
+            self._count_tokens(number)
 
     def _run_of(self, trial: int) -> SearchRun:
         return self.runs[self._trials[trial].budget]
@@ -68,13 +74,40 @@ class Family:
         self._run_of(trial.number).set_trial(trial)
 
     def add_start(self, trial: int, *, rung: int) -> None:
+        """A rung of a trial starts."""
         self._run_of(trial).add_start(trial, rung=rung)
+        self._count_tokens(trial)
+
+    def tokens_of(self, action: Advance) -> int:
+        """Tokens that this step would add to `begun_tokens`; none for one that was begun before."""
+        return self._tokens_to(action.trial, rung=action.rung) - self._tokens.get(action.trial, 0)
+
+    def _count_tokens(self, number: int) -> None:
+        now = self._tokens_to(number, rung=self._run_of(number).reached.get(number, 0))
+        self.begun_tokens += now - self._tokens.get(number, 0)
+        self._tokens[number] = now
+
+    def _tokens_to(self, number: int, *, rung: int) -> int:
+        results = self.results.get(number, {})
+        begun = range(max([rung, *results]) + 1)
+        return sum(trained_tokens({one: one in results and results[one].reused_from is not None for one in begun}, spec=self.spec).values())
+
+    @property
+    def stopped(self) -> LimitReason | None:
+        """The limit that ended it, if one did."""
+        return self.runs[0].stopped
+
+    def stop(self, reason: LimitReason) -> None:
+        """A limit of the search is reached: from now on there is nothing to start."""
+        for run in self.runs:
+            run.stop(reason)
 
     def add_result(self, trial: int, result: RungResult) -> None:
         """Must be called in finish order: the sampler is fed in it."""
         run = self._run_of(trial)
         run.add_result(trial, result)
         self.results[trial] = run.results[trial]
+        self._count_tokens(trial)
 
     @property
     def last_rung(self) -> int:
@@ -106,7 +139,9 @@ class Family:
         return all(run.is_finished() for run in self.runs)
 
     def end_reason(self) -> EndReason | None:
-        """Why no more shapes are proposed; None while there may be more. Exhausted are only budgets that all are."""
+        """Why no more shapes are evaluated; None while there may be more. Exhausted are only budgets that all are."""
+        if self.stopped:
+            return self.stopped
         reasons = [run.end_reason() for run in self.runs]
         return None if None in reasons else "space_exhausted" if set(reasons) == {"space_exhausted"} else "max_trials"
 

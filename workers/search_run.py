@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -30,7 +30,9 @@ from nas.spec import parse_spec
 from nas.store.records import AttemptRecord, RungRecord, SearchRecord, TrialRecord, TrialState
 from nas.warm_start import Known, Memory
 
-EndReason = Literal["max_trials", "space_exhausted"]
+LimitReason = Literal["time_limit", "token_limit", "device_seconds_limit"]
+LIMIT_REASONS: tuple[LimitReason, ...] = get_args(LimitReason)
+EndReason = Literal["max_trials", "space_exhausted"] | LimitReason
 
 FORCED_ORIGINS = ("user", CONTROL)
 """They reach the last rung whatever their results, as the spec's forced anchors do: the board compares with them at equal tokens."""
@@ -133,6 +135,8 @@ class SearchRun:
         self._promoted: dict[int, _Promoted] = {}
         """By rung, while nothing has come that can change it."""
         self._is_exhausted = False
+        self.stopped: LimitReason | None = None
+        """The limit that ended it, if one did."""
         self._known_costs: dict[int, tuple[float, ...]] = {}
         for trial in trials:
             self.set_trial(trial)
@@ -141,6 +145,10 @@ class SearchRun:
         for attempt in attempts:
             if attempt.stage == "rung" and attempt.trial is not None and attempt.rung is not None:
                 self.add_start(attempt.trial, rung=attempt.rung)
+
+    def stop(self, reason: LimitReason) -> None:
+        """A limit of the search is reached: from now on there is nothing to start."""
+        self.stopped = reason
 
     def set_trial(self, trial: TrialRecord) -> None:
         """A trial as the store has it now: a new one, or one that changed."""
@@ -224,6 +232,8 @@ class SearchRun:
         rungs above it, the lowest first, only while no shape is left to begin with. So one worker promotes with all results at hand (LOG.md: 17 to
         30 % fewer tokens than going up at once), and a worker that would wait for another's result promotes on what has arrived.
         """
+        if self.stopped:
+            return None
         if begun := self._waiting[None]:
             return Advance(trial=min(begun), rung=0)
         ladder = self._ladder()
@@ -259,9 +269,9 @@ class SearchRun:
         return not self._open and self.next_action() is None
 
     def end_reason(self) -> EndReason | None:
-        """Why no more shapes are proposed; None while there may be more. An exhausted space also leaves the controls short."""
-        if not self._all_proposed():
-            return None
+        """Why no more shapes are evaluated; None while there may be more. An exhausted space also leaves the controls short."""
+        if self.stopped or not self._all_proposed():
+            return self.stopped
         is_short = self._num_searched < self.spec.sampler.max_trials or self._num_controls() < self.spec.controls.num_random
         return "space_exhausted" if is_short and self._has_no_more() else "max_trials"
 

@@ -22,14 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from nas.errors import InvalidSpec
-from nas.files import publishing_unless
+from nas.files import is_disk_full, publishing_unless, whole_file
 from nas.logs import find_secrets, redact
+from nas.spec import SearchSpec, dump_spec, parse_spec
 from nas.tracing import note_end, set_up_tracing, step_span
 from workers.liveness import STOP, beating, is_superseded
 from workers.logs import captured
 
 PROGRESS, RESULT, REQUEST = "progress.jsonl", "result.json", "request.json"
 BEAT_SECONDS = 5.0
+
+DISK_FULL = 28
+"""Exit code of a step that may not have had the room to say so."""
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +67,8 @@ class Outcome:
     succeeded: bool
     result: dict[str, Any] | None = None
     reason: str | None = None
-    """out_of_memory, does_not_fit, diverged, stopped, superseded, preempted, node_unfit, worker_died, timeout, unavailable, files_unavailable,
-    corrupt_file, error."""
+    """out_of_memory, does_not_fit, disk_full, diverged, stopped, superseded, preempted, node_unfit, worker_died, timeout, no_resources, unavailable,
+    files_unavailable, corrupt_file, invalid_result, error."""
     message: str = ""
     retryable: bool = True
 
@@ -89,16 +93,25 @@ def execute(step: Step) -> Outcome:
         outcome = _traced_attempt(step, folder=folder)
     if is_superseded(folder):
         return _SUPERSEDED
-    temporary = folder / f".{RESULT}"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(outcome.as_dict(), file, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / RESULT)
+    try:
+        with whole_file(folder / RESULT) as temporary:
+            temporary.write_text(_as_json(outcome), encoding="utf-8")
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        return Outcome(succeeded=False, reason="disk_full", message=f"no room for its result: {error}")
     return outcome
 
 
 _SUPERSEDED = Outcome(succeeded=False, reason="superseded", message="another attempt took this one's place, or its search ended")
+
+
+def _as_json(outcome: Outcome) -> str:
+    try:
+        return json.dumps(outcome.as_dict(), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        lie = Outcome(succeeded=False, reason="invalid_result", message=f"result: expected plain JSON with finite numbers, got {error}")
+        return json.dumps(lie.as_dict())
 
 
 def _traced_attempt(step: Step, *, folder: Path) -> Outcome:
@@ -130,9 +143,14 @@ def _attempt(step: Step, *, folder: Path) -> Outcome:
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """The outcome that a step left, None while there is none."""
+    """The outcome that a step left, None while there is none. A file that holds none is a result that nobody can believe."""
     path = folder / RESULT
-    return Outcome.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return Outcome.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        return Outcome(succeeded=False, reason="invalid_result", message=f"{RESULT}: expected an outcome, got {type(error).__name__}: {error}")
 
 
 def _run(step: Step, *, folder: Path) -> dict[str, Any]:
@@ -149,7 +167,6 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
     from nas.search.trial import run_rung
     from nas.shape import Shape
     from nas.space import Choices
-    from nas.spec import parse_spec
 
     transformers_logging.disable_progress_bar()
     transformers_logging.disable_default_handler()
@@ -165,6 +182,7 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
         points = [point.as_dict() for point in probe_speed(device=device, dtype=request["dtype"])]
         return {"points": points, "host": socket.gethostname()}
     spec, inputs, prepared = parse_spec(json.dumps(request["spec"])), request["inputs"], Path(request["prepared"])
+    spec = _with_smaller_passes(spec, num_halvings=request.get("num_halvings", 0))
     should_stop = (folder / STOP).exists
     with (folder / PROGRESS).open("a", encoding="utf-8") as file:
 
@@ -204,6 +222,15 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
                 raise ValueError(f"stage: expected prepare, rung, confirm or bundle, got {unknown!r}")
 
 
+def _with_smaller_passes(spec: SearchSpec, *, num_halvings: int) -> SearchSpec:
+    """After a try that ran out of memory: the same student, in passes of fewer sequences."""
+    if not num_halvings:
+        return spec
+    values, distillation = dump_spec(spec), spec.distillation
+    values["distillation"]["micro_batch_size"] = max(1, (distillation.micro_batch_size or distillation.batch_size) >> num_halvings)
+    return parse_spec(json.dumps(values))
+
+
 def failure(error: BaseException) -> Outcome:
     """What an exception means for the search. What is deterministic is not tried again."""
     from nas.compress.distillation import Diverged, Stopped
@@ -219,6 +246,8 @@ def failure(error: BaseException) -> Outcome:
         return Outcome(succeeded=False, reason="diverged", message=message, retryable=False)
     if isinstance(error, (TeacherUnavailable, CorpusUnavailable, TaskUnavailable, InvalidSpec)):
         return Outcome(succeeded=False, reason="unavailable", message=message, retryable=False)
+    if is_disk_full(error):
+        return Outcome(succeeded=False, reason="disk_full", message=message)
     if isinstance(error, DoesNotFit):
         return Outcome(succeeded=False, reason="does_not_fit", message=message, retryable=False)
     if isinstance(error, CorruptFile):
@@ -245,7 +274,8 @@ def main(folder: str) -> int:
     """Entry of the local executor: `python -m workers.step FOLDER`."""
     watch_parent(int(os.environ["NAS_PARENT_PID"]))
     step = Step(**json.loads((Path(folder) / REQUEST).read_text(encoding="utf-8")))
-    return 0 if execute(step).succeeded else 1
+    outcome = execute(step)
+    return 0 if outcome.succeeded else DISK_FULL if outcome.reason == "disk_full" else 1
 
 
 if __name__ == "__main__":

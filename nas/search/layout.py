@@ -69,6 +69,11 @@ def prepared_key(spec: SearchSpec, *, inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
 
 
+def prepared_lease(key: str) -> str:
+    """Name of the lease under which a prepared folder is filled, or deleted."""
+    return f"prepared/{key}"
+
+
 def _correction(values: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of the teacher's correction, which is that of the students: without a correction it changes nothing that is prepared."""
     return {name: value for name, value in values["distillation"].items() if name not in ("signals", "top_k", "max_signal_bytes", "hidden_states")}

@@ -211,7 +211,7 @@ class SearchRecord:
     started_at: datetime | None
     """When it left the queue for work; None for one that was cancelled in the queue."""
     finished_at: datetime | None
-    project: str
+    project: str = DEFAULT_PROJECT
     """Who sees it."""
     version: int
     """Sequence of the search's last event. Every change but a learning curve's points writes one, so it serves as an ETag."""
@@ -224,10 +224,21 @@ class SearchRecord:
     """Since when it works; None while it does not."""
     state_since: datetime | None = None
     """When it came into its state; None: an older version wrote it."""
+    end_reason: str | None = None
+    """Why no more shapes are evaluated, once that is so: max_trials, space_exhausted, or the limit that was reached."""
     num_requests: int = 0
     """Grows with everything that a user asks of a search that is there: a controller that sees a new number reads the search again."""
     traceparent: str | None = None
     """The trace to which its steps belong: that of the request that submitted it (W3C); None where nothing is traced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchTimes:
+    """How long a search has taken so far, by the database's clock."""
+
+    at_work_seconds: float
+    """Neither in the queue nor paused."""
+    in_state_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

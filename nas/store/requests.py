@@ -73,7 +73,7 @@ class Requests(Database):
             if trial.state is not TrialState.FAILED:
                 raise Conflict(f"trial {number} of search {search_id}: expected one that has failed, got state {trial.state}")
             of_trial = update(attempts).where(attempts.c.search_id == search_id, attempts.c.trial == number)
-            connection.execute(of_trial.where(attempts.c.state == AttemptState.FAILED).values(counts=False))
+            connection.execute(of_trial.values(counts=False))
             update_trial(connection, search_id, number, {"state": TrialState.WAITING, "failure": None})
             _count_request(connection, search)
             write_event(connection, search_id, "trial.retried", {"trial": number, "failure": trial.failure})

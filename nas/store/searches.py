@@ -11,10 +11,24 @@ from sqlalchemy import Connection, RowMapping, insert, select, update
 from nas.errors import Conflict, NotFound
 from nas.store.database import Database
 from nas.store.quotas import charge, lock_project
-from nas.store.records import DEFAULT_PROJECT, WORKING, EventRecord, Fence, Json, SearchName, SearchRecord, SearchState, new_id, utc_now
+from nas.store.records import (
+    DEFAULT_PROJECT,
+    WORKING,
+    ActiveSearch,
+    EventRecord,
+    Fence,
+    Json,
+    SearchName,
+    SearchRecord,
+    SearchState,
+    SearchTimes,
+    new_id,
+    utc_now,
+)
 from nas.store.tables import artifacts, board_heads, events, searches
 
 _COLUMNS = [*(column for column in searches.c if column.name not in ("idempotency_key", "body_digest", "prepared")), board_heads.c.head.label("board")]
+_ACTIVE = [state for state in SearchState if not state.is_terminal and state is not SearchState.PAUSED]
 _WITH_BOARD = searches.outerjoin(board_heads, (board_heads.c.search_id == searches.c.id) & (board_heads.c.version == searches.c.board_version))
 
 
@@ -112,10 +126,30 @@ class Searches(Database):
 
     def active_states(self) -> dict[str, SearchState]:
         """Ids and states of those for which there may be something to do, neither ended nor paused, oldest first."""
-        active = [state for state in SearchState if not state.is_terminal and state is not SearchState.PAUSED]
+        return {search_id: active.state for search_id, active in self.active_searches().items()}
+
+    def search_ids(self) -> set[str]:
+        """Of all searches there are."""
         with self.read() as connection:
-            query = select(searches.c.id, searches.c.state).where(searches.c.state.in_(active)).order_by(searches.c.id)
-            return {search_id: SearchState(state) for search_id, state in connection.execute(query)}
+            return set(connection.execute(select(searches.c.id)).scalars())
+
+    def active_searches(self) -> dict[str, ActiveSearch]:
+        """Of the same searches all that a controller looks at in every tick."""
+        query = select(searches.c.id, searches.c.state, searches.c.num_requests).where(searches.c.state.in_(_ACTIVE)).order_by(searches.c.id)
+        with self.read() as connection:
+            return {row.id: ActiveSearch(state=SearchState(row.state), num_requests=row.num_requests) for row in connection.execute(query)}
+
+    def times_of(self, search_id: str) -> SearchTimes:
+        """How long it has worked, and how long it has been in its state."""
+        with self.read() as connection:
+            query = select(searches.c.active_seconds, searches.c.active_since, searches.c.state_since, searches.c.updated_at)
+            row = connection.execute(query.where(searches.c.id == search_id)).one_or_none()
+            if row is None:
+                raise not_found(search_id)
+            now = self.wall_time(connection)
+        working = 0.0 if row.active_since is None else max((now - row.active_since).total_seconds(), 0.0)
+        in_state = (now - (row.state_since or row.updated_at)).total_seconds()
+        return SearchTimes(at_work_seconds=row.active_seconds + working, in_state_seconds=max(in_state, 0.0))
 
     def search_versions(self, search_ids: Collection[str]) -> dict[str, tuple[int, SearchState]]:
         """Version and state of each of these that exists: what has changed, for one question."""
@@ -132,8 +166,12 @@ class Searches(Database):
         fence: Fence | None,
         error: Json | None = None,
         data: Json | None = None,
+        end_reason: str | None = None,
     ) -> SearchRecord:
         """Move a search on, and write the event `search.<to>` with `data` and the error.
+
+        Args:
+            end_reason: why no more shapes are evaluated, to be kept from now on.
 
         Raises:
             Conflict: its state is not among the expected ones, or terminal.
@@ -142,7 +180,15 @@ class Searches(Database):
             search = get_search(connection, search_id, lock=True)
             if search.state not in expected or search.state.is_terminal:
                 raise Conflict(f"search {search_id}: expected state {' or '.join(sorted(expected))}, got {search.state}")
-            return move_search(connection, search, now=self.wall_time(connection), to=to, error=error, data=data)
+            return move_search(
+                connection,
+                search,
+                now=self.wall_time(connection),
+                to=to,
+                error=error,
+                data=data,
+                values=None if end_reason is None else {"end_reason": end_reason},
+            )
 
     def save_prepared(self, search_id: str, prepared: Json, *, fence: Fence | None) -> None:
         """Keep what the prepare step made; event `search.prepared`."""

@@ -192,6 +192,7 @@ searches = Table(
     # When it came into its state; NULL in rows of an older version.
     Column("state_since", UtcDateTime),
     Column("num_requests", Integer, nullable=False, server_default="0"),
+    Column("end_reason", String(32)),
     Column("project", Identifier(64), nullable=False, server_default="default"),
     # Of the newest leaderboard: the sequence of the event that announced it.
     Column("board_version", BigInteger),

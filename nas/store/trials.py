@@ -153,7 +153,16 @@ class Trials(Database):
             write_event(connection, search_id, "trial.started" if stage == "rung" else "attempt.started", _attempt_data(attempt))
         return attempt
 
-    def finish_attempt(self, attempt_id: str, *, state: AttemptState, reason: str | None, fence: Fence | None, log: str | None = None) -> AttemptRecord:
+    def finish_attempt(
+        self,
+        attempt_id: str,
+        *,
+        state: AttemptState,
+        reason: str | None,
+        fence: Fence | None,
+        log: str | None = None,
+        device_seconds: float | None = None,
+    ) -> AttemptRecord:
         """End a running attempt; at stage rung its trial waits again. Event `attempt.<state>` with the reason. Its log is kept with it.
 
         Raises:
@@ -162,7 +171,7 @@ class Trials(Database):
         with self.write(fence=fence) as connection:
             attempt = _lock_running(connection, attempt_id)
             keep_log(connection, attempt_id, search_id=attempt.search_id, text=log)
-            return _end_attempt(connection, attempt, state=state, reason=reason)
+            return _end_attempt(connection, attempt, state=state, reason=reason, device_seconds=device_seconds)
 
     def lose_running_attempts(self, search_id: str, *, fence: Fence | None) -> list[AttemptRecord]:
         """What a controller does first for a search: the attempts that its predecessor left running are lost, their trials wait again."""
@@ -208,6 +217,7 @@ class Trials(Database):
         fence: Fence | None,
         failure: Json | None = None,
         log: str | None = None,
+        device_seconds: float | None = None,
     ) -> RungRecord:
         """Keep a rung's result, all in one transaction: the rung, the attempt's success and log, the trial's state, event `trial.rung_finished`.
 
@@ -234,12 +244,23 @@ class Trials(Database):
             )
             connection.execute(insert(rungs).values(_rung_row(record)))
             keep_log(connection, attempt_id, search_id=search_id, text=log)
-            connection.execute(update(attempts).where(attempts.c.id == attempt_id).values(state=AttemptState.SUCCEEDED, finished_at=record.finished_at))
+            ended = {"state": AttemptState.SUCCEEDED, "finished_at": record.finished_at, "device_seconds": device_seconds}
+            connection.execute(update(attempts).where(attempts.c.id == attempt_id).values(ended))
             update_trial(connection, search_id, trial, {"state": trial_state, "rung": rung, "failure": failure})
             write_event(connection, search_id, "trial.rung_finished", _rung_data(record, trial_state) | ({} if failure is None else {"failure": failure}))
             return record
 
-    def save_confirmation(self, attempt_id: str | None, *, search_id: str, trial: int, confirmation: Json, fence: Fence | None, log: str | None = None) -> None:
+    def save_confirmation(
+        self,
+        attempt_id: str | None,
+        *,
+        search_id: str,
+        trial: int,
+        confirmation: Json,
+        fence: Fence | None,
+        log: str | None = None,
+        device_seconds: float | None = None,
+    ) -> None:
         """Keep what the confirm step found of a finalist, and end its attempt with success and its log. Event `trial.confirmed`.
 
         Its `documents` are kept apart: `list_confirmations` has them, a TrialRecord has not.
@@ -253,7 +274,7 @@ class Trials(Database):
             lock_search(connection, search_id)
             get_trial(connection, search_id, trial)
             if attempt_id is not None:
-                _end_attempt(connection, _lock_running(connection, attempt_id), state=AttemptState.SUCCEEDED, reason=None)
+                _end_attempt(connection, _lock_running(connection, attempt_id), state=AttemptState.SUCCEEDED, reason=None, device_seconds=device_seconds)
                 keep_log(connection, attempt_id, search_id=search_id, text=log)
             summary, documents = _split(confirmation)
             update_trial(connection, search_id, trial, {"confirmation": summary, "confirmation_documents": documents})
@@ -339,8 +360,11 @@ def _lock_running(connection: Connection, attempt_id: str) -> AttemptRecord:
     return attempt
 
 
-def _end_attempt(connection: Connection, attempt: AttemptRecord, *, state: AttemptState, reason: str | None) -> AttemptRecord:
-    change = update(attempts).where(attempts.c.id == attempt.id).values(state=state, reason=reason, finished_at=utc_now())
+def _end_attempt(
+    connection: Connection, attempt: AttemptRecord, *, state: AttemptState, reason: str | None, device_seconds: float | None = None
+) -> AttemptRecord:
+    values = {"state": state, "reason": reason, "finished_at": utc_now(), "device_seconds": device_seconds}
+    change = update(attempts).where(attempts.c.id == attempt.id).values(values)
     ended = _attempt(connection.execute(change.returning(attempts)).mappings().one())
     if ended.stage == "rung" and ended.trial is not None:
         update_trial(connection, ended.search_id, ended.trial, {"state": TrialState.WAITING})

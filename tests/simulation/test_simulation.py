@@ -61,7 +61,7 @@ def test_a_controller_that_was_replaced_writes_nothing_more(make: Make) -> None:
     replaced = simulation.conductor
     simulation.restart()
     with pytest.raises(Exception, match="another controller has it"):
-        replaced._cancel_trials()
+        replaced._books.end_trials()
 
     simulation.to_end()
 

@@ -22,7 +22,7 @@ from nas.spec import dump_spec, parse_spec
 from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchState, TrialState, all_winners
 from nas.store.store import Store
 from nas.submission import check_submission
-from workers import conductor as conductor_module
+from workers import watch as watch_module
 from workers.controller import Controller
 from workers.liveness import BEAT, STOP
 from workers.logs import LOG
@@ -420,7 +420,7 @@ def test_a_worker_that_outlives_its_controller_is_asked_to_stop(service: Service
 
 
 def test_a_step_without_a_sign_of_life_is_said_to_wait_once(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conductor_module, "WAITING_SECONDS", 0.05)
+    monkeypatch.setattr(watch_module, "WAITING_SECONDS", 0.05)
     search_id = service.submit(sampler={"name": "random", "max_trials": 1})
     monkeypatch.setattr(service.executor, "wait", lambda timeout_seconds: [])
     controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
@@ -522,7 +522,7 @@ def test_a_store_that_stays_away_ends_the_controller(service: Service, monkeypat
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("connection refused")
 
-    monkeypatch.setattr(service.store, "active_states", refuse)
+    monkeypatch.setattr(service.store, "active_searches", refuse)
 
     with pytest.raises(OSError, match="connection refused"):
         controller.run()

@@ -1,0 +1,176 @@
+"""Whether a step's result can be true: the controller believes no worker. Pure but for the header of a student's file.
+
+A result that is not what was asked for, or that no student can have measured, fails its attempt with the reason `invalid_result`; nothing of it is stored
+or ranked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nas.cost import count_parameters
+from nas.families import Architecture
+from nas.search.confirmed import Confirmation
+from nas.search.layout import STUDENT
+from nas.search.results import Metric, RungResult
+from nas.shape import Shape
+from nas.spec import SearchSpec
+from nas.store.records import AttemptRecord, TrialRecord
+from workers.folders import SearchFolder
+
+MAX_HEADER_BYTES = 100 * 2**20
+"""Of a safetensors file, as its own library bounds it."""
+_SHARES = ("acc", "acc_norm")
+"""Metrics that lie between 0 and 1 whatever the task."""
+
+
+class Untrue(ValueError):
+    """A result that cannot be; the message says what was expected and what came."""
+
+
+def check_result(
+    result: Mapping[str, Any], *, attempt: AttemptRecord, spec: SearchSpec, architecture: Architecture, trial: TrialRecord | None, folders: SearchFolder
+) -> None:
+    """What the step of an attempt returned, if it can be true.
+
+    Args:
+        trial: the attempt's, where it has one. folders: of its search, which is where a bundle may be.
+    Raises:
+        Untrue
+    """
+    match attempt.stage:
+        case "prepare":
+            check_prepared(result)
+        case "rung":
+            assert trial is not None
+            assert attempt.rung is not None
+            shape = Shape.from_dict(trial.shape)
+            # By URL the student is not here: its node counted it, and so does the confirm step, in a fresh process.
+            folder = folders.trial(trial.number) if folders.shared is None else None
+            check_rung(result, spec=spec, architecture=architecture, shape=shape, rung=attempt.rung, trial_folder=folder)
+        case "confirm":
+            check_confirmation(result)
+        case "bundle":
+            assert trial is not None
+            check_bundle(result, trial=trial.number, folder=folders.winner(budget=trial.budget))
+
+
+def check_rung(result: Mapping[str, Any], *, spec: SearchSpec, architecture: Architecture, shape: Shape, rung: int, trial_folder: Path | None) -> RungResult:
+    """The result of a rung, if it can be true.
+
+    Raises:
+        Untrue: not of this rung and its tokens, a metric out of range, a task too many or too few, or not as many parameters as the shape has,
+            in the result or (at the last rung) in the student's file.
+    """
+    found = _parse(result)
+    _expect("rung", rung, found.rung)
+    # Training ends with a whole step.
+    least, step = spec.rungs.tokens(rung), spec.distillation.batch_size * spec.corpus.sequence_length
+    if not least <= found.tokens < least + (step if rung else 1):
+        raise Untrue(f"tokens: expected {least}, got {found.tokens}")
+    parameters = count_parameters(architecture, shape).total
+    _expect("parameters", parameters, found.parameters)
+    _expect("tasks", sorted(task.name for task in spec.tasks) if spec.scores_tasks(rung) else [], sorted(found.tasks))
+    _check_metrics(found, spec=spec)
+    if rung == spec.rungs.num_trained and trial_folder is not None:
+        _expect("parameters of the student's file", parameters, count_file_parameters(trial_folder / STUDENT))
+    return found
+
+
+def check_confirmation(values: Mapping[str, Any]) -> Confirmation:
+    """A confirmation, if it can be true."""
+    try:
+        found = Confirmation.from_dict(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Untrue(f"confirmation: expected one with all its parts, got {type(error).__name__}: {error}") from error
+    if not isinstance(found.verified, bool):
+        raise Untrue(f"verified: expected true or false, got {found.verified!r}")
+    if found.held_out is not None:
+        _check_metrics(found.held_out)
+    return found
+
+
+def check_prepared(values: Mapping[str, Any]) -> None:
+    """What the prepare step measured of the teacher and of random weights, if it can be true."""
+    for name in ("teacher", "random", "teacher_held_out", "random_held_out"):
+        if name not in values:
+            raise Untrue(f"prepared: expected {name}, got {sorted(values)}")
+        _check_metrics(_parse(values[name]))
+
+
+def check_bundle(values: Mapping[str, Any], *, trial: int, folder: Path) -> None:
+    """Where the winner was packed, if it can be: in the folder that was asked for."""
+    _expect("trial", trial, values.get("trial"))
+    path = Path(str(values.get("bundle", "")))
+    if path.parent != folder or path.name in ("", ".."):
+        raise Untrue(f"bundle: expected a file in {folder}, got {path}")
+    if not re.fullmatch(r"[0-9a-f]{64}", str(values.get("bundle_sha256"))):
+        raise Untrue(f"bundle_sha256: expected 64 hexadecimal digits, got {values.get('bundle_sha256')!r}")
+
+
+def count_file_parameters(folder: Path) -> int:
+    """Parameters of a saved model, by the headers of its files.
+
+    Raises:
+        Untrue: there is none, or a header cannot be read.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise Untrue(f"student: expected its weights in {folder}, got none")
+    return sum(math.prod(tensor["shape"]) for file in files for name, tensor in _header(file).items() if name != "__metadata__")
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= MAX_HEADER_BYTES else None
+    except (OSError, ValueError) as error:
+        raise Untrue(f"{path.name}: expected a safetensors header, got {error}") from error
+    if not isinstance(header, dict):
+        raise Untrue(f"{path.name}: expected a safetensors header, got something else")
+    return header
+
+
+def _parse(values: Mapping[str, Any]) -> RungResult:
+    try:
+        return RungResult.from_dict(values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Untrue(f"result: expected one with all its parts, got {type(error).__name__}: {error}") from error
+
+
+def _check_metrics(result: RungResult, *, spec: SearchSpec | None = None) -> None:
+    """Finite, and in the range of what they measure."""
+    for name, metric in _metrics(result):
+        numbers = (metric.value, metric.standard_error, *metric.documents)
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise Untrue(f"{name}: expected finite numbers, got {metric.value} +- {metric.standard_error}")
+        if metric.standard_error < 0:
+            raise Untrue(f"{name}: expected a standard error of at least 0, got {metric.standard_error}")
+    for name, metric in (("kl", result.kl), ("loss", result.loss)):
+        # Below zero only by rounding: the divergence of a student that equals its teacher.
+        if metric.value < -1e-3:
+            raise Untrue(f"{name}: expected at least 0, got {metric.value}")
+    for task in spec.tasks if spec is not None else ():
+        if task.name in result.tasks and task.metric in _SHARES and not 0 <= result.tasks[task.name].value <= 1:
+            raise Untrue(f"{task.metric} of {task.name}: expected 0 to 1, got {result.tasks[task.name].value}")
+    for name, cost in result.costs.items():
+        if not math.isfinite(cost) or cost < 0:
+            raise Untrue(f"cost {name}: expected a finite number of at least 0, got {cost}")
+
+
+def _metrics(result: RungResult) -> Iterator[tuple[str, Metric]]:
+    yield from (("kl", result.kl), ("loss", result.loss))
+    yield from result.tasks.items()
+    for task, forms in result.likelihoods.items():
+        yield from ((f"{form} of {task}", metric) for form, metric in forms.items())
+
+
+def _expect(name: str, expected: object, got: object) -> None:
+    if got != expected:
+        raise Untrue(f"{name}: expected {expected}, got {got}")
