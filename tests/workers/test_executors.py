@@ -20,8 +20,9 @@ from nas.spec import dump_spec, parse_spec
 from nas.store.store import Store
 from nas.submission import check_submission
 from workers.executor import Executor, LocalExecutor
+from workers.liveness import read_beat, supersede
 from workers.logs import LOG
-from workers.step import PROGRESS, Outcome, Step, execute, read_outcome
+from workers.step import PROGRESS, RESULT, Outcome, Step, execute, read_outcome
 
 SECONDS = 90.0
 """A busy machine takes long to import torch."""
@@ -76,7 +77,7 @@ def make_step(request_of: dict[str, Any], tmp_path: Path) -> Callable[..., Step]
         request = {**request_of, "shape": shape, "rung": 0, "trial_folder": str(tmp_path / "trial"), **changes}
         key = f"att_{len(made)}"
         (tmp_path / key).mkdir()
-        made.append(Step(key=key, stage=stage, folder=str(tmp_path / key), request=request, cpus=1.0, gpus=0.0))
+        made.append(Step(key=key, stage=stage, folder=str(tmp_path / key), request=request, cpus=1.0, gpus=0.0, beat_seconds=0.2))
         return made[-1]
 
     return make
@@ -148,6 +149,27 @@ def test_a_killed_process_is_a_dead_worker(executor: Executor, endless: Step) ->
 
     assert (outcome.succeeded, outcome.reason, outcome.retryable) == (False, "worker_died", True)
     assert executor.wait(timeout_seconds=0.1) == []
+
+
+def test_a_step_that_was_stopped_and_superseded_leaves_nothing_when_it_wakes(executor: Executor, endless: Step) -> None:
+    """Else it would save its training beside the attempt that took its place, as one that is only asked to stop does."""
+    executor.start(endless)
+    pid = wait_for_start(endless)
+    progress = Path(endless.folder) / PROGRESS
+    wait_until(lambda: "tokens" in progress.read_text(), what="training")
+    beat = read_beat(Path(endless.folder))
+    wait_until(lambda: read_beat(Path(endless.folder)) != beat, what="a beat while it trains")
+    os.kill(pid, signal.SIGSTOP)
+    supersede(Path(endless.folder))
+    trial = Path(endless.request["trial_folder"])
+    before = {path: path.stat().st_mtime_ns for path in trial.rglob("*") if path.is_file()}
+    os.kill(pid, signal.SIGCONT)
+
+    outcome = wait_for(executor)[endless.key]
+
+    assert outcome.reason in ("superseded", "worker_died"), outcome  # the local executor knows a step by its result, of which there is none
+    assert {path: path.stat().st_mtime_ns for path in trial.rglob("*") if path.is_file()} == before
+    assert not (Path(endless.folder) / RESULT).exists()
 
 
 def test_a_step_uses_its_cpus_and_no_more_until_it_is_killed(executor: Executor, endless: Step) -> None:
