@@ -209,11 +209,8 @@ def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def service(tmp_path: Path, migrated_file: Path) -> Iterator[Service]:
-    settings = Settings.from_environment({"NAS_DATA": str(tmp_path)})
-    shutil.copy(migrated_file, tmp_path / "nas.db")
-    store = Store.open(settings.database_url)
+def register_inputs(store: Store) -> None:
+    """The teacher, corpus and tasks of `Service.spec`."""
     now = utc_now()
     store.add_teacher(TeacherRecord(name="tiny", digest="a" * 64, path="/secret/tiny", config=TEACHER_CONFIG, parameters=200000, added_at=now))
     store.add_corpus(CorpusRecord(name="stories", digest="b" * 64, files=("/secret/s.txt",), num_documents=10, num_bytes=1000, added_at=now))
@@ -222,6 +219,14 @@ def service(tmp_path: Path, migrated_file: Path) -> Iterator[Service]:
         metrics = [{"name": metric, "higher_is_better": metric == "acc"}]
         card = {"name": name, "output_type": kind, "num_documents": 50, "default_metric": metric, "metrics": metrics}
         store.add_task(TaskRecord(name=name, digest="c" * 64, folder="/secret/tasks", card=card, added_at=now))
+
+
+@pytest.fixture
+def service(tmp_path: Path, migrated_file: Path) -> Iterator[Service]:
+    settings = Settings.from_environment({"NAS_DATA": str(tmp_path)})
+    shutil.copy(migrated_file, tmp_path / "nas.db")
+    store = Store.open(settings.database_url)
+    register_inputs(store)
     # raise_server_exceptions: a bug is an answer here, as it is to a user.
     client = TestClient(create_app(store=store, settings=settings), base_url="http://127.0.0.1", raise_server_exceptions=False)
     yield Service(store=store, client=client, settings=settings)

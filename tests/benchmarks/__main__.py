@@ -13,6 +13,7 @@
     simulation  proposals per second at up to 10,000 finished trials, idle workers, and every promise of a search on pretended workers
     dispatch    what it costs to hand a step to a worker, on a local Ray cluster of several nodes; one-thread training on all cores
     scoring     stock tasks through evaluation packs, against lm-eval's own path at its best batch size (with NAS_REFERENCE)
+    load        the API and the store under load: leaderboards of 10,000 trials, 100 submits, 200 streams, 64 workers; memory
     search      seconds per trial by step, in a search through the running service
 
 Every number is a ratio against a baseline in the same run, or a held-out loss; the goal stands beside it. Speed is printed and never fails
@@ -41,6 +42,7 @@ SECTIONS = {
     "simulation": "simulation",
     "dispatch": "dispatch",
     "scoring": "scoring",
+    "load": "load",
     "search": "search_cost",
 }
 """Section -> module beside this one. Its `bench()` prints, and returns False where a claim does not hold."""
