@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +24,22 @@ from api.routes.leaderboard import Sort, get_query
 from api.routes.results import compare_searches
 from api.schemas.trials import AttemptAnswer
 from api.summary import describe_rung, describe_search, describe_trial, summarise_search
-from api.views import board_row, compare_shapes, curve_figure, group_failures, held_out_rows, measure_pace, new_row, rung_figure, score_figure, task_columns
+from api.views import (
+    Drawn,
+    board_row,
+    compare_shapes,
+    curve_figure,
+    draw,
+    group_failures,
+    held_out_rows,
+    measure_pace,
+    new_row,
+    rung_figure,
+    score_figure,
+    task_columns,
+)
 from nas.store.records import BoardPage, TrialState, utc_now
+from nas.store.store import Store
 
 SEARCHES_PER_PAGE = 50
 ROWS_PER_PAGE = 50
@@ -86,7 +101,7 @@ def search_page(
     if page.end is None and sort == "rank" and not pareto:
         new = store.list_trials(search.id, states=_SHOWN_WITHOUT_RESULT, without_result=True, budget=budget, limit=ROWS_PER_PAGE)
         rows += [new_row(trial, teacher_parameters=search.plan.get("teacher_parameters")) for trial in new]
-    sample = [] if version is None else store.board_sample(search.id, version=version, budget=budget, most=MAX_DRAWN)
+    drawn = Drawn(num_rows=0, points=(), lines=()) if version is None else _drawn(store, search.id, version, budget)
     confirmed = [] if version is None else store.confirmed_rows(search.id, version=version, budget=budget, limit=CONFIRMED_SHOWN)
     num_failed = counts.by_state[TrialState.FAILED]
     events = store.list_events(search.id, after=max(search.version - EVENTS_SHOWN, 0), limit=EVENTS_SHOWN)
@@ -95,7 +110,7 @@ def search_page(
         search=answer,
         version=search.version,
         rows=rows,
-        view={"sort": sort, "pareto": pareto, "next": cursor_behind(page, query=query), "is_first": after is None, "num_drawn": len(sample)},
+        view={"sort": sort, "pareto": pareto, "next": cursor_behind(page, query=query), "is_first": after is None, "num_drawn": drawn.num_rows},
         board=describe_board(search, page=BoardPage(version=0, rows=[], end=None), query=query).model_dump(),
         budgets=[of_budget(search, index).plan for index in range(1 + len(search.spec.get("more_budgets", ())))],
         tasks=task_columns(search),
@@ -108,9 +123,18 @@ def search_page(
         pace=measure_pace(answer, now=utc_now()),
         has_winner=shown.winner is not None,
         others=[other for other in store.latest_searches(project=search.project, limit=SEARCHES_PER_PAGE) if other.id != search.id],
-        score_figure=score_figure(shown, rows=sample),
-        rung_figure=rung_figure(sample, board=board, progress=answer),
+        score_figure=score_figure(shown, drawn=drawn),
+        rung_figure=rung_figure(drawn, progress=answer),
     )
+
+
+@lru_cache(maxsize=64)
+def _drawn(store: Store, search_id: str, version: int, budget: int) -> Drawn:
+    """A version of a board never changes, and many look at the newest one."""
+    head = store.get_board_head(search_id, version=version)
+    boards = [head, *head.get("more_budgets", ())]
+    board = boards[budget] if budget < len(boards) else {}
+    return draw(store.board_sample(search_id, version=version, budget=budget, most=MAX_DRAWN), search_id=search_id, board=board)
 
 
 @router.get("/searches/{search_id}/compare")

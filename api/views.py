@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import lru_cache
 from statistics import median
 from typing import Any
 
@@ -137,9 +136,19 @@ def group_failures(trials: Iterable[TrialRecord]) -> list[dict[str, Any]]:
     return [{"stage": stage, "reason": reason, "trials": members} for (stage, reason), members in ordered]
 
 
-def score_figure(search: SearchRecord, *, rows: Sequence[Json]) -> dict[str, Any]:
-    """Score versus parameters of the last rung, whose scores alone may be compared, with the teacher and the budget."""
-    board = search.board or {}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """What the figures of a search draw of one version of its board."""
+
+    num_rows: int
+    points: Sequence[Mapping[str, Any]]
+    """Score and size of rows of the last rung, whose scores alone may be compared."""
+    lines: Sequence[Mapping[str, Any]]
+    """Held-out KL from rung to rung."""
+
+
+def draw(rows: Sequence[Json], *, search_id: str, board: Json) -> Drawn:
+    """Rows of a board as points and lines."""
     leader, front = board.get("leader", board.get("winner")), frozenset(board.get("pareto", ()))
     points = [
         {
@@ -152,16 +161,33 @@ def score_figure(search: SearchRecord, *, rows: Sequence[Json]) -> dict[str, Any
             "tied": row["rank"] == 1 and bool(row.get("tied")),
             "pareto": row["number"] in front,
             "winner": row["number"] == leader,
-            "url": f"/searches/{search.id}/trials/{row['number']}",
+            "url": f"/searches/{search_id}/trials/{row['number']}",
         }
         for row in rows
         if row["score"] is not None and row["rank"] is not None
     ]
+    lines = [
+        {
+            "number": row["number"],
+            "label": _label(row),
+            "kind": _kind(row["origin"]),
+            "winner": row["number"] == leader,
+            "x": list(range(len(row["kl_by_rung"]))),
+            "y": row["kl_by_rung"],
+        }
+        for row in sorted(rows, key=lambda row: int(row["number"]))
+        if row.get("kl_by_rung")  # boards of an earlier version lack it
+    ]
+    return Drawn(num_rows=len(rows), points=points, lines=lines)
+
+
+def score_figure(search: SearchRecord, *, drawn: Drawn) -> dict[str, Any]:
+    """Score versus parameters, with the teacher and the budget."""
     counting = search.plan.get("counting", "total")
     return {
         "kind": "score",
         "empty": f"No shape has reached the last rung{_yet(search.state.is_terminal)}",
-        "points": points,
+        "points": drawn.points,
         "teacher": search.plan.get("teacher_parameters"),
         # The line stands where the axis counts what the budget counts.
         "budget": search.plan.get("max_parameters") if counting == "total" else None,
@@ -169,13 +195,7 @@ def score_figure(search: SearchRecord, *, rows: Sequence[Json]) -> dict[str, Any
 
 
 def _label(row: Json) -> str:
-    return f"#{row['number']} {_shape_key(*row['shape'].items())}"
-
-
-@lru_cache(maxsize=10_000)
-def _shape_key(*numbers: tuple[str, int]) -> str:
-    """Figures are drawn again and again of the same shapes."""
-    return Shape.from_dict(dict(numbers)).key
+    return f"#{row['number']} {Shape.from_dict(row['shape']).key}"
 
 
 def _kind(origin: str) -> str:
@@ -183,25 +203,13 @@ def _kind(origin: str) -> str:
     return badge[0] if badge else "sampler"
 
 
-def rung_figure(rows: Sequence[Json], *, board: Json, progress: SearchAnswer) -> dict[str, Any]:
+def rung_figure(drawn: Drawn, *, progress: SearchAnswer) -> dict[str, Any]:
     """Held-out KL of trials from rung to rung."""
-    leader = board.get("leader", board.get("winner"))
     return {
         "kind": "rungs",
         "empty": f"No rung has finished{_yet(progress.state.is_terminal)}",
         "rungs": ["none" if rung.rung == 0 else format_count(rung.tokens) for rung in progress.rungs],
-        "lines": [
-            {
-                "number": row["number"],
-                "label": _label(row),
-                "kind": _kind(row["origin"]),
-                "winner": row["number"] == leader,
-                "x": list(range(len(row["kl_by_rung"]))),
-                "y": row["kl_by_rung"],
-            }
-            for row in sorted(rows, key=lambda row: int(row["number"]))
-            if row.get("kl_by_rung")  # boards of an earlier version lack it
-        ],
+        "lines": drawn.lines,
     }
 
 

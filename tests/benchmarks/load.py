@@ -111,7 +111,7 @@ async def _bench(url: str, *, folder: Path, seconds: float) -> bool:
     with _api(settings) as process:
         async with _client(settings) as client:
             await _until_ready(client)
-            await _reads(client, service=service, searches=searches)
+            await _reads(client, service=service, searches=searches, process=process)
             all_there = await _submits(client, service=service)
             _print_writing(service)
             whole = await _under_load(client, service=service, long=searches[SIZES[-1]], process=process, seconds=seconds)
@@ -151,18 +151,20 @@ def _paths(search: SearchRecord, *, deep: str | None) -> dict[str, str]:
     }
 
 
-async def _reads(client: httpx2.AsyncClient, *, service: Service, searches: dict[int, SearchRecord]) -> None:
-    table = Table("read", *(f"{size:,} trials: p50 / p95 ms, queries" for size in SIZES), "p95 goal", box=None)
+async def _reads(client: httpx2.AsyncClient, *, service: Service, searches: dict[int, SearchRecord], process: subprocess.Popen[bytes]) -> None:
+    table = Table("read", *(f"{size:,} trials: p50 / p95 (processor) ms, queries" for size in SIZES), "p95 goal", box=None)
     found: dict[str, list[str]] = {}
     for size, search in searches.items():
         for name, path in _paths(search, deep=await _deep_cursor(client, search)).items():
             load = _Load()
             for _ in range(10):
                 await client.get(path)
+            before = _processor_seconds(process.pid)
             for _ in range(NUM_READS):
                 await load.ask(client, name, path)
+            processor = (_processor_seconds(process.pid) - before) / NUM_READS
             p50, p95 = _quantiles(load.seconds[name])
-            found.setdefault(name, []).append(f"{1000 * p50:.1f} / {1000 * p95:.1f}, {_queries(service, path)}")
+            found.setdefault(name, []).append(f"{1000 * p50:.1f} / {1000 * p95:.1f} ({1000 * processor:.1f}), {_queries(service, path)}")
             assert not load.errors, (size, load.errors[:3])
     for name, cells in found.items():
         table.add_row(name, *cells, f"< {1000 * GOAL_READ:.0f}" if name.startswith(("JSON", "page")) else "")
@@ -269,15 +271,17 @@ def _print_writing(service: Service) -> None:
 async def _under_load(client: httpx2.AsyncClient, *, service: Service, long: SearchRecord, process: subprocess.Popen[bytes], seconds: float) -> bool:
     """Streams, readers and submitters beside a search; whether every stream had every event once, and every request its answer."""
     search, load, stop = _wide_search(service), _Load(), asyncio.Event()
-    streams = [asyncio.create_task(_follow(service.settings.port, search.id)) for _ in range(NUM_STREAMS)]
-    await asyncio.sleep(2.0)
+    streams = []
+    for _ in range(NUM_STREAMS):  # people do not come all in the same moment
+        streams.append(asyncio.create_task(_follow(service.settings.port, search.id)))
+        await asyncio.sleep(0.04)
     writer = _start_writer(service, search, step_seconds=STEP_SECONDS, seconds=seconds)
     paths = [*_paths(long, deep=await _deep_cursor(client, long)).items(), *((f"live: {name}", path) for name, path in _paths(search, deep=None).items())]
     paths = [(name, path) for name, path in paths if name not in ("live: a trial", "live: events, deep")]
     readers = [asyncio.create_task(_read_on(client, load, paths=paths[index::NUM_READERS], stop=stop)) for index in range(NUM_READERS)]
     submitter = asyncio.create_task(_submit_on(client, load, service=service, stop=stop))
     memory = []
-    started = time.monotonic()
+    started, before = time.monotonic(), _processor_seconds(process.pid)
     while writer.poll() is None:
         await asyncio.sleep(1.0)
         memory.append(_resident(process.pid))
@@ -285,13 +289,15 @@ async def _under_load(client: httpx2.AsyncClient, *, service: Service, long: Sea
     await asyncio.gather(*readers, submitter)
     seen = await asyncio.gather(*streams)
     elapsed = time.monotonic() - started
+    busy = (_processor_seconds(process.pid) - before) / elapsed
     version = service.store.get_search(search.id).version
     whole = sum(ids == list(range(1, version + 1)) for ids in seen)
     _print_load(load, elapsed=elapsed)
     warm = memory[len(memory) // 3 :]
     growth = warm[-1] / warm[0]
     console.print(
-        f"{NUM_STREAMS} streams: {whole} had all {version:,} events once and in order ({version * NUM_STREAMS / elapsed:,.0f} frames a second in all) · "
+        f"{NUM_STREAMS} streams: {whole} had all {version:,} events once and in order ({version * NUM_STREAMS / elapsed:,.0f} frames a second in all), "
+        f"the API on {busy:.0%} of a core · "
         f"memory of the API {memory[0] / 2**20:.0f} MiB at the start, {warm[0] / 2**20:.0f} after a third, {memory[-1] / 2**20:.0f} at the end: "
         f"{growth:.2f} x since then (goal <= {GOAL_MEMORY:.2f})"
     )
@@ -374,6 +380,12 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def _processor_seconds(pid: int) -> float:
+    """What a process has had of the processors: other programs of a busy machine do not count."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _resident(pid: int) -> int:
