@@ -182,6 +182,9 @@ def test_every_read_takes_as_many_queries_with_1000_trials_as_with_60(service: S
     paths = [path for path, _ in routes if not any(part in path for part in skipped)] + pages
     values = {"number": 8, "other": other.id}
 
+    for search in (few, many):  # the connection's own statements
+        service.client.get(f"/v1/searches/{search.id}")
+
     def cost(path: str, search: SearchRecord) -> int:
         target = path.replace("/compare", f"/compare?with={other.id}") if path.endswith("/compare") else path
         with counted(service) as statements:
@@ -191,8 +194,9 @@ def test_every_read_takes_as_many_queries_with_1000_trials_as_with_60(service: S
 
     assert len(paths) > 15
     for path in paths:
-        cost(path, few)  # whatever is made once is made now
-        assert cost(path, few) == cost(path, many) <= 20, path
+        first = [cost(path, search) for search in (few, many)]  # figures of a version of a board are made once
+        assert first[0] == first[1] <= 25, path
+        assert cost(path, few) == cost(path, many) <= min(first[0], 20), path
 
 
 def test_a_row_of_the_test_board_is_like_a_real_one() -> None:
