@@ -43,6 +43,7 @@ _SCOPES: dict[tuple[str, str], str | None] = {
     ("POST", "/v1/searches:preview"): "read",  # stores nothing
     ("POST", "/logout"): None,
     ("GET", "/metrics"): "admin",  # of all projects
+    ("GET", "/v1/nodes"): "admin",
 }
 """Where the method does not tell which scope is needed."""
 

@@ -92,6 +92,10 @@ class Client:
     def tasks(self) -> list[dict[str, Any]]:
         return list(self._pages("/v1/tasks"))
 
+    def nodes(self) -> list[dict[str, Any]]:
+        """Machines of the cluster: whether they get steps, and if not, why. Needs a key with the scope admin."""
+        return list(self._pages("/v1/nodes"))
+
     def preview(self, spec: bytes, *, shapes: Sequence[str] = ()) -> dict[str, Any]:
         """What a spec would mean: legal shapes, budget, tokens, time; and whether these shapes are legal. No search is stored."""
         headers = {"Content-Type": "application/json"}

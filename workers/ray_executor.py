@@ -82,7 +82,9 @@ class RayExecutor:
         ray_logger.propagate = True  # its messages in our format: without this and with `configure_logging` off they go nowhere
         ray_logger.setLevel(logging.WARNING)
         ray.cloudpickle.register_pickle_by_value(on_node)
-        self._nodes = RayNodes(expected={"versions": on_node.versions(), "files": _mark_files(settings)}, save=save_node)
+        # This machine is like itself; that its files are being edited is nobody's concern.
+        versions = {} if settings.ray_address is None else on_node.versions()
+        self._nodes = RayNodes(expected={"versions": versions, "files": _mark_files(settings)}, save=save_node)
         self._work, self._arguments = work or "workers.step:execute", dict[str, Any]()
         self._post: _Post | None = None
         self._files: SharedFiles | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from datetime import timedelta
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, literal, select, tuple_, update
 
 from nas.store.database import Database
 from nas.store.records import NodeRecord, utc_now
@@ -28,10 +28,16 @@ class Nodes(Database):
             connection.execute(self.insert_if_new(nodes).values(values))
             connection.execute(update(nodes).where(nodes.c.id == record.id).values(values))
 
-    def list_nodes(self) -> list[NodeRecord]:
-        """All that were seen of late, by host; one that nobody watches any more is gone."""
+    def list_nodes(self, *, after: tuple[str, str] | None = None, limit: int | None = None) -> list[NodeRecord]:
+        """All that were seen of late, by host and id; one that nobody watches any more is gone.
+
+        Args:
+            after: host and id of the last one before these.
+        """
+        query = select(nodes).order_by(nodes.c.host, nodes.c.id).limit(limit)
+        if after is not None:
+            query = query.where(tuple_(nodes.c.host, nodes.c.id) > tuple_(*map(literal, after)))
         unseen = utc_now() - timedelta(seconds=SEEN_SECONDS)
         with self.read() as connection:
-            rows = connection.execute(select(nodes).order_by(nodes.c.host, nodes.c.seen_at, nodes.c.id)).mappings()
-            found = [NodeRecord(**row) for row in rows]
+            found = [NodeRecord(**row) for row in connection.execute(query).mappings()]
         return [replace(record, state="gone") if record.seen_at < unseen else record for record in found]
