@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from api.conditional import etag_of, is_unchanged
-from nas.errors import NotFound
+from nas.errors import FilesUnavailable, NotFound
 from nas.settings import Settings
+from nas.shared_files import SharedFiles
+
+logger = logging.getLogger(__name__)
 
 IMMUTABLE = "private, max-age=31536000, immutable"
 """What a digest names is the same for ever; it is still of one project."""
@@ -19,14 +23,22 @@ IMMUTABLE = "private, max-age=31536000, immutable"
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})|bytes=-([0-9]{1,18})")
 
 
-def find_file(place: str, *, settings: Settings) -> Path:
-    """A file below the data folder.
+def find_file(place: str, *, sha256: str, settings: Settings) -> Path:
+    """A file below the data folder; where machines share files by URL it is fetched from there first, once.
 
     Raises:
-        NotFound: it is gone, or lies elsewhere.
+        NotFound: it is gone, or lies elsewhere. FilesUnavailable: it cannot be fetched now.
     """
     folder = settings.data_folder.resolve()
     path = (folder / place).resolve()
+    if settings.shared_url is not None and path.is_relative_to(folder) and not path.is_file():
+        try:
+            SharedFiles(settings.shared_url).fetch_file(path.relative_to(folder).as_posix(), target=path, sha256=sha256)
+        except FilesUnavailable as error:
+            logger.warning("file not fetched: %s", error, extra={"action": "fetch_failed", "path": place})
+            raise FilesUnavailable("the place where the service keeps its files cannot be reached now") from error
+        except NotFound:
+            logger.info("file is gone", extra={"action": "file_gone", "path": place})
     if not path.is_relative_to(folder) or not path.is_file():
         raise NotFound("the file is no longer in the data folder")
     return path

@@ -18,6 +18,7 @@ import platform
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,18 @@ from nas.compress.second_moments import load_moments
 from nas.compress.sorting import load_sorting
 from nas.compress.teacher import write_checkpoint
 from nas.cost import count_parameters
-from nas.errors import Conflict
+from nas.errors import Conflict, NotFound
 from nas.files import check_may_publish, temporary_for, whole_file, write_json
+from nas.node_cache import NodeCache
 from nas.recipe import Recipe
 from nas.search.layout import CORRECTED, MOMENTS, RECONSTRUCTION, SORTED, STUDENT, prepared_key, trial_folder
 from nas.settings import Settings
 from nas.shape import Shape
+from nas.shared_files import SharedFiles
 from nas.spec import SearchSpec, parse_spec
+from nas.store.records import SearchRecord
 from nas.store.store import Store
+from nas.trial_files import find_tree
 
 BUNDLE, TAR = "bundle", "bundle.tar"
 PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "ray", "safetensors", "nas")
@@ -111,25 +116,39 @@ def bundle_trial(search_id: str, number: int, *, store: Store, settings: Setting
         got = confirmation.get("reason") or ("one that was counted, but not reloaded" if confirmation else "one that was not confirmed")
         raise Conflict(f"trial {number} of search {search_id}: expected one that the confirm step verified, got {got}")
     spec = parse_spec(json.dumps(search.spec))
-    student = trial_folder(settings.searches_folder / search_id, number=number)
+    with ExitStack() as stack:
+        student, prepared = _files_of(search, number, spec=spec, store=store, settings=settings, stack=stack)
+        request = {
+            "search_id": search_id,
+            "trial": number,
+            "shape": trial.shape,
+            "trial_folder": str(student),
+            "bundle_folder": str(folder),
+            "prepared": str(prepared),
+            "inputs": search.inputs,
+            "spec": search.spec,
+            "result": store.list_rungs(search_id, trial=number)[-1].result,
+            "confirmation": confirmation,
+            "board": search.board,
+        }
+        return write_bundle(request, spec=spec)
+
+
+def _files_of(search: SearchRecord, number: int, *, spec: SearchSpec, store: Store, settings: Settings, stack: ExitStack) -> tuple[Path, Path]:
+    """A trial's folder and what its search prepared: in the data folder, or fetched from where machines share files by URL."""
+    student = trial_folder(settings.searches_folder / search.id, number=number)
     prepared = settings.prepared_folder / prepared_key(spec, inputs=search.inputs)
+    if settings.shared_url is not None:
+        shared, cache = SharedFiles(settings.shared_url), NodeCache(folder=settings.cache_folder, max_bytes=settings.cache_bytes)
+        keys = [path.relative_to(settings.data_folder).as_posix() for path in (student / str(find_tree(search.id, number, store=store)), prepared)]
+        try:
+            student, prepared = (stack.enter_context(cache.reading(key, source=shared)) for key in keys)
+        except NotFound as gone:
+            raise Conflict(f"trial {number} of search {search.id}: expected its files, got none: {gone}") from gone
     for path in (student / STUDENT, prepared / SORTED):
         if not path.is_dir():
-            raise Conflict(f"trial {number} of search {search_id}: expected its files on the disk, got no {path}")
-    request = {
-        "search_id": search_id,
-        "trial": number,
-        "shape": trial.shape,
-        "trial_folder": str(student),
-        "bundle_folder": str(folder),
-        "prepared": str(prepared),
-        "inputs": search.inputs,
-        "spec": search.spec,
-        "result": store.list_rungs(search_id, trial=number)[-1].result,
-        "confirmation": confirmation,
-        "board": search.board,
-    }
-    return write_bundle(request, spec=spec)
+            raise Conflict(f"trial {number} of search {search.id}: expected its files on the disk, got no {path}")
+    return student, prepared
 
 
 def _copy_corrected(source: Path, *, target: Path) -> Correction:

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from nas.errors import CorruptFile, FilesUnavailable, NotFound
-from nas.files import file_digest, publish
+from nas.files import file_digest, publish, whole_file
 
 MANIFEST = "manifest.json"
 TRANSFERS = 4
@@ -134,6 +134,19 @@ class SharedFiles:
         """Upload one file, whole or not at all."""
         with self._reaching(key):
             self._write(key, partial(self._fs.put_file, str(path)))
+
+    def fetch_file(self, key: str, *, target: Path, sha256: str) -> None:
+        """Download one file, whole or not at all.
+
+        Raises:
+            NotFound: it is not there. CorruptFile: it has another content.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as temporary:
+            with self._reaching(key):
+                self._fs.get_file(self._path(key), str(temporary))
+            if (found := file_digest(temporary)) != sha256:
+                raise CorruptFile(f"{self.url}/{key}: expected sha256 {sha256}, got {found}")
 
     @contextmanager
     def open(self, key: str) -> Iterator[IO[bytes]]:

@@ -87,6 +87,7 @@ ROWS = (
     "nas.search.prepare",
     "nas.search.confirm",
     "nas.store",
+    "nas.trial_files",
     "nas.housekeeping",
     "nas.warm_start",
     "nas.submission",

@@ -19,10 +19,10 @@ from nas.files import is_disk_full
 from nas.search.layout import prepared_key
 from nas.search.results import CONTROL
 from nas.store.records import OVER_BUDGET, ActiveSearch, AttemptRecord, AttemptState, SearchRecord, SearchState, Stage, TrialState, all_winners
+from nas.trial_files import find_tree
 from workers import metrics
 from workers.books import Books
 from workers.family import Family
-from workers.folders import find_tree
 from workers.logs import LogKeeper, last_lines, read_tail
 from workers.search_run import Advance, LimitReason, NewTrial
 from workers.step import RESULT, Outcome, Step, read_outcome

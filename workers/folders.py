@@ -25,14 +25,10 @@ from nas.errors import FilesUnavailable
 from nas.search.layout import STUDENT, trial_folder
 from nas.settings import Settings
 from nas.shared_files import SharedFiles
-from nas.store.records import AttemptState
-from nas.store.store import Store
+from nas.trial_files import REUSED
 from workers.step import RESULT, Outcome, read_outcome
 
 logger = logging.getLogger(__name__)
-
-REUSED = "reused"
-"""The tree of a student that was taken over from another search."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +68,7 @@ class SearchFolder:
         Linked where the disk allows it: a student is never written to again, only replaced.
 
         Args:
-            tree: the other's, see `find_tree`.
+            tree: the other's, see `nas.trial_files`.
         """
         if self.shared is not None:
             return tree is not None and self.shared.copy_tree(source._key(f"trials/{source_number}/{tree}"), to=self._key(f"trials/{number}/{REUSED}"))
@@ -114,17 +110,6 @@ class SearchFolder:
     def _delete(self, name: str) -> None:
         if self.shared is not None:
             _remover().submit(_delete_all_but, self.shared, self._key(name), keep=())
-
-
-def find_tree(search_id: str, number: int, *, store: Store) -> str | None:
-    """The name of the tree that holds what the trial's last rung left: its attempt; None where no rung has ended."""
-    rungs = store.list_rungs(search_id, trial=number, with_documents=False)
-    if not rungs:
-        return None
-    if rungs[-1].result.get("reused_from") is not None:
-        return REUSED
-    made = [attempt for attempt in store.list_attempts(search_id, trial=number) if attempt.stage == "rung" and attempt.rung == rungs[-1].rung]
-    return next((attempt.id for attempt in made if attempt.state is AttemptState.SUCCEEDED), None)
 
 
 @lru_cache(maxsize=4)

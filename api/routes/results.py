@@ -93,7 +93,7 @@ def read_winner(
 def download_bundle(search: SearchDep, request: Request, settings: SettingsDep, budget: BudgetIndex = 0) -> Response:
     """The winner as one tar file: weights, tokenizer, shape, kept indices, recipe, model card."""
     winner = _winner(search, budget=budget)
-    path = find_file(winner["bundle"], settings=settings)
+    path = find_file(winner["bundle"], sha256=winner["bundle_sha256"], settings=settings)
     return send_file(path, sha256=winner["bundle_sha256"], name=f"{search.id}.tar", request=request)
 
 
@@ -115,7 +115,7 @@ def download_artifact(
     artifact = store.find_artifact(sha256, project=principal.project)
     if artifact is None:
         raise NotFound(f"artifact: expected the SHA-256 of a file of a search, got {sha256}")
-    path = find_file(artifact.path, settings=settings)
+    path = find_file(artifact.path, sha256=sha256, settings=settings)
     return send_file(path, sha256=sha256, name=f"{artifact.search_id}.tar", request=request, cache=IMMUTABLE)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from api.files import find_file
+from nas.bundle import bundle_trial
 from nas.node_cache import NodeCache
 from nas.search import confirm
 from nas.settings import Settings
@@ -129,6 +131,12 @@ def test_a_search_over_s3_is_the_search_in_a_folder(
     assert all(len(shared.children(f"searches/{search.id}/trials/{number}")) == 1 for number in confirmed), "a tree that nobody reads"
     assert shared.children(f"searches/{search.id}/attempts") == []
     assert list(deployment.settings.data_folder.rglob("*.safetensors")) == [], "weights on the controller's machine"
+    assert (
+        find_file(search.winner["bundle"], sha256=search.winner["bundle_sha256"], settings=deployment.settings).stat().st_size == search.winner["bundle_bytes"]
+    )
+    elsewhere = dataclasses.replace(deployment.settings, cache_folder=tmp_path / "operator")
+    again = bundle_trial(search.id, search.winner["trial"], store=deployment.store, settings=elsewhere, folder=tmp_path / "again")
+    assert again["bundle_sha256"] == search.winner["bundle_sha256"]
 
 
 class Killed(BaseException):
