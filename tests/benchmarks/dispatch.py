@@ -73,7 +73,7 @@ def _search(folder: Path, *, address: str, seconds: float) -> list[tuple[float, 
     from workers.ray_executor import RayExecutor
 
     num_workers = NUM_NODES * CPUS_PER_NODE
-    environment = {"NAS_DATA": str(folder), "NAS_RAY_ADDRESS": address}
+    environment = {"NAS_DATA": str(folder), "NAS_RAY_ADDRESS": address, "NAS_RAY_INSECURE": "1"}
     settings = dataclasses.replace(Settings.from_environment(environment), num_gpus=0)
     store = Store.open(settings.database_url, migrate=True)
     values = make_spec(num_trials=num_workers * STEPS_PER_WORKER, num_workers=num_workers, label=str(seconds), rungs={"num_trained": 1})
