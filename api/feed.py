@@ -32,6 +32,9 @@ KEPT_FRAMES = 256
 MAX_STREAMS = 1000
 """Streams that one process keeps open: each costs a socket and three tasks."""
 
+MAX_STREAMS_OF_A_PROJECT = 500
+"""Of these, so that one tenant cannot take them all."""
+
 TERMINAL_EVENTS = frozenset(f"search.{state}" for state in SearchState if state.is_terminal)
 
 
@@ -52,6 +55,7 @@ class Frame:
 class _Channel:
     """What the feed knows of one search that somebody follows."""
 
+    project: str
     version: int
     ended: bool
     num_streams: int = 0
@@ -73,9 +77,10 @@ class _Channel:
 class Feed:
     """All event streams of a process. Of one event loop; its task runs while a stream is open."""
 
-    def __init__(self, store: Store, *, max_streams: int = MAX_STREAMS) -> None:
+    def __init__(self, store: Store, *, max_streams: int = MAX_STREAMS, max_streams_of_a_project: int = MAX_STREAMS_OF_A_PROJECT) -> None:
         self._store = store
         self._max_streams = max_streams
+        self._max_streams_of_a_project = max_streams_of_a_project
         self._channels: dict[str, _Channel] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -89,11 +94,14 @@ class Feed:
         """A stream of a search's events, as long as the context lasts.
 
         Raises:
-            TooManyStreams: as many are open as this process keeps.
+            TooManyStreams: as many are open as this process keeps, of the project or of all.
         """
+        of_project = sum(channel.num_streams for channel in self._channels.values() if channel.project == search.project)
+        if of_project >= self._max_streams_of_a_project:
+            raise TooManyStreams(f"event streams: expected fewer than {self._max_streams_of_a_project} open ones of a project in this process, got another")
         if self.num_streams >= self._max_streams:
             raise TooManyStreams(f"event streams: expected fewer than {self._max_streams} open ones in this process, got another")
-        channel = self._channels.setdefault(search.id, _Channel(version=search.version, ended=search.state.is_terminal))
+        channel = self._channels.setdefault(search.id, _Channel(project=search.project, version=search.version, ended=search.state.is_terminal))
         channel.num_streams += 1
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._poll(), name="event feed")

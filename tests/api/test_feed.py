@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 
 from api import feed as feed_module
-from api.feed import Feed
+from api.feed import Feed, TooManyStreams
 from api.problems import MEDIA_TYPE
 from nas.errors import StoreUnavailable
 from nas.store.records import SearchRecord, SearchState
@@ -157,6 +157,24 @@ def test_one_stream_too_many_is_told_when_to_come_back(service: Service) -> None
     assert refused.headers["content-type"] == MEDIA_TYPE
     assert refused.json()["type"] == "/problems/too-many-streams"
     assert later == [1, 2]
+
+
+def test_one_project_cannot_take_all_streams(service: Service) -> None:
+    service.store.create_project("theirs")
+    feed = Feed(service.store, max_streams=10, max_streams_of_a_project=2)
+    ours = [service.submit() for _ in range(2)]
+    theirs = service.store.create_search(spec={}, inputs={}, plan={}, label="", project="theirs")
+
+    async def run() -> None:
+        with feed.subscribe(ours[0]), feed.subscribe(ours[1]):
+            with pytest.raises(TooManyStreams, match="of a project"), feed.subscribe(ours[0]):
+                pass
+            with feed.subscribe(theirs):
+                assert feed.num_streams == 3
+        with feed.subscribe(ours[0]):  # there is room again
+            assert feed.num_streams == 1
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("away", ["search_versions", "list_events"])
