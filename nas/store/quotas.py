@@ -108,8 +108,15 @@ def add_usage(connection: Connection, project: str, *, tokens: int = 0, device_s
     connection.execute(row.on_conflict_do_update(index_elements=[usage.c.project, usage.c.day], set_=sums))
 
 
+def add_device_seconds(connection: Connection, search_id: str, seconds: float | None) -> None:
+    """Count what a step of a search took against its project; None: nobody saw it end."""
+    if seconds:
+        project = connection.execute(select(searches.c.project).where(searches.c.id == search_id)).scalar_one()
+        add_usage(connection, project, device_seconds=seconds)
+
+
 def _exceeded(project: str, quota: str, *, limit: float, used: float, asked: int) -> QuotaExceeded:
-    message = f"{quota} of project {project}: expected at most {limit:,}, got {used:,.0f} in use" + (f" and {asked:,} more" if asked else "")
+    message = f"{quota} of project {project}: expected at most {limit:,.0f}, got {used:,.0f} in use" + (f" and {asked:,} more" if asked else "")
     retry_after_seconds = None
     if asked <= limit and limit > 0:  # else no waiting helps
         is_daily = quota.endswith("_per_day")

@@ -17,6 +17,7 @@ from nas.shape import Shape
 from nas.store.counts import count_change
 from nas.store.database import Database
 from nas.store.logs import keep_log
+from nas.store.quotas import add_device_seconds
 from nas.store.records import (
     AttemptRecord,
     AttemptState,
@@ -248,6 +249,7 @@ class Trials(Database):
             connection.execute(update(attempts).where(attempts.c.id == attempt_id).values(ended))
             update_trial(connection, search_id, trial, {"state": trial_state, "rung": rung, "failure": failure})
             write_event(connection, search_id, "trial.rung_finished", _rung_data(record, trial_state) | ({} if failure is None else {"failure": failure}))
+            add_device_seconds(connection, search_id, device_seconds)
             return record
 
     def save_confirmation(
@@ -369,6 +371,7 @@ def _end_attempt(
     if ended.stage == "rung" and ended.trial is not None:
         update_trial(connection, ended.search_id, ended.trial, {"state": TrialState.WAITING})
     write_event(connection, ended.search_id, f"attempt.{state}", {**_attempt_data(ended), "reason": ended.reason})
+    add_device_seconds(connection, ended.search_id, device_seconds)
     return ended
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -12,7 +13,7 @@ from nas.estimate import planned_work
 from nas.spec import dump_spec, parse_spec
 from nas.store import quotas
 from nas.store.quotas import Quotas, Usage
-from nas.store.records import SearchRecord, SearchState, utc_now
+from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchState, TrialRecord, utc_now
 from nas.store.store import Store
 
 
@@ -143,3 +144,29 @@ def test_a_search_is_not_extended_beyond_a_quota_but_narrowed_at_any_time(store:
     assert store.update_search(search.id, version=None, max_trials=18).plan["max_trials"] == 20
     assert store.update_search(search.id, version=None, max_trials=5).plan["max_trials"] == 7
     assert store.update_search(search.id, version=None, labels={"a": "b"}).labels == {"a": "b"}
+
+
+def test_device_time_counts_when_a_step_ends_and_deleting_the_search_gives_none_back(
+    store: Store, project: str, new_trial: Callable[..., TrialRecord], finish_rung: Callable[..., AttemptRecord]
+) -> None:
+    search = submit(store, project)
+    store.set_quotas(project, Quotas(max_device_seconds_per_day=100))
+    trial = new_trial(search, 0)
+    finish_rung(trial, 0, device_seconds=60.0)
+    submit(store, project)  # below the quota, whatever it will take
+    for state, seconds in ((AttemptState.FAILED, 30.0), (AttemptState.LOST, None), (AttemptState.CANCELLED, 15.5)):
+        attempt = store.start_attempt(search.id, stage="rung", trial=0, rung=1, fence=None)
+        store.finish_attempt(attempt.id, state=state, reason="", fence=None, device_seconds=seconds)
+    attempt = store.start_attempt(search.id, stage="confirm", trial=0, rung=None, fence=None)
+    store.save_confirmation(attempt.id, search_id=search.id, trial=0, confirmation={"verified": True}, fence=None, device_seconds=4.0)
+    assert usage(store, project).device_seconds_today == 109.5
+
+    with pytest.raises(QuotaExceeded, match="max_device_seconds_per_day of project team-a: expected at most 100, got 110 in use") as refusal:
+        submit(store, project)
+    assert refusal.value.retry_after_seconds is not None
+    store.change_search(search.id, to=SearchState.FAILED, expected=[SearchState.QUEUED], fence=None)
+    store.delete_search(search.id)
+
+    assert usage(store, project).device_seconds_today == 109.5
+    with pytest.raises(QuotaExceeded, match="max_device_seconds_per_day"):
+        submit(store, project)
