@@ -1,43 +1,31 @@
-"""A typed client of the REST API, used by the CLI, the demo and the tests. Every error of the service is an `ApiError`."""
+"""A typed client of the REST API, used by the CLI, the demo and the tests. Every error of the service is an `ApiError`.
+
+A method for every operation. What acts is sent with an Idempotency-Key: a connection that breaks does nothing twice.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import httpx2
 
-from nas.errors import CorruptFile, InvalidSpec, NasError, Problem
+from nas.connection import ApiError, Connection, error_of, given
+from nas.errors import InvalidSpec, Problem
 
 TERMINAL_STATES = ("succeeded", "failed", "cancelled")
 _BOARD_PAGE = 500
 """Rows of a leaderboard asked for at once."""
 RECONNECT_SECONDS = (0.2, 0.5, 1.0, *(2.0 for _ in range(45)))
 """Waits between the tries of `follow` to take a broken stream up again: a restart of the service takes a few of them."""
+UPDATE_TRIES = 5
+"""A search at work changes all the time: so often its change is tried on the version that was just read."""
 
-
-BUSY_SECONDS = (1.0, 2.0, 4.0)
-"""Waits, at the least, before a request is sent again that the service did not look at, since its key asks too often."""
-
-
-class ApiError(NasError):
-    """The service refused a request, or could not be reached.
-
-    Attributes:
-        status: HTTP status; None when there was no answer.
-        problem: the problem document (RFC 9457), empty when there was none.
-    """
-
-    def __init__(self, message: str, *, status: int | None, problem: Mapping[str, Any]) -> None:
-        super().__init__(message)
-        self.status = status
-        self.problem = problem
+JSON = {"Content-Type": "application/json"}
 
 
 def read_api_key(environment: Mapping[str, str]) -> str | None:
@@ -58,19 +46,8 @@ def read_api_key(environment: Mapping[str, str]) -> str | None:
     return text
 
 
-class Client:
-    """One connection to a service; a context manager. Answers are the API's JSON documents."""
-
-    def __init__(self, url: str, *, api_key: str | None = None, timeout_seconds: float = 30.0) -> None:
-        self._url = url
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout_seconds)
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._http.close()
+class Client(Connection):
+    """A service, operation by operation; a context manager. Answers are the API's JSON documents."""
 
     def is_ready(self) -> bool:
         """Whether the service answers."""
@@ -82,6 +59,17 @@ class Client:
     def project(self) -> dict[str, Any]:
         """The project that the key opens, its scopes, its quotas and what is used of them."""
         return self._ask("GET", "/v1/project")
+
+    def is_alive(self) -> bool:
+        """Whether the process answers, whatever its store is at."""
+        try:
+            return self._http.get("/healthz").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    def version(self) -> dict[str, Any]:
+        """Versions of the service, its libraries and its schema."""
+        return self._ask("GET", "/version")
 
     def teachers(self) -> list[dict[str, Any]]:
         return list(self._pages("/v1/teachers"))
@@ -98,32 +86,67 @@ class Client:
 
     def preview(self, spec: bytes, *, shapes: Sequence[str] = ()) -> dict[str, Any]:
         """What a spec would mean: legal shapes, budget, tokens, time; and whether these shapes are legal. No search is stored."""
-        headers = {"Content-Type": "application/json"}
-        return self._ask("POST", "/v1/searches:preview", content=spec, headers=headers, params={"shape": list(shapes)})
+        return self._ask("POST", "/v1/searches:preview", content=spec, headers=JSON, params={"shape": list(shapes)})
 
     def submit(self, spec: bytes, *, idempotency_key: str | None = None) -> dict[str, Any]:
         """Submit a spec (JSON); the same key and spec again give the same search."""
-        headers = {"Content-Type": "application/json", **({"Idempotency-Key": idempotency_key} if idempotency_key else {})}
-        return self._ask("POST", "/v1/searches", content=spec, headers=headers)
+        return self._act("/v1/searches", idempotency_key=idempotency_key, headers=JSON, content=spec)
 
-    def searches(self, *, state: str | None = None) -> list[dict[str, Any]]:
-        return list(self._pages("/v1/searches", **({"state": state} if state else {})))
+    def searches(
+        self, *, state: str | None = None, labels: Mapping[str, str] | None = None, created_after: str | None = None, created_before: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Newest first; in one state, with all of these labels, submitted at or after one time and before another (RFC 3339)."""
+        named = [f"{name}:{value}" for name, value in (labels or {}).items()]
+        return list(self._pages("/v1/searches", state=state, label=named or None, created_after=created_after, created_before=created_before))
 
     def search(self, search_id: str) -> dict[str, Any]:
         return self._ask("GET", f"/v1/searches/{search_id}")
 
     def cancel(self, search_id: str) -> dict[str, Any]:
-        return self._ask("POST", f"/v1/searches/{search_id}/cancel")
+        return self._act(f"/v1/searches/{search_id}/cancel")
 
-    def trials(self, search_id: str) -> list[dict[str, Any]]:
-        return list(self._pages(f"/v1/searches/{search_id}/trials"))
+    def pause(self, search_id: str) -> dict[str, Any]:
+        return self._act(f"/v1/searches/{search_id}/pause")
+
+    def resume(self, search_id: str) -> dict[str, Any]:
+        return self._act(f"/v1/searches/{search_id}/resume")
+
+    def update(
+        self, search_id: str, *, max_trials: int | None = None, max_parallel_trials: int | None = None, labels: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Change what may change of a search that has not ended, on the version that is there now."""
+        changes = given({"max_trials": max_trials, "max_parallel_trials": max_parallel_trials, "labels": labels})
+        for is_last_try in (*(False for _ in range(UPDATE_TRIES - 1)), True):
+            version = self.search(search_id)["version"]
+            try:
+                return self._ask("PATCH", f"/v1/searches/{search_id}", json=changes, headers={"If-Match": f'"{version}"'})
+            except ApiError as error:
+                if error.status != 412 or is_last_try:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def delete(self, search_id: str) -> None:
+        """Forget a search that has ended, with all that belongs to it."""
+        self._send("DELETE", f"/v1/searches/{search_id}")
+
+    def trials(self, search_id: str, *, state: str | None = None, origin: str | None = None, sort: str = "number") -> list[dict[str, Any]]:
+        """In the order of `sort` (`number`, `parameters`; a minus is the largest first); in one state, of one origin."""
+        return list(self._pages(f"/v1/searches/{search_id}/trials", state=state, origin=origin, sort=sort))
 
     def trial(self, search_id: str, number: int) -> dict[str, Any]:
         return self._ask("GET", f"/v1/searches/{search_id}/trials/{number}")
 
+    def trial_metrics(self, search_id: str, number: int, *, rung: int | None = None, max_points: int = 1000) -> dict[str, Any]:
+        """A trial's learning curve, or an even choice of its points."""
+        return self._ask("GET", f"/v1/searches/{search_id}/trials/{number}/metrics", params=given({"rung": rung, "max_points": max_points}))
+
+    def retry(self, search_id: str, number: int) -> dict[str, Any]:
+        """Let a failed trial wait for its next rung again."""
+        return self._act(f"/v1/searches/{search_id}/trials/{number}/retry")
+
     def attempts(self, search_id: str, *, trial: int | None = None) -> Iterator[dict[str, Any]]:
         """Every try at a step of the search, or of one of its trials; the latest first, asked for as they are needed."""
-        return self._pages(f"/v1/searches/{search_id}/attempts", **({} if trial is None else {"trial": trial}))
+        return self._pages(f"/v1/searches/{search_id}/attempts", trial=trial)
 
     def log(self, search_id: str, attempt_id: str) -> str:
         """The end of what an attempt said, 64 KiB at most."""
@@ -148,7 +171,7 @@ class Client:
     def _whole_leaderboard(self, search_id: str, *, most: int | None, query: Mapping[str, Any]) -> dict[str, Any]:
         board: dict[str, Any] = {}
         rows: list[dict[str, Any]] = []
-        asked = _given(query)
+        asked = given(query)
         while not board or (board["has_more"] and (most is None or len(rows) < most)):
             limit = _BOARD_PAGE if most is None else min(_BOARD_PAGE, most - len(rows))
             board = self._ask("GET", f"/v1/searches/{search_id}/leaderboard", params={**asked, "limit": limit})
@@ -158,14 +181,23 @@ class Client:
 
     def leaderboard_csv(self, search_id: str, **query: Any) -> str:
         """All rows of the board, or those that the query (see `leaderboard`) is about."""
-        return self._send("GET", f"/v1/searches/{search_id}/leaderboard", params={"format": "csv", **_given(query)}).text
+        return self._send("GET", f"/v1/searches/{search_id}/leaderboard", params={"format": "csv", **given(query)}).text
 
     def compare(self, first: str, second: str) -> dict[str, Any]:
         """Two searches side by side: what was asked differently, the shapes on both boards, best against best, and what each took."""
         return self._ask("GET", f"/v1/searches/{first}/compare", params={"with": second})
 
+    def importances(self, search_id: str, *, budget: int = 0) -> dict[str, float]:
+        """Share of the spread of log KL that each choice explains, the largest first; empty before there is a winner."""
+        found: dict[str, float] = self._ask("GET", f"/v1/searches/{search_id}/importances", params={"budget": budget})["importances"]
+        return found
+
     def winner(self, search_id: str, *, budget: int = 0) -> dict[str, Any]:
         return self._ask("GET", f"/v1/searches/{search_id}/winner", params={"budget": budget})
+
+    def winner_as(self, search_id: str, *, format: str, budget: int = 0) -> str:
+        """The winner as text: `hf-config` is its config.json, `yaml` all of it."""
+        return self._send("GET", f"/v1/searches/{search_id}/winner", params={"format": format, "budget": budget}).text
 
     def download_bundle(self, search_id: str, *, target: Path, budget: int = 0) -> Path:
         """Save the bundle of a budget's winner (a tar file) and check its digest.
@@ -174,23 +206,11 @@ class Client:
             CorruptFile: what arrived is not what the service announced. OSError: the target cannot be written.
         """
         expected = self.winner(search_id, budget=budget)["bundle_sha256"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        digest = hashlib.sha256()
-        try:
-            with self._http.stream("GET", f"/v1/searches/{search_id}/winner/bundle", params={"budget": budget}) as response, partial.open("wb") as file:
-                if response.status_code != 200:
-                    response.read()
-                    raise _error(response)
-                for chunk in response.iter_bytes():
-                    digest.update(chunk)
-                    file.write(chunk)
-        except httpx2.TransportError as error:
-            raise self._unreachable(error) from error
-        if digest.hexdigest() != expected:
-            partial.unlink()
-            raise CorruptFile(f"bundle of {search_id}: expected sha256 {expected}, got {digest.hexdigest()}")
-        return partial.replace(target)
+        return self._download(f"/v1/searches/{search_id}/winner/bundle", sha256=expected, target=target, budget=budget)
+
+    def download(self, sha256: str, *, target: Path) -> Path:
+        """Save a file by its digest, which is checked. Raises as `download_bundle` does."""
+        return self._download(f"/v1/artifacts/{sha256}", sha256=sha256, target=target)
 
     def events(self, search_id: str, *, after: int = 0) -> list[dict[str, Any]]:
         return list(self._pages(f"/v1/searches/{search_id}/events", after=after))
@@ -208,7 +228,7 @@ class Client:
                 with self._http.stream("GET", f"/v1/searches/{search_id}/events/stream", params={"after": after}, timeout=60.0) as response:
                     if response.status_code != 200:
                         response.read()
-                        raise _error(response)
+                        raise error_of(response)
                     for frame in httpx2.EventSource(response):
                         waits = iter(RECONNECT_SECONDS)
                         if not frame.data:  # a comment that keeps the connection open
@@ -229,61 +249,3 @@ class Client:
             if wait is None:
                 raise last
             time.sleep(wait)
-
-    def _pages(self, path: str, **parameters: Any) -> Iterator[dict[str, Any]]:
-        while True:
-            page = self._ask("GET", path, params=parameters)
-            yield from page["data"]
-            if not page["has_more"]:
-                return
-            parameters["after"] = page["next_cursor"]
-
-    def _ask(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
-        response = self._send(method, path, **arguments)
-        try:
-            answer = response.json()
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise ApiError(f"{self._url} answered no JSON object to {method} {path}; is it the address of `nas serve`?", status=None, problem={})
-        return answer
-
-    def _send(self, method: str, path: str, **arguments: Any) -> httpx2.Response:
-        for wait in (*BUSY_SECONDS, None):
-            try:
-                response = self._http.request(method, path, **arguments)
-            except httpx2.TransportError as error:
-                raise self._unreachable(error) from error
-            if wait is None or not _asks_too_often(response):
-                break
-            time.sleep(max(wait, float(response.headers.get("Retry-After", "0"))))
-        if response.status_code >= 300:
-            raise _error(response)
-        return response
-
-    def _unreachable(self, error: Exception) -> ApiError:
-        return ApiError(f"the service at {self._url} cannot be reached ({error}); is `nas serve` running?", status=None, problem={})
-
-
-def _given(query: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in query.items() if value is not None}
-
-
-def _problem(response: httpx2.Response) -> dict[str, Any]:
-    is_problem = response.headers.get("content-type", "").startswith("application/problem+json")
-    return dict(response.json()) if is_problem else {}
-
-
-def _asks_too_often(response: httpx2.Response) -> bool:
-    return response.status_code == 429 and _problem(response).get("type") == "/problems/too-many-requests"
-
-
-def _error(response: httpx2.Response) -> ApiError:
-    problem = _problem(response)
-    lines = [f"{item['field']}: expected {item['expected']}, got {item['got']}" for item in problem.get("errors") or []]
-    message = "\n".join(lines) or problem.get("detail") or problem.get("title") or f"HTTP {response.status_code}"
-    if response.status_code == 401:
-        message += "; give a key with NAS_API_KEY or `nas --key-file FILE` (an operator makes one: `nas keys create`)"
-    if response.status_code == 429 and (seconds := response.headers.get("Retry-After")):
-        message += f" (in {seconds} s)"
-    return ApiError(message, status=response.status_code, problem=problem)

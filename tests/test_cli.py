@@ -293,7 +293,7 @@ def test_an_export_has_the_trials_of_every_budget(nas: Nas, tmp_path: Path, monk
         def leaderboard(self, _: str, *, budget: int = 0) -> dict[str, Any]:
             return {"rows": [a_row(budget, score=0.5 + budget, verified=None, probability_best=None)]}
 
-    monkeypatch.setattr("nas.cli.searches.make_client", lambda _: Service())
+    monkeypatch.setattr("nas.cli.results.make_client", lambda _: Service())
     answer = nas("export-optuna", "srch_1", tmp_path / "study.journal")
     assert answer.code == 0
     study = optuna.load_study(study_name="srch_1", storage=JournalStorage(JournalFileBackend(str(tmp_path / "study.journal"))))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from nas import client as client_module
+from nas import connection
 from nas.client import ApiError, Client
 from nas.errors import CorruptFile
 
@@ -161,6 +162,78 @@ def test_a_bundle_is_saved_with_its_folders(open_client: Client, with_bundle: Ca
 
 def test_a_bundle_that_arrives_damaged_is_not_kept(open_client: Client, with_bundle: Callable[[bytes, bytes], None], tmp_path: Path) -> None:
     with_bundle(b"content", b"c0ntent")
-    with pytest.raises(CorruptFile, match="bundle of srch_1: expected sha256"):
+    with pytest.raises(CorruptFile, match=r"bundle\.tar: expected sha256"):
         open_client.download_bundle("srch_1", target=tmp_path / "bundle.tar")
     assert list(tmp_path.iterdir()) == []
+
+
+class Broken(BaseHTTPRequestHandler):
+    """Breaks the connection in the middle of every answer, until it has been asked often enough."""
+
+    content = b"0123456789" * 20_000
+    digest = hashlib.sha256(content).hexdigest()
+    asked: list[tuple[str, str | None, str | None]]
+
+    def do_GET(self) -> None:
+        self.asked.append((self.path, self.headers["Range"], self.headers["If-Range"]))
+        first = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-")) if self.headers["Range"] else 0
+        part = self.content[first:]
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part[: len(part) // 2] if len(self.asked) < 3 else part)
+
+    def do_POST(self) -> None:
+        self.asked.append((self.path, self.headers["Idempotency-Key"], None))
+        if len(self.asked) < 3:
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n{")
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b'{"state": "paused"}')
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(connection, "BUSY_SECONDS", (0.0, 0.0, 0.0))
+    Broken.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_download_goes_on_where_its_connection_broke(broken: str, tmp_path: Path) -> None:
+    with Client(broken) as client:
+        saved = client.download(Broken.digest, target=tmp_path / "file.tar")
+
+    assert saved.read_bytes() == Broken.content
+    assert list(tmp_path.iterdir()) == [saved]
+    assert [asked[1] for asked in Broken.asked] == [None, "bytes=100000-", "bytes=150000-"]
+    assert {asked[2] for asked in Broken.asked} == {None, f'"{Broken.digest}"'}
+
+
+def test_a_request_that_acts_is_sent_again_under_the_same_key_when_its_connection_breaks(broken: str) -> None:
+    with Client(broken) as client:
+        assert client.pause("srch_1") == {"state": "paused"}
+
+    assert len(Broken.asked) == 3
+    assert len({key for _, key, _ in Broken.asked}) == 1
+    assert Broken.asked[0][1]
+
+
+def test_a_service_that_is_busy_is_asked_again(service: tuple[Service, str], open_client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "BUSY_SECONDS", (0.0, 0.0))
+    busy = (503, "application/problem+json", b'{"detail": "away", "request_id": "req_1"}')
+    service[0].answers["/v1/searches/srch_1"] = [busy, (200, "application/json", b'{"state": "queued"}'), busy]
+    assert open_client.search("srch_1") == {"state": "queued"}
+    with pytest.raises(ApiError, match=r"away \(request req_1\)") as refused:
+        open_client.search("srch_1")
+    assert refused.value.status == 503

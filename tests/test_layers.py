@@ -93,6 +93,7 @@ ROWS = (
     "nas.submission",
     "nas.bundle",
     "nas.registration",
+    "nas.connection",
     "nas.client",
     "nas.terminal",
     "nas.serve",

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from nas.cli import access, cluster, estimate, housekeeping, logs, models, registry, searches, service
+from nas.cli import access, cluster, estimate, housekeeping, logs, models, registry, requests, results, searches, service
 from nas.cli.errors import WRONG_INPUT, exit_code
 from nas.errors import NasError
 from nas.terminal import err
@@ -36,7 +36,7 @@ for name, group in (
     ("projects", access.projects),
 ):
     app.add_typer(group, name=name)
-for module in (service, estimate, searches, logs, models, cluster, housekeeping):
+for module in (service, estimate, searches, requests, results, logs, models, cluster, housekeeping):
     app.add_typer(module.commands)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nas.client import ApiError
+from nas.connection import ApiError
 from nas.errors import Conflict, NotFound
 
 FAILED, WRONG_INPUT, MISSING, CONFLICT, UNREACHABLE, REFUSED, INTERRUPTED = 1, 2, 3, 4, 5, 6, 130

@@ -11,7 +11,8 @@ import typer
 
 from nas.cli.options import Json, SearchId, Url
 from nas.cli.searches import make_client
-from nas.client import ApiError, Client
+from nas.client import Client
+from nas.connection import ApiError
 from nas.errors import NotFound
 from nas.terminal import print_json, say
 

@@ -1,16 +1,18 @@
-"""`nas teachers`, `nas corpora`, `nas tasks`: they work on the store and the data folder, never over HTTP."""
+"""`nas teachers`, `nas corpora`, `nas tasks`: what changes the registry works on the store and the data folder, never over HTTP; lists come from either."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from nas.cli.options import Json
+from nas.cli.options import Json, Url
+from nas.cli.searches import make_client
 from nas.errors import InvalidSpec, Problem, StoreUnavailable
 from nas.settings import Settings
 from nas.terminal import print_rows
@@ -59,10 +61,10 @@ def add_teacher(
 
 
 @teachers.command("list")
-def list_teachers(as_json: Json = False) -> None:
-    """Registered teachers."""
-    with open_store() as (store, _):
-        rows = [{"name": t.name, "model_type": t.config["model_type"], "parameters": t.parameters, "digest": t.digest} for t in store.list_teachers()]
+def list_teachers(url: Url = None, as_json: Json = False) -> None:
+    """Registered teachers: on this machine, or with --url those of a service."""
+    found = _list("teachers", url=url)
+    rows = [{"name": t["name"], "model_type": t["config"]["model_type"], "parameters": t["parameters"], "digest": t["digest"]} for t in found]
     print_rows(rows, as_json=as_json)
 
 
@@ -81,10 +83,10 @@ def add_corpus(
 
 
 @corpora.command("list")
-def list_corpora(as_json: Json = False) -> None:
-    """Registered corpora."""
-    with open_store() as (store, _):
-        rows = [{"name": c.name, "documents": c.num_documents, "bytes": c.num_bytes, "digest": c.digest} for c in store.list_corpora()]
+def list_corpora(url: Url = None, as_json: Json = False) -> None:
+    """Registered corpora: on this machine, or with --url those of a service."""
+    found = _list("corpora", url=url)
+    rows = [{"name": c["name"], "documents": c["num_documents"], "bytes": c["num_bytes"], "digest": c["digest"]} for c in found]
     print_rows(rows, as_json=as_json)
 
 
@@ -103,11 +105,18 @@ def add_tasks(
 
 
 @tasks.command("list")
-def list_tasks(as_json: Json = False) -> None:
-    """Registered tasks and their metrics."""
+def list_tasks(url: Url = None, as_json: Json = False) -> None:
+    """Registered tasks and their metrics: on this machine, or with --url those of a service."""
+    print_rows([_task_row(task["name"], task["card"], task["digest"]) for task in _list("tasks", url=url)], as_json=as_json)
+
+
+def _list(kind: Literal["teachers", "corpora", "tasks"], *, url: str | None) -> list[dict[str, Any]]:
+    """What is registered, out of the database; where a service is named, out of that."""
+    if url is not None:
+        with make_client(url) as client:
+            return list(getattr(client, kind)())
     with open_store() as (store, _):
-        rows = [_task_row(record.name, record.card, record.digest) for record in store.list_tasks()]
-    print_rows(rows, as_json=as_json)
+        return [asdict(record) for record in getattr(store, f"list_{kind}")()]
 
 
 def _task_row(task: str, card: Mapping[str, Any], digest: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`nas serve`."""
+"""The service itself: run it, its versions, its schema."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Annotated
 
 import typer
 
+from nas.cli.options import Json, Url
+from nas.cli.searches import make_client
 from nas.logs import set_up_logging
 from nas.settings import Settings
-from nas.terminal import say
+from nas.terminal import print_facts, say
 
 commands = typer.Typer()
 
@@ -45,6 +47,13 @@ def serve(
     check_port(settings)
     say(f"serving http://{settings.host}:{settings.port}, data in {settings.data_folder}")
     sys.exit(run())
+
+
+@commands.command()
+def version(url: Url = None, as_json: Json = False) -> None:
+    """Versions of the service that answers, of its libraries and of its database's schema."""
+    with make_client(url) as client:
+        print_facts(client.version(), as_json=as_json)
 
 
 @commands.command()
