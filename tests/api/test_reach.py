@@ -98,6 +98,7 @@ def test_the_client_reaches_every_operation(live: Live, service: Service, tmp_pa
     with Client(live.url) as client:
         assert (client.is_alive(), client.is_ready(), "fastapi" in client.version()["libraries"]) == (True, True, True)
         assert client.project()["name"] == "default"
+        assert client.nodes() == []
         assert [len(names) for names in (client.teachers(), client.corpora(), client.tasks())] == [1, 1, 2]
         spec = json.dumps(service.spec(labels={"team": "edge"})).encode()
         assert client.preview(spec)["object"] == "preview"
@@ -149,6 +150,7 @@ def test_the_command_reaches_every_operation(
         assert nas(group, "list")
     nas("version")
     nas("whoami")
+    nas("nodes")
     nas("estimate", spec, "--wait-seconds", 0)
     made = nas("submit", spec).strip()
     assert "paused" in nas("pause", made)
