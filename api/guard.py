@@ -100,7 +100,8 @@ class Guard:
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["Referrer-Policy"] = "same-origin"
                 headers["Cross-Origin-Resource-Policy"] = "same-origin"
-                headers.setdefault("Cache-Control", "no-cache")
+                if headers.get("Cache-Control", "no-cache") == "no-cache":  # FastAPI's own, of event streams
+                    headers["Cache-Control"] = "private, no-cache"  # a proxy must not keep one tenant's answer for another
             await send(message)
 
         headers = Headers(scope=scope)

@@ -168,3 +168,11 @@ def test_pages_of_a_list_never_reach_into_another_project(tenants: Tenants) -> N
             break
 
     assert seen == own[::-1]
+
+
+def test_no_proxy_may_keep_an_answer_for_another_tenant(tenants: Tenants) -> None:
+    for method, path in routes(tenants.service):
+        url = url_of(path, tenants, search_id=tenants.search.id)
+        if method == "GET" and not is_public(url):
+            kept = ask(tenants.ours, method, url).headers["cache-control"]
+            assert kept.startswith(("private", "no-store")), f"{path} may be kept by a proxy: {kept}"

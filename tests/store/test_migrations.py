@@ -15,6 +15,7 @@ from sqlalchemy import inspect, text
 from nas.errors import Conflict
 from nas.store import database
 from nas.store.database import VERSION_TABLE, Database
+from nas.store.quotas import Quotas
 from nas.store.store import Store
 from nas.store.tables import metadata
 from tests.store.store_values import shape
@@ -130,6 +131,30 @@ def test_a_search_at_work_keeps_its_time_through_the_upgrade(empty_url: str) -> 
     assert searching.active_since == searching.started_at
     assert store.request_pause(queued.id).state == "paused"
     assert store.request_pause(searching.id).state == "pausing"
+    store.close()
+
+
+def test_searches_of_before_there_were_projects_belong_to_the_default_one(empty_url: str) -> None:
+    old = Database(empty_url)
+    config = Config()
+    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
+    now, plan = "'2026-01-01 00:00:00.000000'", json.dumps({"max_trials": 7})
+    columns = "id, label, state, num_events, created_at, updated_at, spec, inputs, plan"
+    insert = f"INSERT INTO searches ({columns}) VALUES ('%s', '', 'searching', 0, {now}, {now}, '{{}}', '{{}}', '{plan}')"
+    with old.write(fence=None) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0007")
+        connection.exec_driver_sql(insert % "srch_1")
+
+    store = Store.open(empty_url, migrate=True)
+    with old.write(fence=None) as connection:  # a process of the old version that still runs
+        connection.exec_driver_sql(insert % "srch_2")
+    old.close()
+
+    assert {search.id for search in store.list_searches(project="default")} == {"srch_1", "srch_2"}
+    assert not store.has_keys()
+    project, used = store.get_project("default")
+    assert (project.quotas, used.active_searches, used.active_trials) == (Quotas(), 2, 14)
     store.close()
 
 
