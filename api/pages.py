@@ -165,6 +165,7 @@ def trial_page(search: SearchDep, number: TrialNumber, store: StoreDep) -> HTMLR
         tasks=task_columns(search),
         rungs=[describe_rung(record) for record in records],
         attempts=[AttemptAnswer.model_validate(record) for record in store.list_attempts(search.id, trial=number)],
+        logged=store.list_logged(search.id),
         curve_figure=curve_figure(points=points, rungs=records, is_active=is_active),
     )
 

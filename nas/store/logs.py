@@ -29,6 +29,11 @@ class Logs(Database):
             row = connection.execute(query).mappings().one_or_none()
             return None if row is None else LogRecord(**row)
 
+    def list_logged(self, search_id: str) -> set[str]:
+        """Ids of the attempts of a search of which something is kept."""
+        with self.read() as connection:
+            return set(connection.execute(select(attempt_logs.c.attempt_id).where(attempt_logs.c.search_id == search_id)).scalars())
+
 
 def keep_log(connection: Connection, attempt_id: str, *, search_id: str, text: str | None) -> None:
     """Write a log in the transaction that ends its attempt; None leaves what there is."""

@@ -13,7 +13,6 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, select, update
 
 from nas.errors import Conflict, PreconditionFailed
-from nas.estimate import extended_plan
 from nas.search.results import CONTROL
 from nas.spec import parse_spec
 from nas.store.database import Database
@@ -174,6 +173,8 @@ def _is_begun(search: SearchRecord) -> bool:
 
 
 def _extend_plan(plan: Json, *, spec: Json) -> Json:
+    from nas.estimate import extended_plan  # with numpy: whoever only reads the store does without
+
     return extended_plan(plan, spec=parse_spec(json.dumps(spec))) if "budgets" in plan else plan  # plans of the first version had one budget and did not say so
 
 

@@ -126,10 +126,10 @@ def test_board_prepared_and_winner_are_kept_with_their_events(store: Store, new_
     search = new_search()
     store.save_prepared(search.id, {"layers": [1, 2]}, fence=None)
     store.save_board(search.id, {"rows": [board_row(0, score=0.5)]}, fence=None, data={"rows": 1})
-    store.save_winner(search.id, {"bundle": "w.tar"}, fence=None)
+    store.save_winner(search.id, {"bundle": "w.tar", "bundle_sha256": "ab"}, fence=None)
     search = store.get_search(search.id)
 
-    assert (store.get_prepared(search.id), search.winner) == ({"layers": [1, 2]}, {"bundle": "w.tar"})
+    assert (store.get_prepared(search.id), search.winner) == ({"layers": [1, 2]}, {"bundle": "w.tar", "bundle_sha256": "ab"})
     assert store.whole_board(search.id) == {"rows": [board_row(0, score=0.5)]}
     assert search.version == 4
     assert [(event.type, event.data) for event in store.list_events(search.id, after=1)] == [
