@@ -9,14 +9,18 @@ import dataclasses
 import json
 import random
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Connection
+
 from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
-from nas.store.records import AttemptState, SearchState
+from nas.store.records import AttemptState, Fence, SearchState
 from nas.store.store import Store
 from tests.simulation.cluster import Clock, FakeCluster, Run, Trouble
 from tests.simulation.simulator import INPUTS, Simulation, check_promotions, check_trials, check_winner, make_spec
@@ -29,9 +33,17 @@ LOOK_SECONDS = LEASE_SECONDS / 4 + TICK_SECONDS
 
 
 class TimedStore(Store):
-    """A store whose lease clock is made up."""
+    """A store whose lease clock is made up, and before whose writes things happen."""
 
     clock: Clock
+    before_write: Callable[[], None] = staticmethod(lambda: None)
+
+    @contextmanager
+    def write(self, *, fence: Fence | None) -> Iterator[Connection]:
+        if fence is not None:
+            self.before_write()
+        with super().write(fence=fence) as connection:
+            yield connection
 
     def _now(self, connection: Any) -> float:
         return 1000.0 + self.clock.seconds
@@ -70,6 +82,9 @@ class Fleet:
     happened: Counter[str] = field(default_factory=Counter)
     most_unled_seconds: float = 0.0
     _unled_since: dict[str, float] = field(default_factory=dict)
+    _acting: Member | None = None
+    _is_paused: bool = False
+    """One at a time."""
 
     def __post_init__(self) -> None:
         settings = Settings.from_environment({"NAS_DATA": str(self.folder)})
@@ -114,13 +129,37 @@ class Fleet:
     def round(self) -> bool:
         """Everybody who can acts once, in any order; whether any search goes on."""
         for member in self.random.sample(self.members, len(self.members)):
-            if self.clock.seconds < member.frozen_until:
-                member.cluster.go_on_unwatched()
-            else:
-                member.controller.tick(timeout_seconds=self.random.random() * TICK_SECONDS)
+            self._act(member)
         if all(self.clock.seconds < member.frozen_until for member in self.members):
             self.clock.seconds += TICK_SECONDS
         return self._note_led()
+
+    def _act(self, member: Member) -> None:
+        if self.clock.seconds < member.frozen_until:
+            member.cluster.go_on_unwatched()
+        else:
+            self._acting = member
+            member.controller.tick(timeout_seconds=self.random.random() * TICK_SECONDS)
+            self._acting = None
+
+    def pause_before_writes(self, *, rate: float) -> None:
+        """Now and then a controller is paused between what it decided and its write, for longer than its lease, while the others go on."""
+
+        def pause() -> None:
+            acting = self._acting
+            if acting is None or self._is_paused or self.random.random() >= rate:
+                return
+            self.happened["paused before a write"] += 1
+            self._is_paused = True
+            until = self.clock.seconds + self.random.uniform(1.2, 3.0) * LEASE_SECONDS
+            while self.clock.seconds < until:
+                for other in list(self.members):
+                    if other is not acting:
+                        self._act(other)
+                self.clock.seconds += TICK_SECONDS / 4
+            self._acting, self._is_paused = acting, False
+
+        self.store.before_write = pause
 
     def _note_led(self) -> bool:
         """How long a search was led by nobody who could act."""

@@ -85,6 +85,7 @@ def run_with_troubles(make: Make, *, seed: int) -> Counter[str]:
     fleet = make(num_searches=3, num_trials=3, seed=seed)
     for _ in range(2 + seed % 2):
         fleet.join()
+    fleet.pause_before_writes(rate=0.01)
     while fleet.round():
         fleet.trouble(rate=0.15)
     fleet.check()
