@@ -100,7 +100,7 @@ class Fleet:
             values = make_spec(
                 num_trials=self.num_trials,
                 num_workers=self.num_workers,
-                seed=len(self.search_ids) // 2,
+                seed=len(self.search_ids) % 2,  # so that those of different controllers share a prepared folder
                 rungs={"num_trained": 1},
                 controls={"anchors": False, "num_random": 0},
                 num_finalists=1,
