@@ -248,12 +248,23 @@ def _connect(address: str, *, insecure: bool, environment: Mapping[str, str]) ->
         raise InvalidSpec(Problem(field="RAY_AUTH_MODE", expected="token (or NAS_RAY_INSECURE=1)", got=repr(os.environ.get("RAY_AUTH_MODE"))))
     try:
         ray.init(address=address, **_common(environment))
-    except AuthenticationError as refused:
-        raise InvalidSpec(Problem(field="RAY_AUTH_TOKEN", expected="the token of the cluster", got="one that it refuses")) from refused
+    except Exception as refused:  # a ConnectionError, whose cause says why; others where there is no token at all
+        if not _is_about_the_token(refused):
+            raise
+        raise InvalidSpec(Problem(field="RAY_AUTH_TOKEN", expected="the token of the cluster", got="none, or one that it refuses")) from refused
     if not insecure and _answers_everybody(ray.get_runtime_context().gcs_address):
         ray.shutdown()
         expected = "a cluster that asks for a token (start its nodes with RAY_AUTH_MODE=token), or NAS_RAY_INSECURE=1"
         raise InvalidSpec(Problem(field="NAS_RAY_ADDRESS", expected=expected, got="one that answers without"))
+
+
+def _is_about_the_token(error: BaseException | None) -> bool:
+    while error is not None:
+        # Ray gives the reason of a failed connection as text.
+        if isinstance(error, AuthenticationError) or AuthenticationError.__name__ in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _answers_everybody(gcs_address: str) -> bool:
