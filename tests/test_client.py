@@ -237,3 +237,32 @@ def test_a_service_that_is_busy_is_asked_again(service: tuple[Service, str], ope
     with pytest.raises(ApiError, match=r"away \(request req_1\)") as refused:
         open_client.search("srch_1")
     assert refused.value.status == 503
+
+
+def test_a_leaderboard_is_read_to_its_end_and_again_when_its_version_goes(service: tuple[Service, str]) -> None:
+    told, url = service
+    path = "/v1/searches/srch_1/leaderboard"
+    first = {"version": 3, "rows": [{"number": 1}], "has_more": True, "next_cursor": "c3"}
+    newer = {"version": 4, "rows": [{"number": 2}], "has_more": True, "next_cursor": "c4"}
+    last = {"version": 4, "rows": [{"number": 1}], "has_more": False, "next_cursor": None}
+    gone = (410, "application/problem+json", json.dumps({"detail": "gone"}).encode())
+    told.json(path, first, newer, last)
+    told.answers[path].insert(1, gone)
+    with Client(url) as client:
+        board = client.leaderboard("srch_1", sort="kl", state=None)
+
+    assert (board["version"], board["rows"]) == (4, [{"number": 2}, {"number": 1}])
+    assert [target.partition("?")[2] for target in told.asked] == [
+        "sort=kl&limit=500",
+        "sort=kl&after=c3&limit=500",
+        "sort=kl&limit=500",
+        "sort=kl&after=c4&limit=500",
+    ]
+
+
+def test_a_part_of_a_leaderboard_is_no_more_than_was_wanted(service: tuple[Service, str]) -> None:
+    told, url = service
+    told.json("/v1/searches/srch_1/leaderboard", {"rows": [{"number": 1}, {"number": 2}], "has_more": True, "next_cursor": "c"})
+    with Client(url) as client:
+        assert len(client.leaderboard("srch_1", most=2)["rows"]) == 2
+    assert told.asked == ["/v1/searches/srch_1/leaderboard?limit=2"]
