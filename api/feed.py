@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from fastapi.sse import ServerSentEvent
+from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
 
 from api.schemas.events import EventAnswer
@@ -47,7 +47,7 @@ class Frame:
     """One event, encoded once for all streams."""
 
     sequence: int
-    event: ServerSentEvent
+    text: bytes
     is_last: bool
 
 
@@ -187,7 +187,7 @@ def _frames(events: Sequence[EventRecord]) -> list[Frame]:
     return [
         Frame(
             sequence=event.sequence,
-            event=ServerSentEvent(id=str(event.sequence), event=event.type, raw_data=EventAnswer.model_validate(event).model_dump_json()),
+            text=format_sse_event(id=str(event.sequence), event=event.type, data_str=EventAnswer.model_validate(event).model_dump_json()),
             is_last=event.type in TERMINAL_EVENTS,
         )
         for event in events

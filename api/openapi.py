@@ -183,6 +183,13 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return answers
 
 
+def event_stream_answer() -> dict[int | str, dict[str, Any]]:
+    """Server-sent events: the fields of each frame."""
+    text = {"type": "string"}
+    frame = {"type": "object", "properties": {"data": text, "event": text, "id": text, "retry": {"type": "integer", "minimum": 0}}}
+    return {200: {"content": {"text/event-stream": {"itemSchema": frame}}}}
+
+
 def leaderboard_answers() -> dict[int | str, dict[str, Any]]:
     """The other forms in which the leaderboard comes."""
     text = {"schema": {"type": "string"}}

@@ -10,6 +10,7 @@ import dataclasses
 import heapq
 import json
 import logging
+import random
 import sys
 import time
 from pathlib import Path
@@ -24,10 +25,10 @@ POINTS_PER_STEP = 50
 
 
 class PretendedWorkers:
-    """An executor whose steps take a fixed time and report a learning curve at their end."""
+    """An executor whose steps take about so long, each its own time, and report a learning curve at their end."""
 
     def __init__(self, *, step_seconds: float) -> None:
-        self._step_seconds = step_seconds
+        self._step_seconds, self._draw = step_seconds, random.Random(0)
         self._ends: list[tuple[float, str]] = []
         self._running: dict[str, Step] = {}
 
@@ -40,7 +41,7 @@ class PretendedWorkers:
             lines += [{"tokens": 20 * (point + 1), "loss": 3.0 / (1 + point), **speeds} for point in range(POINTS_PER_STEP)]
         (folder / PROGRESS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         self._running[step.key] = step
-        heapq.heappush(self._ends, (time.monotonic() + self._step_seconds, step.key))
+        heapq.heappush(self._ends, (time.monotonic() + self._step_seconds * self._draw.uniform(0.5, 1.5), step.key))
 
     def wait(self, *, timeout_seconds: float) -> list[tuple[str, Outcome]]:
         deadline = time.monotonic() + timeout_seconds
