@@ -197,3 +197,10 @@ def test_images_copy_what_they_install() -> None:
         assert {"nas", "api", "workers", "pyproject.toml", "constraints.txt", "README.md", "deploy/install.sh"} <= copied
         assert all((ROOT / source).exists() for source in copied)
         assert "USER 10001" in text
+
+
+def test_every_alert_is_in_the_runbook_with_what_to_do() -> None:
+    groups = yaml.safe_load((DEPLOY / "alerts.yaml").read_text(encoding="utf-8"))["groups"]
+    runbook = (DEPLOY / "RUNBOOK.md").read_text(encoding="utf-8")
+    for rule in (rule for group in groups for rule in group["rules"]):
+        assert f"| `{rule['alert']}` | {rule['annotations']['summary']} | {rule['annotations']['runbook']} |" in runbook
