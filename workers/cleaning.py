@@ -8,6 +8,7 @@ from collections.abc import Callable
 from nas.housekeeping import remove_orphans
 from nas.settings import Settings
 from nas.store.store import Store
+from workers.folders import sweep_by_url
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Cleaning:
             self._sweep_at = self._clock() + SWEEP_SECONDS
             if removed := remove_orphans(self._store, settings=self._settings):
                 logger.info("files of deleted searches removed", extra={"action": "swept", "searches": [path.name for path in removed]})
+            sweep_by_url(self._store, settings=self._settings)
         if self._clock() < self._rest_until:
             return
         num_logs = self._store.drop_old_logs(days=self._settings.log_days, max_bytes=self._settings.max_log_bytes)

@@ -25,6 +25,7 @@ from nas.errors import FilesUnavailable
 from nas.search.layout import STUDENT, trial_folder
 from nas.settings import Settings
 from nas.shared_files import SharedFiles
+from nas.store.store import Store
 from nas.trial_files import REUSED
 from workers.step import RESULT, Outcome, read_outcome
 
@@ -121,6 +122,23 @@ def _open(url: str) -> SharedFiles:
 def _remover() -> ThreadPoolExecutor:
     """One thread: an object store that is slow to delete must not keep the controller from its leases."""
     return ThreadPoolExecutor(1, thread_name_prefix="remover")
+
+
+def sweep_by_url(store: Store, *, settings: Settings) -> None:
+    """Delete what searches that were deleted have left where the nodes share files by URL; by the remover's thread, a little later."""
+    if settings.shared_url is not None:
+        _remover().submit(_sweep, _open(settings.shared_url), store)
+
+
+def _sweep(shared: SharedFiles, store: Store) -> None:
+    try:
+        there = shared.children("searches")  # before the store is asked: a search has its row before it has files
+        for name in set(there) - store.search_ids():
+            shared.delete(f"searches/{name}")
+            logger.info("files of a deleted search removed", extra={"action": "swept", "search_id": name})
+    # Broad: nobody waits for this thread; the next sweep asks once more.
+    except Exception:
+        logger.exception("files of deleted searches not removed", extra={"action": "sweep_failed"})
 
 
 def _delete_all_but(shared: SharedFiles, key: str, *, keep: Collection[str]) -> None:

@@ -1,0 +1,66 @@
+"""What is deleted where the nodes share files by URL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nas.settings import Settings
+from nas.shared_files import SharedFiles
+from workers import folders
+from workers.folders import SearchFolder, sweep_by_url
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings.from_environment({"NAS_DATA": str(tmp_path / "data"), "NAS_SHARED": f"file://{tmp_path / 'shared'}"})
+
+
+@pytest.fixture
+def shared(settings: Settings) -> SharedFiles:
+    """Two searches with two trials of two attempts each."""
+    assert settings.shared_url is not None
+    shared = SharedFiles(settings.shared_url)
+    for search in ("srch_1", "srch_2"):
+        for trial in (0, 1):
+            for attempt in ("att_1", "att_2"):
+                shared.write_json({"files": {}}, key=f"searches/{search}/trials/{trial}/{attempt}/manifest.json")
+        shared.write_json({}, key=f"searches/{search}/attempts/att_1/result.json")
+    return shared
+
+
+def wait() -> None:
+    folders._remover().submit(lambda: None).result()
+
+
+class Store:
+    def search_ids(self) -> set[str]:
+        return {"srch_2"}
+
+
+def test_of_a_trial_the_tree_that_counts_stays(settings: Settings, shared: SharedFiles) -> None:
+    SearchFolder.of("srch_1", settings=settings).drop_superseded(0, tree="att_2")
+    wait()
+
+    assert shared.children("searches/srch_1/trials/0") == ["att_2"]
+    assert shared.children("searches/srch_1/trials/1") == ["att_1", "att_2"]
+
+
+def test_of_a_search_that_ended_the_verified_students_stay(settings: Settings, shared: SharedFiles) -> None:
+    SearchFolder.of("srch_1", settings=settings).clear(keep_attempts=["att_1"], keep_trials=[1])
+    wait()
+
+    assert shared.children("searches/srch_1/trials") == ["1"]
+    assert shared.children("searches/srch_1/attempts") == []
+    assert shared.children("searches/srch_2/trials") == ["0", "1"]
+
+
+def test_of_a_search_that_was_deleted_nothing_stays(settings: Settings, shared: SharedFiles) -> None:
+    store: Any = Store()
+
+    sweep_by_url(store, settings=settings)
+    wait()
+
+    assert shared.children("searches") == ["srch_2"]
