@@ -105,7 +105,7 @@ class Authentication:
         self._single_user = single_user
         self._requests = TokenBuckets(rate=requests_per_second, burst=2 * requests_per_second)
         self._failed_keys = failed_keys
-        self._looked: dict[_Credentials, tuple[float, bool]] = {}
+        self._looked: dict[_Credentials, tuple[float, asyncio.Task[bool]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or is_public(scope["path"]):
@@ -196,8 +196,9 @@ class Authentication:
         now = time.monotonic()
         self._looked = {known: answer for known, answer in self._looked.items() if now - answer[0] < REVALIDATE_SECONDS}
         if credentials not in self._looked:
-            self._looked[credentials] = (now, await run_in_threadpool(self._look_again, principal, credentials))
-        return self._looked[credentials][1]
+            # A task, so that streams that ask meanwhile wait for the same answer.
+            self._looked[credentials] = (now, asyncio.create_task(run_in_threadpool(self._look_again, principal, credentials)))
+        return await asyncio.shield(self._looked[credentials][1])
 
     def _look_again(self, principal: Principal, credentials: _Credentials) -> bool:
         try:

@@ -78,19 +78,20 @@ def feed_of(service: Service) -> Feed:
 
 def test_sixty_streams_see_every_event_once_in_order_for_one_look_at_a_time(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     search = service.submit()
-    looks, pages = (count_calls(service, monkeypatch, name) for name in ("search_versions", "list_events"))
+    looks, pages, keys = (count_calls(service, monkeypatch, name) for name in ("search_versions", "list_events", "has_keys"))
 
     async def run() -> list[list[int]]:
         async with served(service) as client:
             streams = [asyncio.create_task(read_ids(client, search)) for _ in range(60)]
             await until(lambda: feed_of(service).num_streams == 60)
             await until(lambda: len(looks) >= 3)
-            pages.clear()
-            looks.clear()
+            for calls in (looks, pages, keys):
+                calls.clear()
             await asyncio.to_thread(write_events, service, search, 40)
             found = await asyncio.gather(*streams)
             assert len(looks) < 60
             assert len(pages) <= len(looks)  # none for each stream
+            assert len(keys) < 20  # whether they may still listen is asked for all of one key
             return found
 
     found = asyncio.run(run())
