@@ -107,6 +107,10 @@ def event_line(event: Mapping[str, Any]) -> str | None:
             return f"{at}  trial {data['trial']} rung {data['rung']}: {data['tokens']:,} tokens, KL {data['kl']:.4f}"
         case "trial.failed":
             return f"{at}  trial {data['trial']} failed: {data['failure']['reason']}"
+        case "trial.retried":
+            return f"{at}  trial {data['trial']} is tried again"
+        case "search.updated":
+            return f"{at}  search changed: {shown(data, name='')}"
         case "trial.confirmed":
             return f"{at}  trial {data['trial']} {'confirmed' if data['verified'] else 'NOT verified: ' + str(data['reason'])}"
         case "prepare.step":

@@ -342,6 +342,8 @@ def test_a_narrow_board_leaves_out_tasks_before_scores() -> None:
         ("trial.confirmed", {"trial": 1, "verified": False, "reason": "reload: ..."}, "trial 1 NOT verified: reload: ..."),
         ("search.failed", {"error": {"reason": "unavailable", "message": "gone"}}, "search failed: unavailable: gone"),
         ("search.winner", {}, "winner chosen"),
+        ("trial.retried", {"trial": 3, "failure": {"reason": "timeout"}}, "trial 3 is tried again"),
+        ("search.updated", {"max_trials": 30, "labels": {"team": "edge"}}, "search changed: max_trials=30  labels=team=edge"),
         (
             "search.confirming",
             {"reason": "space_exhausted", "legal_shapes": 3, "trials": 3},
