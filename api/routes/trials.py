@@ -58,7 +58,7 @@ def read_trial(search: SearchDep, number: TrialNumber, store: StoreDep, request:
         **dict(describe_trial(trial)),
         rungs=[describe_rung(record) for record in store.list_rungs(search.id, trial=number, with_documents=False)],
         attempts=[AttemptAnswer.model_validate(record) for record in store.list_attempts(search.id, trial=number)],
-        points=[PointAnswer.model_validate(record) for record in store.page_points(search.id, trial=number)],
+        points=[PointAnswer.model_validate(record) for record in store.list_points(search.id, trial=number)],
     )
     # No row counts what happens to a trial and its curve: the version is the content.
     etag = etag_of(hashlib.sha256(detail.model_dump_json().encode()).hexdigest()[:32])
@@ -80,7 +80,7 @@ def read_trial_metrics(
 ) -> CurveAnswer:
     """The points of a trial's training: loss, learning rate, speed over tokens."""
     store.get_trial(search.id, number)
-    points = store.page_points(search.id, trial=number, rung=rung)
+    points = store.list_points(search.id, trial=number, rung=rung)
     chosen = [PointAnswer.model_validate(point) for point in thin(points, max_points=max_points)]
     return CurveAnswer(search=search.id, trial=number, num_points=len(points), points=chosen)
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from sqlalchemy import or_, select, tuple_
 
 from nas.store.database import Database
-from nas.store.records import ArtifactRecord, PointRecord, TrialRecord, TrialState
-from nas.store.tables import artifacts, points, searches, trials
+from nas.store.records import ArtifactRecord, TrialRecord, TrialState
+from nas.store.tables import artifacts, searches, trials
 from nas.store.trials import TRIAL_COLUMNS, trial_of
 
 TrialOrder = Literal["number", "-number", "parameters", "-parameters"]
@@ -46,14 +46,6 @@ class Listing(Database):
             query = query.where(tuple_(*place) < bound if order.startswith("-") else tuple_(*place) > bound)
         with self.read() as connection:
             return [trial_of(row) for row in connection.execute(query).mappings()]
-
-    def page_points(self, search_id: str, *, trial: int, rung: int | None = None) -> list[PointRecord]:
-        """A trial's learning curve, or one rung's part of it, by rung and tokens."""
-        query = select(points).where(points.c.search_id == search_id, points.c.trial == trial).order_by(points.c.rung, points.c.tokens)
-        if rung is not None:
-            query = query.where(points.c.rung == rung)
-        with self.read() as connection:
-            return [PointRecord(**row) for row in connection.execute(query).mappings()]
 
     def find_artifact(self, sha256: str, *, project: str) -> ArtifactRecord | None:
         """A file of one of the project's searches; of several with the same content, the newest."""

@@ -318,9 +318,11 @@ class Trials(Database):
             with self.write(fence=fence) as connection:
                 connection.execute(self.insert_if_new(points), rows)
 
-    def list_points(self, search_id: str, *, trial: int) -> list[PointRecord]:
-        """A trial's learning curve, by rung and tokens."""
+    def list_points(self, search_id: str, *, trial: int, rung: int | None = None) -> list[PointRecord]:
+        """A trial's learning curve, or one rung's part of it, by rung and tokens."""
         query = _of_search(points, search_id, trial).order_by(points.c.rung, points.c.tokens)
+        if rung is not None:
+            query = query.where(points.c.rung == rung)
         with self.read() as connection:
             return [PointRecord(**row) for row in connection.execute(query).mappings()]
 

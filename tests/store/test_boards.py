@@ -258,7 +258,7 @@ def test_other_reads_of_a_long_search_use_an_index(store: Store, big: SearchReco
         partial(store.list_events, big.id, after=3000, limit=100): "events",
         partial(store.board_rows, big.id, version=version, numbers=[1, 2, 3]): "board_rows",
         partial(store.page_trials, big.id, after=(500,), limit=100): "trials",
-        partial(store.page_points, big.id, trial=5): "points",
+        partial(store.list_points, big.id, trial=5): "points",
     }
     for ask, table in ordered.items():
         assert_indexed(plans(store, ask)[0], f"sqlite_autoindex_{table}_1", f"pk_{table}")
