@@ -225,11 +225,11 @@ class RungSpec:
     """Trained rungs."""
     keep_untrained: Share = 0.4
     """Share of each depth class that goes on from rung 0. Its order says nothing between depths (arXiv 2407.14679, table 1), something within one (LOG.md)."""
-    keep: Share = 0.15
+    keep: Share = 0.3
     """Share of a trained rung that goes on to the next; shapes tied with its last one go on too. Chosen by replayed searches (LOG.md)."""
     keep_depth: Annotated[float, Field(ge=0, le=1)] = 0.5
     """At the first trained rung each depth class has this part of its proportional places for sure, beside the best share. 0: none."""
-    max_tie_growth: Annotated[float, Field(ge=1, le=10)] = 2.0
+    max_tie_growth: Annotated[float, Field(ge=1, le=10)] = 1.5
     """Depth classes and ties may enlarge the promoted share at most by this."""
     projection: Annotated[float, Field(ge=0, le=2)] = 0.5
     """Decades of tokens by which a rung's KL is drawn on along its last step before students are compared; the ground truth found 0.3 to 0.5 best

@@ -22,7 +22,7 @@ from nas.search.confirmed import Confirmation
 from nas.search.ranking import Board, CompletedTrial, TaskScale, make_scales, rank
 from nas.search.results import CONTROL, Metric, RungResult
 from nas.search.rungs import Standing, Standings, certain_losers, project, projected_spread
-from nas.search.study import MAX_PENDING_TOLD, Observation, choose_sampler, propose
+from nas.search.study import MAX_PENDING_TOLD, Observation, Sampler, choose_sampler, propose
 from nas.search.task_signals import TaskSignal, read_signals
 from nas.shape import Shape
 from nas.space import Choices, build_space, forced_anchors
@@ -228,9 +228,10 @@ class SearchRun:
     def next_action(self) -> NewTrial | Advance | None:
         """The next thing to start, or None while there is nothing but to wait (or nothing left at all).
 
-        What was started and lost goes first. Then shapes go to the first trained rung one after the other, which is what the sampler learns from; the
-        rungs above it, the lowest first, only while no shape is left to begin with. So one worker promotes with all results at hand (LOG.md: 17 to
-        30 % fewer tokens than going up at once), and a worker that would wait for another's result promotes on what has arrived.
+        What was started and lost goes first. Then shapes go to the first trained rung one after the other, which is what the sampler learns from (an
+        enumerated space teaches nobody: all its shapes are seen untrained first); the rungs above it, the lowest first, only while no shape is left to
+        begin with. So one worker promotes with all results at hand (LOG.md: 17 to 30 % fewer tokens than going up at once), and a worker that would
+        wait for another's result promotes on what has arrived.
         """
         if self.stopped:
             return None
@@ -239,10 +240,14 @@ class SearchRun:
         ladder = self._ladder()
         return (
             next((advance for step in ladder for advance in self._advances(step, among=self._lost)), None)
-            or next(self._advances(ladder[0], among=self._waiting[0]), None)
+            or (None if self._sampler == "enumerate" else next(self._advances(ladder[0], among=self._waiting[0]), None))
             or self._next_shape()
             or next((advance for step in ladder for advance in self._advances(step, among=self._waiting[step.rung])), None)
         )
+
+    @property
+    def _sampler(self) -> Sampler:
+        return choose_sampler(self.spec.sampler, space_size=self.space.count())
 
     def _advances(self, step: _Step, *, among: Collection[int]) -> Iterator[Advance]:
         """Those of some trials that wait at a rung and go on from it, best first."""
@@ -392,7 +397,7 @@ class SearchRun:
             return named
         proposal = propose(
             self.space,
-            sampler=choose_sampler(self.spec.sampler, space_size=self.space.count()),
+            sampler=self._sampler,
             observations=self._observations(),
             pending=self._pending(),
             seen=self._seen,

@@ -381,6 +381,26 @@ def test_a_trial_that_fails_leaves_its_place_to_the_next_best() -> None:
     assert any(trial.state is TrialState.COMPLETED for trial in simulation.run.trials.values())
 
 
+def trained_when_last_was_proposed(sampler: str) -> int:
+    """Trials that have been trained on before the last shape is begun with, one worker."""
+    simulation = Simulation(make_record(sampler={"name": sampler, "max_trials": 12}, controls={"anchors": False, "num_random": 0}))
+    trained = []
+    for _ in range(400):
+        num_proposals = len(simulation.proposals)
+        simulation.fill(parallel=1)
+        if len(simulation.proposals) > num_proposals:
+            trained.append(sum(row.rung > 0 for row in simulation.rungs))
+        if not simulation.running:
+            return trained[-1]
+        simulation.finish(0)
+    raise AssertionError("the search does not end")
+
+
+def test_an_enumerated_space_is_seen_untrained_before_anything_is_trained() -> None:
+    assert trained_when_last_was_proposed("enumerate") == 0
+    assert trained_when_last_was_proposed("random") > 0
+
+
 def up_to_date(simulation: Simulation, rung: int) -> set[int]:
     """Whom a rung promotes with all results at hand, of those that did not fail."""
     run, spec = simulation.run, simulation.run.spec.rungs
