@@ -134,6 +134,7 @@ def check(simulation: Simulation) -> None:
     search, trials = simulation.store.get_search(simulation.search_id), simulation.store.list_trials(simulation.search_id)
     events = all_events(simulation)
     assert search.state is SearchState.SUCCEEDED, search.error
+    check_replay(simulation, events=events)
     check_trials(simulation, trials=trials, events=events)
     check_attempts(simulation)
     check_results(simulation)
@@ -149,6 +150,29 @@ def all_events(simulation: Simulation) -> list[EventRecord]:
     return events
 
 
+def check_replay(simulation: Simulation, *, events: list[EventRecord]) -> None:
+    """What the events tell is where the search and its trials stand."""
+    state, trials = "queued", {}
+    for event in events:
+        kind, _, what = event.type.partition(".")
+        if event.type == "search.resumed":
+            state = "queued"
+        elif kind == "search" and what in tuple(SearchState):
+            state = what
+        elif event.type in ("trial.proposed", "trial.retried"):
+            trials[event.data["trial"]] = "waiting"
+        elif event.type == "trial.started":
+            trials[event.data["trial"]] = "running"
+        elif event.type.startswith("attempt.") and event.data["stage"] == "rung" and what != "waiting":
+            trials[event.data["trial"]] = "waiting"
+        elif event.type == "trial.rung_finished":
+            trials[event.data["trial"]] = event.data["state"]
+        elif event.type in ("trial.stopped", "trial.failed", "trial.cancelled"):
+            trials[event.data["trial"]] = what
+    assert state == simulation.store.get_search(simulation.search_id).state
+    assert trials == {trial.number: trial.state for trial in simulation.store.list_trials(simulation.search_id)}
+
+
 def check_trials(simulation: Simulation, *, trials: list[TrialRecord], events: list[EventRecord]) -> None:
     """As many as were asked for, each a shape of its own within the budget, and each ended exactly once."""
     run = simulation.rebuilt()
@@ -162,7 +186,8 @@ def check_trials(simulation: Simulation, *, trials: list[TrialRecord], events: l
         for event in events
         if event.type in ("trial.stopped", "trial.failed", "trial.cancelled") or (event.type == "trial.rung_finished" and event.data["state"] == "completed")
     )
-    assert ends == Counter(trial.number for trial in trials), "a trial ended more than once"
+    retried = Counter(event.data["trial"] for event in events if event.type == "trial.retried")
+    assert ends - retried == Counter(trial.number for trial in trials), "a trial ended more than once"
 
 
 def check_attempts(simulation: Simulation) -> None:
@@ -170,7 +195,7 @@ def check_attempts(simulation: Simulation) -> None:
     attempts, run = simulation.store.list_attempts(simulation.search_id), simulation.rebuilt()
     assert simulation.cluster.most_at_once <= run.spec.resources.max_parallel_trials
     assert all(attempt.state is not AttemptState.RUNNING for attempt in attempts), "an attempt never ended"
-    failed = Counter((attempt.stage, attempt.trial, attempt.rung) for attempt in attempts if attempt.state is AttemptState.FAILED)
+    failed = Counter((attempt.stage, attempt.trial, attempt.rung) for attempt in attempts if attempt.state is AttemptState.FAILED and attempt.counts)
     assert max(failed.values(), default=0) <= run.spec.limits.max_attempts
     assert {run.step.key for run in simulation.cluster.history} <= {attempt.id for attempt in attempts}
     spans: defaultdict[Any, list[Run]] = defaultdict(list)

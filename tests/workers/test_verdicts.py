@@ -1,0 +1,125 @@
+"""A worker that returns what cannot be is not believed, whatever it returns."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nas.families import read_architecture
+from nas.search.layout import STUDENT
+from nas.shape import Shape
+from nas.spec import parse_spec
+from tests.simulation.cluster import count, measure, save_pretended_student
+from tests.simulation.simulator import CONFIG, INPUTS, make_spec
+from workers.step import RESULT, Outcome, _as_json, read_outcome
+from workers.verdicts import Untrue, check_bundle, check_confirmation, check_prepared, check_rung
+
+SPEC = parse_spec(json.dumps(make_spec(num_trials=4, num_workers=1)))
+ARCHITECTURE = read_architecture(CONFIG)
+SHAPE = Shape(num_hidden_layers=10, hidden_size=1024, intermediate_size=2048, num_attention_heads=16, num_key_value_heads=4, head_dim=64)
+LAST = SPEC.rungs.num_trained
+
+
+def a_result(*, rung: int = LAST) -> dict[str, Any]:
+    tasks = [task.name for task in SPEC.tasks] if SPEC.scores_tasks(rung) else []
+    result = measure(SHAPE, rung=rung, tokens=SPEC.rungs.tokens(rung), tasks=tasks).as_dict()
+    return {**result, "parameters": count(SHAPE, inputs=INPUTS)}
+
+
+def check(result: dict[str, Any], folder: Path, *, rung: int = LAST) -> None:
+    check_rung(result, spec=SPEC, architecture=ARCHITECTURE, shape=SHAPE, rung=rung, trial_folder=folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_pretended_student(tmp_path, parameters=count(SHAPE, inputs=INPUTS))
+    return tmp_path
+
+
+@pytest.mark.parametrize("rung", range(LAST + 1))
+def test_what_a_worker_measured_is_believed(folder: Path, rung: int) -> None:
+    check(a_result(rung=rung), folder, rung=rung)
+
+
+def _set(*path: str, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(result: dict[str, Any]) -> None:
+        for name in path[:-1]:
+            result = result[name]
+        result[path[-1]] = to
+
+    return change
+
+
+LIES = {
+    "another rung": (_set("rung", to=LAST - 1), "rung: expected 3, got 2"),
+    "fewer tokens": (_set("tokens", to=SPEC.rungs.tokens(LAST) - 1), "tokens: expected"),
+    "more tokens": (_set("tokens", to=SPEC.rungs.tokens(LAST) * 2), "tokens: expected"),
+    "another size": (_set("parameters", to=1), "parameters: expected"),
+    "a score that is not a number": (_set("tasks", "one", "value", to=math.nan), "one: expected finite numbers"),
+    "an infinite document": (_set("kl", "documents", to=[math.inf]), "kl: expected finite numbers"),
+    "a divergence below zero": (_set("kl", "value", to=-0.5), "kl: expected at least 0"),
+    "a negative error": (_set("loss", "standard_error", to=-1.0), "loss: expected a standard error"),
+    "a negative cost": (_set("costs", to={"parameters": -1.0}), "cost parameters: expected"),
+    "a text for a number": (_set("kl", "value", to="0.1"), "kl: expected finite numbers"),
+    "a task that nobody asked for": (_set("tasks", "three", to=a_result()["tasks"]["one"]), "tasks: expected"),
+    "nothing": (dict.clear, "result: expected one with all its parts"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_cannot_be_is_not(folder: Path, lie: str) -> None:
+    change, message = LIES[lie]
+    result = copy.deepcopy(a_result())
+    change(result)
+
+    with pytest.raises(Untrue, match=message):
+        check(result, folder)
+
+
+def test_a_score_above_one_is_no_accuracy(folder: Path) -> None:
+    spec = parse_spec(json.dumps(make_spec(num_trials=4, num_workers=1, tasks=[{"name": "one", "metric": "acc"}, {"name": "two"}])))
+    result = a_result()
+    result["tasks"]["one"]["value"] = 1.5
+
+    with pytest.raises(Untrue, match=r"acc of one: expected 0 to 1, got 1\.5"):
+        check_rung(result, spec=spec, architecture=ARCHITECTURE, shape=SHAPE, rung=LAST, trial_folder=folder)
+
+
+def test_a_student_whose_file_is_not_its_shape_is_found_out(tmp_path: Path) -> None:
+    with pytest.raises(Untrue, match="student: expected its weights"):
+        check(a_result(), tmp_path)
+    save_pretended_student(tmp_path, parameters=count(SHAPE, inputs=INPUTS) - 1)
+    with pytest.raises(Untrue, match="parameters of the student's file: expected"):
+        check(a_result(), tmp_path)
+    (tmp_path / STUDENT / "model.safetensors").write_bytes(b"\xff" * 8)
+    with pytest.raises(Untrue, match="expected a safetensors header"):
+        check(a_result(), tmp_path)
+
+
+def test_other_steps_are_not_believed_blindly_either(tmp_path: Path) -> None:
+    with pytest.raises(Untrue, match="prepared: expected teacher"):
+        check_prepared({})
+    with pytest.raises(Untrue, match="confirmation: expected one with all its parts"):
+        check_confirmation({"verified": True, "held_out": {"kl": None}})
+    with pytest.raises(Untrue, match="verified: expected true or false"):
+        check_confirmation({"verified": "yes"})
+    sound = {"trial": 3, "bundle": str(tmp_path / "bundle.tar"), "bundle_sha256": "0" * 64}
+    check_bundle(sound, trial=3, folder=tmp_path)
+    for lie in ({"trial": 4}, {"bundle": "/etc/passwd"}, {"bundle": str(tmp_path / ".." / "x")}, {"bundle_sha256": "none"}):
+        with pytest.raises(Untrue):
+            check_bundle({**sound, **lie}, trial=3, folder=tmp_path)
+
+
+def test_a_result_that_is_no_json_is_an_invalid_one(tmp_path: Path) -> None:
+    assert json.loads(_as_json(Outcome(succeeded=True, result={"score": math.nan})))["reason"] == "invalid_result"
+    for text in ("", "{", "[]", '{"succeeded": true, "unknown": 1}'):
+        (tmp_path / RESULT).write_text(text)
+        outcome = read_outcome(tmp_path)
+        assert outcome is not None
+        assert (outcome.succeeded, outcome.reason) == (False, "invalid_result"), text
