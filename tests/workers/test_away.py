@@ -28,6 +28,8 @@ from workers.controller import Controller
 from workers.liveness import supersede
 from workers.step import Outcome, Step, execute
 
+SMALL = {"sampler": {"name": "tpe", "max_trials": 3, "num_startup_trials": 2}, "controls": {"anchors": False, "num_random": 0}}
+
 
 class Nodes:
     """An executor of one step at a time, each on the next of two machines."""
@@ -110,7 +112,7 @@ def figures(store: Store, search_id: str) -> list[Any]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]]) -> list[Any]:
     """The figures of the search on one machine, its files in place."""
     deployment = make_deployment(tmp_path_factory.mktemp("in_place"), url=None, register=register_tiny)
-    return figures(deployment.store, deployment.run(deployment.submit(tiny_spec())).id)
+    return figures(deployment.store, deployment.run(deployment.submit(tiny_spec(**SMALL))).id)
 
 
 def test_a_search_over_s3_is_the_search_in_a_folder(
@@ -118,7 +120,7 @@ def test_a_search_over_s3_is_the_search_in_a_folder(
 ) -> None:
     deployment = make_deployment(tmp_path, url=s3_url, register=register_tiny)
 
-    search = deployment.run(deployment.submit(tiny_spec()))
+    search = deployment.run(deployment.submit(tiny_spec(**SMALL)))
 
     assert search.state is SearchState.SUCCEEDED, search.error
     assert figures(deployment.store, search.id) == undisturbed
@@ -164,7 +166,7 @@ def test_what_was_written_is_taken_over_and_what_was_superseded_leaves_no_trace(
         return outcome
 
     nodes.run = run_badly  # type: ignore[method-assign]
-    search_id = deployment.submit(tiny_spec())
+    search_id = deployment.submit(tiny_spec(**SMALL))
     with pytest.raises(Killed):
         deployment.run(search_id)
     nodes.close()
@@ -187,7 +189,7 @@ def test_a_thing_that_was_registered_before_there_was_a_url_is_asked_for(
     deployment = make_deployment(tmp_path, url=f"file://{tmp_path / 'shared'}", register=register_tiny)
     SharedFiles(f"file://{tmp_path / 'shared'}").delete("registry/corpora")
 
-    search = deployment.run(deployment.submit(tiny_spec()))
+    search = deployment.run(deployment.submit(tiny_spec(**SMALL)))
 
     assert search.state is SearchState.FAILED
     assert search.error is not None
