@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 UNIT := not slow and not ray and not browser and not faults and not reference
 
-.PHONY: setup demo test test-all check bench format clean
+.PHONY: setup demo test test-all lint check bench format clean
 
 setup: $(STAMP)
 
@@ -25,10 +25,12 @@ test: setup  ## what people run all day: real Ray, PostgreSQL, browser and kills
 test-all: setup  ## also what takes long
 	$(PYTEST) -n 2 --dist loadfile
 
-check: setup  ## format, lint, types, and the tests that start nothing
+lint: setup  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy nas api workers
+
+check: lint  ## and the tests that start nothing
 	$(PYTEST) -n 2 -q -m "$(UNIT)"
 
 bench: setup  ## ratios against a baseline in the same run
