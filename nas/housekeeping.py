@@ -19,6 +19,7 @@ from nas.errors import InvalidSpec
 from nas.files import folder_bytes
 from nas.search.layout import prepared_key, prepared_lease
 from nas.settings import Settings
+from nas.shared_files import SharedFiles
 from nas.spec import parse_spec
 from nas.store.records import SearchRecord, new_id
 from nas.store.store import Store
@@ -81,11 +82,20 @@ def remove(unused: Unused, *, store: Store, settings: Settings) -> bool:
 
 
 def remove_orphans(store: Store, *, settings: Settings) -> list[Path]:
-    """Delete the folders of searches that were deleted; what a controller does now and then."""
+    """Delete the folders of searches that were deleted, those that the nodes share by URL too; what a controller does now and then.
+
+    Raises:
+        FilesUnavailable: the URL cannot be reached; what is on this machine is gone.
+    """
     there, known = _folders(settings.searches_folder), store.search_ids()
     orphans = [path for path in there if path.name not in known]
     for path in orphans:
         shutil.rmtree(path, ignore_errors=True)
+    if settings.shared_url is not None:
+        shared, parent = SharedFiles(settings.shared_url), settings.searches_folder.name
+        published = set(shared.children(parent))  # listed before the searches are asked for, as above
+        for name in published - store.search_ids():
+            shared.delete(f"{parent}/{name}")
     return orphans
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from nas.errors import FilesUnavailable
 from nas.housekeeping import remove_orphans
 from nas.settings import Settings
 from nas.store.store import Store
@@ -30,8 +31,7 @@ class Cleaning:
         """Remove a few hundred rows, and files of searches that were deleted, if it is time and there are any."""
         if self._clock() >= self._sweep_at:
             self._sweep_at = self._clock() + SWEEP_SECONDS
-            if removed := remove_orphans(self._store, settings=self._settings):
-                logger.info("files of deleted searches removed", extra={"action": "swept", "searches": [path.name for path in removed]})
+            self._sweep()
             sweep_by_url(self._store, settings=self._settings)
         if self._clock() < self._rest_until:
             return
@@ -44,3 +44,12 @@ class Cleaning:
         if self._num_logs or self._num_events:
             logger.info("removed what is not kept any longer", extra={"action": "clean_up", "logs": self._num_logs, "events": self._num_events})
         self._num_logs = self._num_events = 0
+
+    def _sweep(self) -> None:
+        try:
+            removed = remove_orphans(self._store, settings=self._settings)
+        except FilesUnavailable as error:
+            logger.warning("files of deleted searches are not all removed: %s", error, extra={"action": "sweep_failed"})
+            return
+        if removed:
+            logger.info("files of deleted searches removed", extra={"action": "swept", "searches": [path.name for path in removed]})
