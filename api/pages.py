@@ -23,17 +23,20 @@ from api.routes.dependencies import BudgetIndex, OtherDep, SearchDep, StoreDep, 
 from api.routes.leaderboard import Sort, get_query
 from api.routes.results import compare_searches
 from api.schemas.trials import AttemptAnswer
-from api.summary import describe_rung, describe_search, describe_trial, summarise_search
+from api.summary import best_row, describe_rung, describe_search, describe_trial, summarise_search
 from api.views import (
     Drawn,
     board_row,
     compare_shapes,
+    cost_title,
     curve_figure,
     draw,
+    drawn_cost,
+    elapsed_seconds,
     group_failures,
     held_out_rows,
-    measure_pace,
     new_row,
+    other_ceilings,
     rung_figure,
     score_figure,
     task_columns,
@@ -101,7 +104,7 @@ def search_page(
     if page.end is None and sort == "rank" and not pareto:
         new = store.list_trials(search.id, states=_SHOWN_WITHOUT_RESULT, without_result=True, budget=budget, limit=ROWS_PER_PAGE)
         rows += [new_row(trial, teacher_parameters=search.plan.get("teacher_parameters")) for trial in new]
-    drawn = Drawn(num_rows=0, points=(), lines=()) if version is None else _drawn(store, search.id, version, budget)
+    drawn = Drawn(num_rows=0, points=(), lines=()) if version is None else _drawn(store, search.id, version, budget, drawn_cost(search.spec))
     confirmed = [] if version is None else store.confirmed_rows(search.id, version=version, budget=budget, limit=CONFIRMED_SHOWN)
     num_failed = counts.by_state[TrialState.FAILED]
     events = store.list_events(search.id, after=max(search.version - EVENTS_SHOWN, 0), limit=EVENTS_SHOWN)
@@ -120,7 +123,11 @@ def search_page(
         failures=group_failures(store.list_trials(search.id, states=[TrialState.FAILED], limit=FAILURES_SHOWN) if num_failed else []),
         num_failed=num_failed,
         events=events[::-1],
-        pace=measure_pace(answer, now=utc_now()),
+        elapsed_seconds=elapsed_seconds(answer, now=utc_now()),
+        best=best_row(shown),
+        plan=shown.plan,
+        ceilings=other_ceilings(shown),
+        cost_title=cost_title,
         has_winner=shown.winner is not None,
         others=[other for other in store.latest_searches(project=search.project, limit=SEARCHES_PER_PAGE) if other.id != search.id],
         score_figure=score_figure(shown, drawn=drawn),
@@ -129,12 +136,12 @@ def search_page(
 
 
 @lru_cache(maxsize=64)
-def _drawn(store: Store, search_id: str, version: int, budget: int) -> Drawn:
+def _drawn(store: Store, search_id: str, version: int, budget: int, cost: str) -> Drawn:
     """A version of a board never changes, and many look at the newest one."""
     head = store.get_board_head(search_id, version=version)
     boards = [head, *head.get("more_budgets", ())]
     board = boards[budget] if budget < len(boards) else {}
-    return draw(store.board_sample(search_id, version=version, budget=budget, most=MAX_DRAWN), search_id=search_id, board=board)
+    return draw(store.board_sample(search_id, version=version, budget=budget, most=MAX_DRAWN), search_id=search_id, board=board, cost=cost)
 
 
 @router.get("/searches/{search_id}/compare")

@@ -142,18 +142,40 @@ class Drawn:
 
     num_rows: int
     points: Sequence[Mapping[str, Any]]
-    """Score and size of rows of the last rung, whose scores alone may be compared."""
+    """Score and cost of rows of the last rung, whose scores alone may be compared."""
     lines: Sequence[Mapping[str, Any]]
     """Held-out KL from rung to rung."""
 
 
-def draw(rows: Sequence[Json], *, search_id: str, board: Json) -> Drawn:
-    """Rows of a board as points and lines."""
+def drawn_cost(spec: Mapping[str, Any]) -> str:
+    """The cost that scores are drawn over: the first objective, without any the parameters."""
+    return str(next(iter(spec.get("objectives", ())), "parameters"))
+
+
+def cost_title(name: str) -> str:
+    """What an axis or a column says of a cost: memory, bytes; decode ms:chat."""
+    return {"memory_bytes": "memory, bytes", "flops_per_token": "FLOPs per token"}.get(name, name.replace("_", " "))
+
+
+def other_ceilings(search: SearchRecord) -> dict[str, float]:
+    """The budget's ceilings beside that of parameters, by cost."""
+    ceilings = {**search.plan.get("ceilings", {}), **search.plan.get("latency_ceilings", {})}
+    return {name: most for name, most in ceilings.items() if "parameters" not in name}
+
+
+def _cost_of(row: Json, name: str) -> float | None:
+    """Boards of an earlier version have a row's costs elsewhere, or not at all."""
+    value = row["parameters"] if name == "parameters" else row.get("costs", {}).get(name)
+    return None if value is None else float(value)
+
+
+def draw(rows: Sequence[Json], *, search_id: str, board: Json, cost: str = "parameters") -> Drawn:
+    """Rows of a board as points over one of their costs, and as lines."""
     leader, front = board.get("leader", board.get("winner")), frozenset(board.get("pareto", ()))
     points = [
         {
             "number": row["number"],
-            "x": row["parameters"],
+            "x": _cost_of(row, cost),
             "y": row["score"],
             "error": row["standard_error"],
             "kind": _kind(row["origin"]),
@@ -164,7 +186,7 @@ def draw(rows: Sequence[Json], *, search_id: str, board: Json) -> Drawn:
             "url": f"/searches/{search_id}/trials/{row['number']}",
         }
         for row in rows
-        if row["score"] is not None and row["rank"] is not None
+        if row["score"] is not None and row["rank"] is not None and _cost_of(row, cost) is not None
     ]
     lines = [
         {
@@ -182,15 +204,21 @@ def draw(rows: Sequence[Json], *, search_id: str, board: Json) -> Drawn:
 
 
 def score_figure(search: SearchRecord, *, drawn: Drawn) -> dict[str, Any]:
-    """Score versus parameters, with the teacher and the budget."""
-    counting = search.plan.get("counting", "total")
+    """Score over the first objective (`drawn_cost`), with the teacher and the ceiling where they have one."""
+    cost, plan = drawn_cost(search.spec), search.plan
+    if cost == "parameters":  # the line stands where the axis counts what the budget counts
+        teacher, ceiling = plan.get("teacher_parameters"), plan.get("max_parameters") if plan.get("counting", "total") == "total" else None
+    else:
+        teacher, ceiling = plan.get("teacher_costs", {}).get(cost), {**plan.get("ceilings", {}), **plan.get("latency_ceilings", {})}.get(cost)
     return {
         "kind": "score",
+        "cost": cost_title(cost),
+        # A front over several costs is no line over one of them.
+        "is_front_drawn": len(search.spec.get("objectives", ())) <= 1,
         "empty": f"No shape has reached the last rung{_yet(search.state.is_terminal)}",
         "points": drawn.points,
-        "teacher": search.plan.get("teacher_parameters"),
-        # The line stands where the axis counts what the budget counts.
-        "budget": search.plan.get("max_parameters") if counting == "total" else None,
+        "teacher": teacher,
+        "budget": ceiling,
     }
 
 
@@ -230,22 +258,9 @@ def curve_figure(*, points: Sequence[PointRecord], rungs: Sequence[RungRecord], 
     }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """How long a search has run, and how long it may still take."""
-
-    elapsed_seconds: float | None
-    remaining_seconds: float | None
-    """At the pace of the trials settled so far; None when that says nothing."""
-
-
-def measure_pace(search: SearchAnswer, *, now: datetime) -> Pace:
-    if search.started_at is None:
-        return Pace(elapsed_seconds=None, remaining_seconds=None)
-    elapsed = ((search.finished_at or now) - search.started_at).total_seconds()
-    settled, planned = search.progress.settled, search.progress.planned
-    says_something = search.state == "searching" and 3 <= settled < planned
-    return Pace(elapsed_seconds=elapsed, remaining_seconds=elapsed / settled * (planned - settled) if says_something else None)
+def elapsed_seconds(search: SearchAnswer, *, now: datetime) -> float | None:
+    """Since a controller took the search, pauses included; None before."""
+    return None if search.started_at is None else ((search.finished_at or now) - search.started_at).total_seconds()
 
 
 def task_columns(search: SearchRecord) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nas.shape import Shape
+
 _SHORT_AXES = {
     "L": "num_hidden_layers",
     "D": "hidden_size",
@@ -44,7 +46,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
         print_json(list(rows))
         return
     if not rows:
-        say("none")
+        out.print("none", style="dim", highlight=False)
         return
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for index, name in enumerate(rows[0]):
@@ -84,7 +86,7 @@ def status_line(search: Mapping[str, Any]) -> str:
     """Where a search stands, in one line."""
     progress, best = search["progress"], search["best"]
     rungs = "  ".join(f"rung {rung['rung']}: {rung['finished']}" + (f"+{rung['running']}" if rung["running"] else "") for rung in search["rungs"])
-    lead = f"  best: trial {best['trial']}, score {_plus_minus(best['score'], best['standard_error'])}" if best else ""
+    lead = f"  best: trial {best['trial']}, score {plus_minus(best['score'], best['standard_error'])}" if best else ""
     left = f"  about {_duration(progress['seconds_left'])} left" if progress.get("seconds_left") else ""
     return f"{search['state']}  trials {progress['settled']}/{progress['planned']}  {rungs}{lead}{left}"
 
@@ -115,6 +117,8 @@ def event_line(event: Mapping[str, Any]) -> str | None:
             return f"{at}  trial {data['trial']} {'confirmed' if data['verified'] else 'NOT verified: ' + str(data['reason'])}"
         case "prepare.step":
             return f"{at}  prepare: {data['step']}" + (f" {data['done']} of {data['of']}" if "done" in data else "")
+        case "attempt.lost" if data.get("reason") in ("paused", "cancelled"):
+            return None  # as it was asked to
         case "attempt.failed" | "attempt.lost":
             return f"{at}  attempt of {data['stage']} {kind.split('.')[1]}: {(data.get('reason') or '')[:200]}"
         case "attempt.waiting":
@@ -127,7 +131,8 @@ def event_line(event: Mapping[str, Any]) -> str | None:
         case "search.confirming" if data.get("reason") == "space_exhausted":
             return f"{at}  search confirming: the space is exhausted, all {data['legal_shapes']:,} legal shapes have been tried"
         case "search.winner":
-            return f"{at}  winner: trial {data['trial']}" if "trial" in data else f"{at}  winner chosen"
+            of = f" of budget {data['budget']}" if data.get("budget") else ""
+            return f"{at}  winner{of}: trial {data['trial']}" if "trial" in data else f"{at}  winner chosen"
         case _ if kind.startswith("search."):
             error = data.get("error") or {}
             return f"{at}  search {kind.split('.')[1]}" + (f": {error.get('reason')}: {error.get('message')}" if error else "")
@@ -149,12 +154,12 @@ def leaderboard_table(board: Mapping[str, Any], *, width: int | None = None, obj
         "parameters": [f"{row['parameters']:,}" for row in rows],
         "%": [f"{100 * row['share_of_teacher']:.1f}" for row in rows],
         "tokens": [f"{row['tokens']:,}" for row in rows],
-        "score": [_plus_minus(row["score"], row["standard_error"]) for row in rows],
+        "score": [plus_minus(row["score"], row["standard_error"]) for row in rows],
         "to the best": [_interval(row.get("difference")) for row in rows],
         **{name: [_cost(row.get("costs", {}).get(name)) for row in rows] for name in objectives if name != "parameters"},
         **({"front": ["yes" if row["number"] in board["pareto"] else "" for row in rows]} if objectives else {}),
         "KL": [f"{row['kl']:.4f}" for row in rows],
-        **{task: [_plus_minus(row["tasks"].get(task, {}).get("value"), row["tasks"].get(task, {}).get("standard_error")) for row in rows] for task in tasks},
+        **{task: [plus_minus(row["tasks"].get(task, {}).get("value"), row["tasks"].get(task, {}).get("standard_error")) for row in rows] for task in tasks},
         "ms/token": [_milliseconds(row.get("confirmation")) for row in rows],
         "P(best)": ["" if row.get("probability_best") is None else f"{100 * row['probability_best']:.0f}%" for row in rows],
         "state": [row["state"] for row in rows],
@@ -209,7 +214,7 @@ def comparison_tables(comparison: Mapping[str, Any]) -> dict[str, list[dict[str,
             "": name,
             "search": search,
             "best": None if row is None else f"trial {row['number']}",
-            "score": None if row is None else _plus_minus(row["score"], row["standard_error"]),
+            "score": None if row is None else plus_minus(row["score"], row["standard_error"]),
             "parameters": None if row is None else row["parameters"],
             "tokens": spent["distillation_tokens"],
             "device seconds": spent["device_seconds"],
@@ -223,7 +228,7 @@ def comparison_tables(comparison: Mapping[str, Any]) -> dict[str, list[dict[str,
     ]
     shapes = [
         {
-            "shape": shown(both["shape"], name=""),
+            "shape": Shape.from_dict(both["shape"]).key,
             **{f"{name}: {figure}": both[side][figure] for name, side in (("A", "first"), ("B", "second")) for figure in ("rank", "tokens", "score", "kl")},
         }
         for both in comparison["shapes"]
@@ -260,7 +265,8 @@ def _milliseconds(confirmation: Mapping[str, Any] | None) -> str:
     return f"{1000 * latency['decode_seconds_per_token']:.2f}" if latency else ""
 
 
-def _plus_minus(value: float | None, error: float | None) -> str:
+def plus_minus(value: float | None, error: float | None) -> str:
+    """A value with its error; nothing where there is none."""
     if value is None:
         return ""
     return f"{value:.3f} ± {error:.3f}" if error is not None else f"{value:.3f}"

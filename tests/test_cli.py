@@ -161,7 +161,7 @@ def test_the_registry_is_listed_as_json_and_as_a_table(registered: Nas, group: s
 def test_an_empty_list_is_json_too(nas: Nas) -> None:
     assert nas("teachers", "list", "--json").out == "[]\n"
     answer = nas("teachers", "list")
-    assert (answer.out, answer.err) == ("", "nas: none\n")
+    assert (answer.out, answer.err) == ("none\n", "")
 
 
 def test_a_teacher_is_pruned_distilled_and_evaluated_without_a_service(registered: Nas, tiny_sources: dict[str, Path], tmp_path: Path) -> None:
@@ -344,6 +344,8 @@ def test_a_narrow_board_leaves_out_tasks_before_scores() -> None:
         ("search.winner", {}, "winner chosen"),
         ("trial.retried", {"trial": 3, "failure": {"reason": "timeout"}}, "trial 3 is tried again"),
         ("search.updated", {"max_trials": 30, "labels": {"team": "edge"}}, "search changed: max_trials=30  labels=team=edge"),
+        ("search.winner", {"trial": 3, "budget": 0}, "winner: trial 3"),
+        ("search.winner", {"trial": 4, "budget": 1}, "winner of budget 1: trial 4"),
         (
             "search.confirming",
             {"reason": "space_exhausted", "legal_shapes": 3, "trials": 3},

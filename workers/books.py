@@ -247,7 +247,9 @@ class Books:
         if self.prepared is None:
             return None
         board = make_board(self.run, prepared=self.prepared, confirmations=self.confirmations)
-        return {**board, "importances": (self.record.winner or {}).get("importances", {})}
+        importances = {winner["budget"]: winner.get("importances", {}) for winner in all_winners(self.record)}
+        more = [{**other, "importances": importances.get(budget, {})} for budget, other in enumerate(board["more_budgets"], start=1)]
+        return {**board, "importances": importances.get(0, {}), "more_budgets": more}
 
     def save_board_in_time(self) -> None:
         """Store the leaderboard, if it is old and the last one was not stored just now."""

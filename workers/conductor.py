@@ -186,10 +186,12 @@ class Conductor:
         state, reason = self._verdict(running, outcome)
         if not outcome.retryable and read_outcome(running.progress.folder) is None:
             _leave_outcome(running.progress.folder, outcome)
-        text = f"{reason}: {outcome.message}"[:4000]
+        is_asked = running.stop_reason is not None and outcome.reason in _WAS_STOPPED
+        text = reason if is_asked else f"{reason}: {outcome.message}"[:4000]
         self._store.finish_attempt(attempt.id, state=state, reason=text, log=log, device_seconds=seconds, fence=self._fence)
         self._count_end(running, state, reason=reason, device_seconds=seconds)
-        logger.warning("attempt failed: %s", reason, extra={"action": "attempt_failed", "search_id": self.record.id, "attempt_id": attempt.id})
+        level, what = (logging.INFO, "stopped") if is_asked else (logging.WARNING, "failed")
+        logger.log(level, "attempt %s: %s", what, reason, extra={"action": f"attempt_{what}", "search_id": self.record.id, "attempt_id": attempt.id})
         if attempt.trial is not None:
             self._books.refresh_trial(attempt.trial)
         if outcome.reason == "disk_full":

@@ -133,8 +133,9 @@ def _attempt(step: Step, *, folder: Path) -> Outcome:
     except BaseException as error:
         outcome = failure(error)
         outcome = replace(outcome, message=redact(outcome.message, secrets=find_secrets(os.environ)))
-        # The traceback of what nobody expected; of the others the message says it all.
-        logger.error("%s failed: %s", step.stage, outcome.message.partition("\n")[0], exc_info=error if outcome.reason == "error" else None)
+        if outcome.reason != "stopped":
+            # The traceback of what nobody expected; of the others the message says it all.
+            logger.error("%s failed: %s", step.stage, outcome.message.partition("\n")[0], exc_info=error if outcome.reason == "error" else None)
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
     ended = outcome.reason or "succeeded"

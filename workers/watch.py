@@ -31,7 +31,8 @@ CANCEL_GRACE_SECONDS = 10.0
 KILL_GRACE_SECONDS = 4.0
 """One that was killed and of which the executor has not heard after this long is given up: its node may hang."""
 WAITING_SECONDS = 60.0
-"""A step that shows no sign of life for so long is said to wait for resources: on a cluster that grows, this may take any time."""
+"""A step that shows no sign of life for so long is said to wait: on a cluster that grows, this may take any time."""
+_WAITING = "not begun yet: no worker is free, or its worker is still starting"
 PROGRESS_SECONDS = 0.5
 """Between two looks at the running steps' progress files: a thousand of them on a shared folder are not looked at with every outcome."""
 PROGRESS_SECONDS_PER_STEP = 0.002
@@ -201,6 +202,6 @@ class Watch:
         return None
 
     def _say_waiting(self, attempt: AttemptRecord) -> None:
-        data = {"attempt": attempt.id, "stage": attempt.stage, "trial": attempt.trial, "rung": attempt.rung, "reason": "waiting for resources"}
+        data = {"attempt": attempt.id, "stage": attempt.stage, "trial": attempt.trial, "rung": attempt.rung, "reason": _WAITING}
         self._leader.store.add_event(self._search_id, "attempt.waiting", data, fence=self._leader.fence)
         logger.info("no sign of life after %g s", WAITING_SECONDS, extra={"action": "attempt_waiting", "search_id": self._search_id, **data})

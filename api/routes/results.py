@@ -77,7 +77,9 @@ def read_winner(
     if format == "hf-config":
         return JSONResponse(winner["config"], headers={"Content-Disposition": 'attachment; filename="config.json"'})
     query = f"?budget={budget}" if budget else ""
-    answer = WinnerAnswer.model_validate({**winner, "search": search.id, "bundle_url": f"/v1/searches/{search.id}/winner/bundle{query}"})
+    row = (of_budget(search, budget).board or {}).get("of_rows", {}).get("leader") or {}
+    figures = {name: row.get(name) if row.get("number") == winner["trial"] else None for name in ("score", "standard_error", "probability_best")}
+    answer = WinnerAnswer.model_validate({**winner, **figures, "search": search.id, "bundle_url": f"/v1/searches/{search.id}/winner/bundle{query}"})
     if format == "yaml":
         return PlainTextResponse(yaml.safe_dump(answer.model_dump(mode="json"), sort_keys=False, allow_unicode=True), media_type="application/yaml")
     return answer
@@ -121,7 +123,7 @@ def download_artifact(
 
 def _winner(search: SearchRecord, *, budget: int) -> dict[str, Any]:
     if search.winner is None:
-        raise Conflict(f"search {search.id}: expected the state succeeded, got {search.state}; there is no winner yet")
+        raise Conflict(f"search {search.id}: expected the state succeeded, got {search.state}; there is no winner{'' if search.state.is_terminal else ' yet'}")
     winners = {winner["budget"]: winner for winner in all_winners(search)}
     if budget not in winners:
         raise NotFound(f"budget: expected one that has a winner ({', '.join(map(str, winners))}), got {budget}")

@@ -77,6 +77,11 @@ class WinnerAnswer(Answer):
 
     object: Literal["winner"] = "winner"
     search: str
+    score: float | None
+    """Of its row of the board, with its error; null on boards of an earlier version."""
+    standard_error: float | None
+    probability_best: float | None
+    """That it has the best score of the finalists, from the held-out documents; null where it was the only one."""
     bundle_url: str
     """Where the bundle (a tar file) is downloaded."""
     bundle_sha256: str

@@ -62,9 +62,10 @@
   }
 
   // The event types that the API sends; EventSource has no way to listen to all of them at once.
-  const TYPES = ["search.created", "search.preparing", "search.searching", "search.confirming", "search.cancelling", "search.prepared", "search.winner",
+  const TYPES = ["search.created", "search.preparing", "search.searching", "search.confirming", "search.pausing", "search.paused",
+    "search.resumed", "search.updated", "search.cancelling", "search.prepared", "search.winner",
     "leaderboard.changed", "task.weak",
-    "trial.proposed", "trial.started", "trial.rung_finished", "trial.waiting", "trial.completed", "trial.stopped", "trial.failed", "trial.cancelled", "trial.confirmed",
+    "trial.proposed", "trial.started", "trial.rung_finished", "trial.waiting", "trial.completed", "trial.stopped", "trial.failed", "trial.retried", "trial.cancelled", "trial.confirmed",
     "attempt.started", "attempt.waiting", "attempt.succeeded", "attempt.failed", "attempt.lost", "attempt.cancelled"];
   const LAST_TYPES = ["search.succeeded", "search.failed", "search.cancelled"];
 
@@ -94,7 +95,7 @@
 
   document.addEventListener("click", async (click) => {
     const button = click.target.closest("[data-post]");
-    if (!button || !confirm(button.dataset.confirm)) return;
+    if (!button || (button.dataset.confirm && !confirm(button.dataset.confirm))) return;
     button.disabled = true;
     const response = await fetch(button.dataset.post, { method: "POST" });
     if (!response.ok) alert((await response.json()).detail);

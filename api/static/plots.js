@@ -29,7 +29,7 @@
     if (!figure.points.length) return empty(figure.empty);
     const traces = [];
     const front = figure.points.filter((point) => point.pareto).sort((a, b) => a.x - b.x);
-    if (front.length > 1) {
+    if (figure.is_front_drawn && front.length > 1) {
       traces.push({ x: front.map((p) => p.x), y: front.map((p) => p.y), mode: "lines", name: "Pareto front", hoverinfo: "skip", line: { color: colour("data-pareto"), width: 2, dash: "dot" } });
     }
     const tied = figure.points.filter((point) => point.tied);
@@ -43,18 +43,18 @@
         x: points.map((p) => p.x), y: points.map((p) => p.y), customdata: points.map((p) => p.url), text: points.map((p) => p.label + (p.winner ? " (winner)" : "")), mode: "markers", name,
         error_y: { type: "data", array: points.map((p) => p.error ?? 0), color: colour(`data-${kind}`), thickness: 1.2, width: 3 },
         marker: { size: points.map((p) => (p.winner ? 13 : 9)), symbol, color: colour(`data-${kind}`), line: { width: points.map((p) => (p.winner ? 2 : 0)), color: colour("text") } },
-        hovertemplate: "%{text}<br>score %{y:.3f} ± %{error_y.array:.3f}<br>%{x:,} parameters<extra></extra>",
+        hovertemplate: `%{text}<br>score %{y:.3f} ± %{error_y.array:.3f}<br>${figure.cost} %{x:,}<extra></extra>`,
       });
     }
     const shapes = [], annotations = [];
     if (figure.teacher) {
-      traces.push({ x: [figure.teacher], y: [1], mode: "markers", name: "teacher", marker: { size: 15, symbol: "star", color: colour("data-teacher"), line: { width: 1, color: colour("text") } }, hovertemplate: "the teacher: score 1 by definition<br>%{x:,} parameters<extra></extra>" });
+      traces.push({ x: [figure.teacher], y: [1], mode: "markers", name: "teacher", marker: { size: 15, symbol: "star", color: colour("data-teacher"), line: { width: 1, color: colour("text") } }, hovertemplate: `the teacher: score 1 by definition<br>${figure.cost} %{x:,}<extra></extra>` });
     }
     if (figure.budget) {
       shapes.push(vertical(figure.budget, "dash"));
       annotations.push({ x: figure.budget, yref: "paper", y: 1, yanchor: "top", xanchor: "left", xshift: 4, showarrow: false, text: "budget", font: { color: colour("faint"), size: 12 } });
     }
-    return [traces, layout({ xaxis: { title: title("parameters"), exponentformat: "SI" }, yaxis: { title: title("score (teacher 1, random weights 0)") }, shapes, annotations })];
+    return [traces, layout({ xaxis: { title: title(figure.cost), exponentformat: "SI" }, yaxis: { title: title("score (teacher 1, random weights 0)") }, shapes, annotations })];
   }
 
   const empty = (text) => [[], layout({ xaxis: { visible: false }, yaxis: { visible: false }, annotations: [note(text)] })];

@@ -14,7 +14,7 @@ from nas.cli.options import Json, SearchId, Url
 from nas.cli.searches import make_client
 from nas.errors import InvalidSpec, Problem
 from nas.shape import Shape
-from nas.terminal import board_facts, comparison_tables, event_line, leaderboard_table, out, print_facts, print_json, print_rows, say
+from nas.terminal import board_facts, comparison_tables, event_line, leaderboard_table, out, plus_minus, print_facts, print_json, print_rows, say
 
 if TYPE_CHECKING:
     from nas.search.study import ExportedTrial
@@ -109,7 +109,9 @@ def winner(
         print_json(document)
     else:
         shown = {"trial": document["trial"], **document["shape"], "parameters": document["parameters"], "share_of_teacher": document["share_of_teacher"]}
-        print_facts({**shown, "bundle_sha256": document["bundle_sha256"]}, as_json=False)
+        # A service of an earlier version says none of these.
+        figures = {"score": plus_minus(document.get("score"), document.get("standard_error")), "P(best)": document.get("probability_best")}
+        print_facts({**shown, **figures, "bundle_sha256": document["bundle_sha256"]}, as_json=False)
 
 
 @commands.command()

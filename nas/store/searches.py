@@ -204,9 +204,10 @@ class Searches(Database):
         return prepared
 
     def save_winner(self, search_id: str, winner: Json, *, fence: Fence | None) -> None:
-        """Keep the winner, and its bundles under their digests; event `search.winner`."""
+        """Keep the winner, and its bundles under their digests; event `search.winner` with the budget that has one since now."""
+        latest = [winner, *winner.get("more", ())][-1]
         with self.write(fence=fence) as connection:
-            write_event(connection, search_id, "search.winner", {"trial": winner.get("trial")})
+            write_event(connection, search_id, "search.winner", {"trial": latest.get("trial"), "budget": latest.get("budget", 0)})
             connection.execute(update(searches).where(searches.c.id == search_id).values(winner=winner))
             for one in (winner, *winner.get("more", ())):
                 if "bundle" in one:

@@ -4,6 +4,7 @@ import html
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.api.conftest import a_row
 if TYPE_CHECKING:
     from tests.api.conftest import Service
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTILE = "<script>alert('x')</script>\"' onload=alert(1) {{ 7 * 7 }}"
 
 
@@ -270,6 +272,52 @@ def test_a_search_without_trials_says_why(service: Service, state: SearchState, 
     assert text in page(service, f"/searches/{search.id}")
 
 
+@pytest.mark.parametrize(
+    ("state", "actions"),
+    [
+        (SearchState.SEARCHING, ["pause", "cancel"]),
+        (SearchState.PAUSING, ["resume", "cancel"]),
+        (SearchState.PAUSED, ["resume", "cancel"]),
+        (SearchState.CANCELLING, []),
+        (SearchState.SUCCEEDED, []),
+    ],
+)
+def test_a_page_offers_what_may_be_done_in_this_state(service: Service, state: SearchState, actions: list[str]) -> None:
+    search = service.submit()
+    service.move(search, state)
+
+    assert re.findall(r'data-post="/v1/searches/[^/]+/(\w+)"', page(service, f"/searches/{search.id}")) == actions
+
+
+def test_a_search_that_paused_by_itself_says_why_and_not_that_it_failed(service: Service) -> None:
+    search = service.submit()
+    service.move(search, SearchState.PAUSED, error={"reason": "disk_full", "message": "no space left"})
+
+    text = page(service, f"/searches/{search.id}")
+
+    assert "The search paused by itself" in text
+    assert "no space left" in text
+    assert "The search failed" not in text
+
+
+@pytest.mark.parametrize(("state", "offered"), [(SearchState.SEARCHING, True), (SearchState.SUCCEEDED, False)])
+def test_a_failed_trial_can_be_tried_again_while_its_search_goes_on(service: Service, state: SearchState, offered: bool) -> None:
+    search = service.ranked_search()
+    if state is not SearchState.SEARCHING:
+        service.move(search, state)
+
+    assert ("/trials/4/retry" in page(service, f"/searches/{search.id}/trials/4")) == offered
+
+
+def test_every_event_of_the_service_refreshes_an_open_page(service: Service) -> None:
+    script = service.client.get("/static/live.js").text
+    sources = "".join(file.read_text("utf-8") for folder in ("nas/store", "workers") for file in sorted((REPOSITORY / folder).glob("*.py")))
+    written = set(re.findall(r'"((?:search|trial|attempt)\.[a-z_]+)"', sources))
+    states = {f"search.{state}" for state in SearchState} - {"search.queued"}
+
+    assert [event for event in sorted(written | states) if f'"{event}"' not in script] == []
+
+
 def test_a_page_follows_the_search_only_while_it_runs(service: Service) -> None:
     search = service.ranked_search()
     running = page(service, f"/searches/{search.id}")
@@ -379,6 +427,34 @@ def test_the_page_of_a_family_shows_one_budget_and_links_the_others(service: Ser
     assert list(rows(second)) == [f"trial-{one.number}"]
     assert f'/searches/{search.id}?budget=1"' in first
     assert service.client.get(f"/searches/{search.id}?budget=2").status_code == 404
+
+
+def test_the_figures_of_a_budget_are_its_own(service: Service) -> None:
+    search = service.submit(budget={"max_fraction": 0.7}, more_budgets=[{"max_fraction": 0.5}])
+    shape, parts = service.propose(search, 0, origin="sampler"), {"winner": None, "pareto": [], "agreement": [], "controls": None}
+    second = a_row(1, shape=shape, rank=1, tie_group=1) | {"score": 0.4321}
+    board = {"rows": [a_row(0, shape=shape, rank=1, tie_group=1)], **parts, "more_budgets": [{"rows": [second], **parts, "leader": 1}]}
+    service.store.save_board(search.id, board, fence=None)
+
+    text = plain(page(service, f"/searches/{search.id}?budget=1"))
+
+    assert "0.432" in text[: text.index("Leaderboard")]
+    assert "50.0% of the teacher" in text
+    assert "70.0% of the teacher" not in text
+
+
+def test_the_score_is_drawn_over_the_first_objective(service: Service) -> None:
+    search = service.submit(objectives=["memory_bytes"], budget={"max_memory_bytes": 300_000})
+    shape = service.propose(search, 0, origin="sampler")
+    row = a_row(0, shape=shape, rank=1, tie_group=1, costs={"memory_bytes": 250_000.0})
+    service.store.save_board(search.id, {"rows": [row], "winner": None, "pareto": [0], "agreement": [], "controls": None}, fence=None)
+
+    values = figure(page(service, f"/searches/{search.id}"), "plot-score")
+
+    assert "memory, bytes 300K" in plain(page(service, f"/searches/{search.id}"))
+    assert (values["cost"], values["is_front_drawn"]) == ("memory, bytes", True)
+    assert [point["x"] for point in values["points"]] == [250_000.0]  # type: ignore[attr-defined]
+    assert (values["teacher"], values["budget"]) == (search.plan["teacher_costs"]["memory_bytes"], 300_000)
 
 
 def test_the_page_shows_measured_objectives_and_what_became_of_weak_tasks(service: Service) -> None:

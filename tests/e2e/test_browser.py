@@ -203,7 +203,7 @@ def test_a_search_is_cancelled_with_its_button(site: Site, browser: webdriver.Ch
     browser.get(f"{site.address}/searches/{site.search.id}")
     wait_for(browser, "#live-text", "live")
 
-    browser.find_element(By.CSS_SELECTOR, "[data-post]").click()
+    browser.find_element(By.CSS_SELECTOR, "[data-post$='cancel']").click()
     browser.switch_to.alert.accept()
 
     wait_for(browser, "#head .state", "cancelling")

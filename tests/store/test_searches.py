@@ -135,7 +135,7 @@ def test_board_prepared_and_winner_are_kept_with_their_events(store: Store, new_
     assert [(event.type, event.data) for event in store.list_events(search.id, after=1)] == [
         ("search.prepared", {}),
         ("leaderboard.changed", {"rows": 1}),
-        ("search.winner", {"trial": None}),
+        ("search.winner", {"trial": None, "budget": 0}),
     ]
 
 

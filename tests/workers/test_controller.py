@@ -430,7 +430,8 @@ def test_a_step_without_a_sign_of_life_is_said_to_wait_once(service: Service, mo
 
     (attempt,) = service.store.list_attempts(search_id)
     waiting = [event.data for event in service.store.list_events(search_id) if event.type == "attempt.waiting"]
-    assert waiting == [{"attempt": attempt.id, "stage": "prepare", "trial": None, "rung": None, "reason": "waiting for resources"}]
+    assert waiting == [{"attempt": attempt.id, "stage": "prepare", "trial": None, "rung": None, "reason": waiting[0]["reason"]}]
+    assert waiting[0]["reason"].startswith("not begun yet")
 
 
 def test_a_step_that_finished_under_a_dead_controller_is_not_run_again(service: Service) -> None:
@@ -757,6 +758,9 @@ def test_a_family_has_a_winner_and_a_bundle_for_each_budget(service: Service) ->
         assert {trials[row["number"]].budget for row in its["rows"]} == {budget}
         assert its["rows"][0]["rank"] == 1
         assert (service.settings.data_folder / winner["bundle"]).is_file()
+        assert its["importances"] == winner["importances"]
+    told = [event.data for event in service.store.list_events(search.id, limit=10_000) if event.type == "search.winner"]
+    assert told == [{"trial": winner["trial"], "budget": winner["budget"]} for winner in winners]
     assert winners[1]["parameters"] <= 0.5 * search.plan["teacher_parameters"] < winners[0]["parameters"]
     assert board["cost"]["decisions"][0]["trials"] == len(trials)
 
