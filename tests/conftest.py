@@ -22,12 +22,15 @@ from typing import Any
 
 import pytest
 
+from tests.faults import summary
 from tests.word_tokenizer import word_tokenizer
 
 _skipped: dict[str, list[str]] = {}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call":
+        summary.collect(report.user_properties)
     if report.skipped:
         for part in _required():
             if part in report.keywords or f"[{part}" in report.nodeid or f"-{part}" in report.nodeid:
@@ -44,6 +47,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for part, tests in _skipped.items():
         terminalreporter.write_line(f"required part {part!r} was skipped: {', '.join(tests)}", red=True)
+    for line in summary.lines():
+        terminalreporter.write_line(line)
 
 
 def _required() -> list[str]:

@@ -274,6 +274,16 @@ class Books:
         else:
             expected = _ENDS_FROM if to.is_terminal else (SearchState.QUEUED, *WORKING)
         try:
-            self.record = self._store.change_search(self.record.id, fence=self._fence, to=to, expected=expected, error=error, data=data, end_reason=end_reason)
+            self.record = self._store.change_search(
+                self.record.id,
+                fence=self._fence,
+                to=to,
+                expected=expected,
+                error=error,
+                data=data,
+                end_reason=end_reason,
+                # From then on no more shapes are evaluated: an extension or a retry of this moment was accepted, and comes first.
+                num_requests=self.record.num_requests if to is SearchState.CONFIRMING else None,
+            )
         except Conflict as conflict:
             logger.info("state not changed: %s", conflict, extra={"action": "state_conflict", "search_id": self.record.id, "to": to})

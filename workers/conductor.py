@@ -23,6 +23,7 @@ from nas.trial_files import find_tree
 from workers import metrics
 from workers.books import Books
 from workers.family import Family
+from workers.liveness import supersede
 from workers.logs import LogKeeper, last_lines, read_tail
 from workers.search_run import Advance, LimitReason, NewTrial
 from workers.step import RESULT, Outcome, Step, read_outcome
@@ -183,6 +184,8 @@ class Conductor:
             outcome = Outcome(succeeded=False, reason="invalid_result", message=lie)
         elif running.killed is not None:
             outcome = running.killed
+        # Whoever says that a step died, or was killed, may only have lost sight of it.
+        supersede(running.progress.folder)
         state, reason = self._verdict(running, outcome)
         if not outcome.retryable and read_outcome(running.progress.folder) is None:
             _leave_outcome(running.progress.folder, outcome)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nas.errors import Conflict, Fenced, InvalidSpec
+from nas.errors import Conflict, Fenced, InvalidSpec, StoreUnavailable
 from nas.logs import about
 from nas.search.layout import prepared_lease
 from nas.settings import Settings
@@ -40,7 +40,7 @@ STORE_PATIENCE_SECONDS = 60.0
 MAX_TROUBLES = 3
 """A search whose advance raised so often in a row, while the store answered in between, has a bug and fails."""
 TROUBLE_SECONDS = 2.0
-"""Pause after such an exception: a store that is away for moments must not fail a search."""
+"""Pause after such an exception."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,6 +48,8 @@ class _Trouble:
     """Exceptions of one search since it last went on without."""
 
     count: int = 0
+    is_doubtful: bool = False
+    """Memory and store may differ: the search must be read again."""
     retry_at: float = 0.0
     """The controller's clock."""
 
@@ -205,15 +207,19 @@ class Controller:
         conductor = self._conductors.get(search_id)
         if conductor is None:
             conductor = self._conductors[search_id] = self._take_over(search_id)
-        elif search_id in self._troubles and self._troubles[search_id].count:
+        elif self._troubles[search_id].is_doubtful:
             conductor.reload()
         conductor.note(active)
         return conductor
 
     def _troubled(self, search_id: str, trouble: _Trouble, error: Exception) -> None:
-        """The search is read from the store again and tried again: the store may have been away for a moment."""
-        trouble.count += 1
+        """The search is read from the store again and tried again. A store that is away, however often, is nothing that the search did."""
+        trouble.is_doubtful = True
         trouble.retry_at = self._clock() + TROUBLE_SECONDS
+        if isinstance(error, StoreUnavailable):
+            logger.warning("a search waits for the store", extra={"action": "search_troubled", "search_id": search_id, "count": trouble.count})
+            return
+        trouble.count += 1
         logger.exception("advancing a search failed", extra={"action": "search_troubled", "search_id": search_id, "count": trouble.count})
         if trouble.count >= MAX_TROUBLES:
             self._fail(search_id, reason="internal_error", message=f"{type(error).__name__}: {error}"[:2000])
@@ -249,7 +255,7 @@ class Controller:
             self._settle_finished(search_id, leader=leader, running=running)
             for attempt in running:
                 # Its worker may have outlived its controller: from here on it must leave no trace beside the next attempt.
-                _supersede(_mailbox(self._settings, attempt), attempt)
+                supersede(_mailbox(self._settings, attempt))
             lost = self._store.lose_running_attempts(search_id, fence=fence)
             tails = {attempt.id: read_tail(_mailbox(self._settings, attempt)) for attempt in lost}
             self._store.save_logs(search_id, {key: text for key, text in tails.items() if text is not None}, fence=fence)
@@ -275,10 +281,3 @@ class Controller:
 
 def _mailbox(settings: Settings, attempt: AttemptRecord) -> Path:
     return SearchFolder.of(attempt.search_id, settings=settings).attempt(attempt.id)
-
-
-def _supersede(mailbox: Path, attempt: AttemptRecord) -> None:
-    try:
-        supersede(mailbox)
-    except OSError:
-        logger.exception("a lost attempt could not be told", extra={"action": "recover_failed", "attempt_id": attempt.id})

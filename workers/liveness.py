@@ -62,9 +62,12 @@ def ask_to_stop(folder: Path) -> None:
 
 def supersede(folder: Path) -> None:
     """Take a step's right to publish, before another attempt takes its place; it ends when it sees that."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SUPERSEDED).touch()
-    (folder / STOP).touch()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SUPERSEDED).touch()
+        (folder / STOP).touch()
+    except OSError:  # a full disk: nobody else could say it either, and the search must go on
+        logger.exception("a step could not be told that it was superseded", extra={"action": "supersede_failed", "folder": str(folder)})
 
 
 def is_superseded(folder: Path) -> bool:

@@ -167,19 +167,23 @@ class Searches(Database):
         error: Json | None = None,
         data: Json | None = None,
         end_reason: str | None = None,
+        num_requests: int | None = None,
     ) -> SearchRecord:
         """Move a search on, and write the event `search.<to>` with `data` and the error.
 
         Args:
             end_reason: why no more shapes are evaluated, to be kept from now on.
+            num_requests: `SearchRecord.num_requests` that this was decided on; None: whatever users have asked for since, it moves.
 
         Raises:
-            Conflict: its state is not among the expected ones, or terminal.
+            Conflict: its state is not among the expected ones, or terminal, or a user has asked for something since.
         """
         with self.write(fence=fence) as connection:
             search = get_search(connection, search_id, lock=True)
             if search.state not in expected or search.state.is_terminal:
                 raise Conflict(f"search {search_id}: expected state {' or '.join(sorted(expected))}, got {search.state}")
+            if num_requests not in (None, search.num_requests):
+                raise Conflict(f"search {search_id}: expected {num_requests} requests of users so far, got {search.num_requests}")
             return move_search(
                 connection,
                 search,

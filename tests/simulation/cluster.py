@@ -23,7 +23,7 @@ from nas.search.layout import STUDENT
 from nas.search.results import Metric, RungResult
 from nas.shape import Shape
 from nas.spec import parse_spec
-from workers.liveness import STOP
+from workers.liveness import STOP, is_superseded
 from workers.step import PROGRESS, RESULT, Outcome, Step
 
 POLL_SECONDS = 0.05
@@ -96,6 +96,7 @@ class FakeCluster:
     clock: Clock
     trouble: Trouble = field(default_factory=Trouble)
     rung_seconds: tuple[float, ...] = (5.0, 20.0, 80.0, 320.0, 1280.0)
+    other_seconds: float = 10.0
     history: list[Run] = field(default_factory=list)
     """Every step that was ever accepted."""
     busy_seconds: float = 0.0
@@ -192,7 +193,9 @@ class FakeCluster:
     def _settle(self, run: Run) -> None:
         run.is_over = True
         self.busy_seconds += run.seconds
-        if run.outcome.reason != "worker_died":
+        if is_superseded(Path(run.step.folder)):
+            run.outcome = Outcome(succeeded=False, reason="superseded", message="another attempt took its place")
+        elif run.outcome.reason != "worker_died":
             (Path(run.step.folder) / RESULT).write_text(json.dumps(run.outcome.as_dict()), encoding="utf-8")
 
     def _end_early(self, key: str, outcome: Outcome) -> None:
@@ -216,7 +219,7 @@ class FakeCluster:
         tries = self._tries[run.key] = self._tries.get(run.key, -1) + 1
         stage = ("prepare", "rung", "confirm", "bundle").index(step.stage)
         generator = np.random.default_rng([self.seed, stage, trial_of(step) or 0, step.request.get("rung") or 0, tries])
-        run.seconds = (self.rung_seconds[step.request["rung"]] if step.stage == "rung" else 10.0) * float(generator.lognormal(0.0, 0.2))
+        run.seconds = (self.rung_seconds[step.request["rung"]] if step.stage == "rung" else self.other_seconds) * float(generator.lognormal(0.0, 0.2))
         chance = self.trouble
         preempted, failed, diverged, straggler, refused, unverified = (float(value) for value in generator.random(6))
         if step.stage == "rung":

@@ -9,18 +9,14 @@ import dataclasses
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-from sqlalchemy import Connection
+from typing import Any, TypeVar
 
 from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
-from nas.store.records import AttemptState, Fence, SearchState
+from nas.store.records import AttemptState, SearchState
 from nas.store.store import Store
 from tests.simulation.cluster import Clock, FakeCluster, Run, Trouble
 from tests.simulation.simulator import INPUTS, Simulation, check_promotions, check_trials, check_winner, make_spec
@@ -33,20 +29,15 @@ LOOK_SECONDS = LEASE_SECONDS / 4 + TICK_SECONDS
 
 
 class TimedStore(Store):
-    """A store whose lease clock is made up, and before whose writes things happen."""
+    """A store whose lease clock is made up."""
 
     clock: Clock
-    before_write: Callable[[], None] = staticmethod(lambda: None)
-
-    @contextmanager
-    def write(self, *, fence: Fence | None) -> Iterator[Connection]:
-        if fence is not None:
-            self.before_write()
-        with super().write(fence=fence) as connection:
-            yield connection
 
     def _now(self, connection: Any) -> float:
         return 1000.0 + self.clock.seconds
+
+
+AnyStore = TypeVar("AnyStore", bound=TimedStore)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -82,39 +73,51 @@ class Fleet:
     happened: Counter[str] = field(default_factory=Counter)
     most_unled_seconds: float = 0.0
     _unled_since: dict[str, float] = field(default_factory=dict)
-    _acting: Member | None = None
-    _is_paused: bool = False
-    """One at a time."""
 
     def __post_init__(self) -> None:
         settings = Settings.from_environment({"NAS_DATA": str(self.folder)})
-        self.settings = dataclasses.replace(settings, lease_seconds=LEASE_SECONDS)
-        self.store = TimedStore.open(self.settings.database_url, migrate=True)
-        self.store.clock = self.clock
+        self.settings = dataclasses.replace(settings, lease_seconds=LEASE_SECONDS, attempt_lease_seconds=2 * LEASE_SECONDS)
+        self.store = self.open_store(TimedStore)
         self.random = random.Random(self.seed)
         self.search_ids: list[str] = []
         self.submit(num=self.num_searches)
 
+    def open_store(self, kind: type[AnyStore]) -> AnyStore:
+        """The database, under the made-up clock."""
+        store = kind.open(self.settings.database_url, migrate=True)
+        store.clock = self.clock
+        return store
+
+    def make_spec(self) -> dict[str, Any]:
+        """The spec of the next search."""
+        return make_spec(
+            num_trials=self.num_trials,
+            num_workers=self.num_workers,
+            seed=len(self.search_ids) % 2,  # so that those of different controllers share a prepared folder
+            rungs={"num_trained": 1},
+            controls={"anchors": False, "num_random": 0},
+            num_finalists=1,
+            sampler={"name": "random", "max_trials": self.num_trials},
+        )
+
     def submit(self, *, num: int) -> None:
         for _ in range(num):
-            values = make_spec(
-                num_trials=self.num_trials,
-                num_workers=self.num_workers,
-                seed=len(self.search_ids) % 2,  # so that those of different controllers share a prepared folder
-                rungs={"num_trained": 1},
-                controls={"anchors": False, "num_random": 0},
-                num_finalists=1,
-                sampler={"name": "random", "max_trials": self.num_trials},
-            )
-            self.search_ids.append(self.store.create_search(spec=dump_spec(parse_spec(json.dumps(values))), inputs=INPUTS, plan={}, label="").id)
+            spec = parse_spec(json.dumps(self.make_spec()))
+            self.search_ids.append(self.store.create_search(spec=dump_spec(spec), inputs=INPUTS, plan={}, label="").id)
 
     def join(self) -> Member:
-        cluster = FakeCluster(num_workers=1000, seed=100 * self.seed + len(self.clusters), clock=self.clock, trouble=Trouble(unverified=0.0))
+        cluster = self.make_cluster(seed=100 * self.seed + len(self.clusters))
         self.clusters.append(cluster)
-        member = Member(controller=Controller(store=self.store, executor=cluster, settings=self.settings, clock=self.clock), cluster=cluster)
+        member = self.make_member(cluster)
         self.members.append(member)
         self.happened["joined"] += 1
         return member
+
+    def make_cluster(self, *, seed: int) -> FakeCluster:
+        return FakeCluster(num_workers=1000, seed=seed, clock=self.clock, trouble=Trouble(unverified=0.0))
+
+    def make_member(self, cluster: FakeCluster) -> Member:
+        return Member(controller=Controller(store=self.store, executor=cluster, settings=self.settings, clock=self.clock), cluster=cluster)
 
     def kill(self, member: Member) -> None:
         member.cluster.lose_driver()
@@ -129,37 +132,17 @@ class Fleet:
     def round(self) -> bool:
         """Everybody who can acts once, in any order; whether any search goes on."""
         for member in self.random.sample(self.members, len(self.members)):
-            self._act(member)
+            self.act(member)
         if all(self.clock.seconds < member.frozen_until for member in self.members):
             self.clock.seconds += TICK_SECONDS
         return self._note_led()
 
-    def _act(self, member: Member) -> None:
+    def act(self, member: Member) -> None:
+        """One round of a controller, if it can."""
         if self.clock.seconds < member.frozen_until:
             member.cluster.go_on_unwatched()
         else:
-            self._acting = member
             member.controller.tick(timeout_seconds=self.random.random() * TICK_SECONDS)
-            self._acting = None
-
-    def pause_before_writes(self, *, rate: float) -> None:
-        """Now and then a controller is paused between what it decided and its write, for longer than its lease, while the others go on."""
-
-        def pause() -> None:
-            acting = self._acting
-            if acting is None or self._is_paused or self.random.random() >= rate:
-                return
-            self.happened["paused before a write"] += 1
-            self._is_paused = True
-            until = self.clock.seconds + self.random.uniform(1.2, 3.0) * LEASE_SECONDS
-            while self.clock.seconds < until:
-                for other in list(self.members):
-                    if other is not acting:
-                        self._act(other)
-                self.clock.seconds += TICK_SECONDS / 4
-            self._acting, self._is_paused = acting, False
-
-        self.store.before_write = pause
 
     def _note_led(self) -> bool:
         """How long a search was led by nobody who could act."""
