@@ -12,6 +12,7 @@ import uvicorn
 
 from api.app import create_app
 from api.guard import check_exposure
+from api.server import make_server
 from nas.errors import InvalidSpec, Problem
 from nas.logs import set_up_logging
 from nas.settings import Settings
@@ -21,8 +22,6 @@ from nas.tracing import set_up_tracing
 logger = logging.getLogger("api")
 
 PARENT_POLL_SECONDS = 0.5
-SHUTDOWN_SECONDS = 2
-"""Open event streams end by themselves only with their search; a server that is told to stop waits this long for them."""
 
 
 def main() -> int:
@@ -38,10 +37,7 @@ def main() -> int:
         print(f"nas api: {error}", file=sys.stderr)
         return 2
     app = create_app(store=store, settings=settings)
-    config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS
-    )
-    server = uvicorn.Server(config)
+    server = make_server(app, host=settings.host, port=settings.port)
     if parent is not None:
         threading.Thread(target=stop_with_parent, args=(server,), kwargs={"parent": parent}, daemon=True).start()
     try:

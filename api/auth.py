@@ -152,7 +152,7 @@ class Authentication:
         if principal.key_id is not None and (wait := self._requests.take(principal.key_id)):
             detail = f"the key {principal.key_id} asks too often; ask again in {wait:.2f} s"
             return problem_response(request, "too-many-requests", detail=detail, headers={"Retry-After": str(math.ceil(wait))})
-        scope = needed_scope(request.method, request.url.path)
+        scope = needed_scope(request.method, request.scope["path"])  # not of the URL, in which a tab is nothing
         if scope is not None and scope not in principal.scopes:
             detail = f"{request.method} {request.url.path} needs a key with the scope {scope}; {principal.key_id} has {', '.join(sorted(principal.scopes))}"
             return problem_response(request, "missing-scope", detail=detail)

@@ -23,7 +23,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 Count = Annotated[int, Field(ge=1, le=2**53)]
 Share = Annotated[float, Field(gt=0, le=1)]
 LabelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
-LabelValue = Annotated[str, Field(max_length=200)]
+LINE = r"[^\x00-\x1f\x7f-\x9f]{0,200}"
+"""A line of text: control characters are commands to a terminal, and PostgreSQL reads nothing out of JSON that has a NUL in it."""
+LabelValue = Annotated[str, Field(pattern=f"^{LINE}$", max_length=200)]
 ONLY_THESE: dict[str, JsonValue] = {"additionalProperties": False}
 """For the schema of a mapping whose keys have a pattern: pydantic refuses others, but its schema lets them through."""
 Seconds = Annotated[float, Field(gt=0, le=10_000_000)]
@@ -418,7 +420,7 @@ class SearchSpec:
     """Further budgets over the same prepare step: a family of sizes. Each has its own trials (`sampler.max_trials`, anchors and controls of its own),
     promotions, finalists and winner; a shape is evaluated once, for the budget that proposes it first. Named shapes belong to the first that they fit."""
     label: Annotated[str, Field(max_length=200)] = ""
-    """Free text for lists."""
+    """A line of free text for lists."""
     labels: Annotated[Mapping[LabelName, LabelValue], Field(max_length=32, json_schema_extra=ONLY_THESE)] = field(default_factory=dict)
     """Names and values of the user's own, to filter lists by."""
     preset: Literal["minitron"] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -10,6 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from nas.errors import InvalidSpec, Problem
 
 _T = TypeVar("_T")
+
+MAX_PROBLEMS = 100
+"""So many wrong fields are told at most: a body has room for a hundred thousand."""
 
 
 def read_object(text: str | bytes) -> dict[str, Any]:
@@ -39,15 +43,17 @@ def validate(values: dict[str, Any], *, adapter: TypeAdapter[_T]) -> _T:
     except ValidationError as error:
         details = error.errors(include_url=False)
         # One wrong item also makes its tuple too short, since pydantic counts the valid ones: the item says it better.
-        told = [one for one in details if not any(other["loc"][: len(one["loc"])] == one["loc"] and len(other["loc"]) > len(one["loc"]) for other in details)]
-        raise InvalidSpec(*(_problem(dict(detail)) for detail in told)) from error
+        around = {detail["loc"][:length] for detail in details for length in range(len(detail["loc"]))}
+        told = [detail for detail in details if detail["loc"] not in around]
+        raise InvalidSpec(*(_problem(dict(detail)) for detail in told[:MAX_PROBLEMS])) from error
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError("the name " + ", ".join(sorted({repr(name) for name in names if names.count(name) > 1})) + " twice in one object")
+        counts = Counter(name for name, _ in pairs)
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        raise ValueError("the name " + ", ".join(map(repr, twice[:MAX_PROBLEMS])) + " twice in one object")
     return values
 
 
@@ -66,6 +72,8 @@ def _problem(detail: dict[str, Any]) -> Problem:
         message = "a name of 1 to 96 letters, digits, dots, dashes and underscores, the first a letter or digit"
         if detail["loc"][:1] == ("objectives",):
             message = "parameters, memory_bytes, flops_per_token, prefill_ms:NAME or decode_ms:NAME"
+        if detail["loc"][:1] == ("labels",) and detail["loc"][-1] != "[key]":
+            message = "a line of text without control characters"
     if kind == "json_invalid":
         return Problem(field="(body)", expected="Unicode text in every string", got=message)
     return Problem(field=where, expected=message, got=_shorten(detail.get("input")))

@@ -5,6 +5,7 @@ The API calls `check_submission` before it stores anything; the controller rebui
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from nas.families import Architecture, read_architecture
 from nas.memory import TeacherMemory, Training, inference_memory, least_training_memory, preparation_disk, rung_disk, training_memory
 from nas.shape import Shape
 from nas.space import SearchSpace, build_spaces, forced_anchors
-from nas.spec import SearchSpec
+from nas.spec import LINE, SearchSpec
 from nas.store.records import DEFAULT_PROJECT, CorpusRecord, SpeedRecord, TaskRecord, TeacherRecord
 from nas.store.store import Store
 from nas.warm_start import check_warm_start
@@ -53,7 +54,7 @@ def check_submission(spec: SearchSpec, *, store: Store, project: str = DEFAULT_P
     """
     teacher, corpora, tasks = _look_up(spec, store=store)
     problems = [*_duplicates("corpus.parts", [part.name for part in spec.corpus.parts]), *_duplicates("tasks", [task.name for task in spec.tasks])]
-    problems += _objectives(spec)
+    problems += [*_objectives(spec), *_label(spec)]
     problems += [*_lengths(spec, context=teacher.config.get("max_position_embeddings")), *_scoring(spec, tasks=tasks)]
     if problems:
         raise InvalidSpec(*problems)
@@ -194,6 +195,12 @@ def _objectives(spec: SearchSpec) -> list[Problem]:
         for index, objective in enumerate(spec.objectives)
         if ":" in objective and objective.split(":", 1)[1] not in names
     ]
+
+
+def _label(spec: SearchSpec) -> list[Problem]:
+    """Asked of new searches only: those of an older version may have any label, and go on."""
+    is_line = re.fullmatch(LINE, spec.label) is not None
+    return [] if is_line else [Problem(field="label", expected="a line of text without control characters", got=repr(spec.label)[:80])]
 
 
 def _duplicates(field: str, names: list[str]) -> list[Problem]:

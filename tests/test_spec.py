@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from nas.spec import (
     dump_spec,
     parse_spec,
 )
+from nas.strict_json import MAX_PROBLEMS
 
 MINIMAL: dict[str, Any] = {
     "teacher": "stories260K",
@@ -235,3 +237,29 @@ def test_tokens_grow_by_the_factor_from_rung_to_rung():
 def test_a_name_that_is_given_twice_is_refused() -> None:
     with pytest.raises(InvalidSpec, match="'teacher' twice in one object"):
         parse_spec(json.dumps(MINIMAL)[:-1] + ', "teacher": "other"}')
+
+
+@pytest.mark.parametrize("body", [{str(number): 1 for number in range(90_000)}, {"tasks": [{"x": 1}] * 60_000}, {"warm_start_from": [1] * 200_000}])
+def test_a_body_full_of_mistakes_is_refused_in_time_and_not_at_length(body: dict[str, Any]) -> None:
+    text = json.dumps(body)
+    began = time.process_time()
+    with pytest.raises(InvalidSpec) as refused:
+        parse_spec(text)
+
+    assert len(refused.value.problems) <= MAX_PROBLEMS
+    assert time.process_time() - began < 10  # each compared with each other took minutes
+
+
+def test_names_that_are_given_twice_are_found_in_time() -> None:
+    names = [f'"{number}": 1' for number in range(80_000)]
+    began = time.process_time()
+    with pytest.raises(InvalidSpec, match="the name '7' twice in one object"):
+        parse_spec("{" + ", ".join([*names, names[7]]) + "}")
+
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("character", ["\0", "\x1b", "\n", "\r", "\x7f", "\x9b"])
+def test_a_label_is_a_line_without_commands(character: str) -> None:
+    with pytest.raises(InvalidSpec, match=r"labels\.team: expected a line of text without control characters"):
+        parse_spec(json.dumps({**MINIMAL, "labels": {"team": f"a{character}b"}}))

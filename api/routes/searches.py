@@ -22,7 +22,7 @@ from api.schemas.common import Page
 from api.schemas.searches import UPDATE_ADAPTER, PreviewAnswer, SearchAnswer, SearchSummary
 from api.summary import describe_inputs, describe_search, summarise_search
 from nas.shape import Shape
-from nas.spec import dump_spec, parse_spec
+from nas.spec import LINE, dump_spec, parse_spec
 from nas.store.records import SearchRecord, SearchState
 from nas.store.store import Store
 from nas.strict_json import read_object, validate
@@ -40,7 +40,7 @@ def _check_time(text: str) -> str:
     return text
 
 
-LabelQuery = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}:.{0,200}$")]
+LabelQuery = Annotated[str, StringConstraints(pattern=rf"^[A-Za-z0-9][A-Za-z0-9._/-]{{0,62}}:{LINE}$")]
 Time = Annotated[AwareDatetime, BeforeValidator(_check_time)]
 """RFC 3339 with its zone; pydantic alone also takes numbers for seconds since 1970."""
 

@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
 from api.app import create_app
+from api.auth import needed_scope
 from api.guard import allowed_hosts, check_exposure, is_loopback, is_single_user
 from nas.errors import InvalidSpec
 from nas.settings import Settings
@@ -135,3 +137,27 @@ def test_only_pages_with_figures_let_a_style_in(service: Service) -> None:
     policy = service.client.get(f"/searches/{service.submit().id}").headers["content-security-policy"]
 
     assert re.findall(r"[\w-]+-src [^;]*unsafe[^;]*", policy) == ["style-src 'self' 'unsafe-inline'"]
+
+
+def test_cookies_of_others_are_not_even_read(service: Service) -> None:
+    """Python before 3.11.10 takes seconds to take such a one out of its quotes, for every request and before any key is asked for."""
+    began = time.process_time()
+    answer = service.client.get("/healthz", headers={"Cookie": 'a="' + "\\" * 60_000 + '"; nas_session="' + "\\" * 60_000 + '"'})
+
+    assert answer.status_code == 200
+    assert time.process_time() - began < 2
+
+
+def test_the_session_is_found_among_cookies_of_others(service: Service) -> None:
+    key, _ = service.store.create_key(project="default", name="", scopes=["read"])
+    session = service.store.begin_session(key, seconds=60)
+
+    for cookies in (f"nas_session={session}", f'theme="dark"; nas_session={session}; other=1', f"x;nas_session={session}"):
+        assert service.client.get("/v1/searches", headers={"Cookie": cookies}).status_code == 200
+    assert service.client.get("/v1/searches", headers={"Cookie": f"not_nas_session={session}"}).status_code == 401
+
+
+def test_what_a_path_needs_is_asked_of_the_path_that_is_served() -> None:
+    assert needed_scope("GET", "/metrics") == "admin"
+    assert needed_scope("HEAD", "/metrics") == "admin"
+    assert needed_scope("POST", "/logout\t") == "submit"

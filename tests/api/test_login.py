@@ -69,6 +69,13 @@ def test_logging_out_ends_the_session_itself_and_not_only_the_cookie(browser: Te
     assert browser.get("/", headers={"Cookie": f"nas_session={token}"}).status_code == 303
 
 
+def test_a_page_is_not_kept_for_the_back_button_after_logging_out(browser: TestClient, secret: str) -> None:
+    browser.post("/login", data={"key": secret})
+
+    assert browser.get("/").headers["cache-control"] == "no-store"
+    assert browser.get("/docs").headers["cache-control"] == "no-store"
+
+
 def test_a_wrong_key_begins_no_session_and_is_not_repeated(browser: TestClient) -> None:
     wrong = "nas_000000000000_" + "Z" * 43
 

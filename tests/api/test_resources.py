@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from nas.store.records import PointRecord, SearchRecord
+from tests.api.test_problems import assert_problem
 
 if TYPE_CHECKING:
     from tests.api.conftest import Service
@@ -79,6 +80,23 @@ def test_searches_are_found_by_label_state_and_time(service: Service) -> None:
     assert found(("state", "cancelled")) == [first]
     assert found(("created_after", between)) == [second]
     assert found(("created_before", between)) == [first]
+
+
+@pytest.mark.parametrize("text", ["a\0", "\x1b[2J", "two\nlines"])
+def test_a_label_is_a_line_wherever_it_is_given(service: Service, text: str) -> None:
+    """PostgreSQL reads nothing out of JSON with a NUL in it: one such label would end every later question by label in a 500."""
+    search = service.submit()
+
+    answers = [
+        service.client.post("/v1/searches", json=service.spec(label=text)),
+        service.client.post("/v1/searches", json=service.spec(labels={"team": text})),
+        service.client.patch(f"/v1/searches/{search.id}", json={"labels": {"team": text}}, headers={"If-Match": "*"}),
+    ]
+
+    for answer in answers:
+        assert_problem(answer, "invalid-spec")
+        assert "a line of text without control characters" in answer.json()["detail"]
+    assert_problem(service.client.get("/v1/searches", params={"label": f"team:{text}"}), "invalid-request")
 
 
 def test_a_learning_curve_is_thinned_to_what_was_asked_for(service: Service) -> None:
