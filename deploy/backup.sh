@@ -22,7 +22,10 @@ assert target.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 PYTHON
                 mv "$2.part" "$2" ;;
             restore)
-                [ ! -e "$database" ] || { echo "backup.sh: $database exists; move it away first" >&2; exit 1; }
+                # A log of another database would be played into the restored one.
+                for file in "$database" "$database-wal" "$database-shm"; do
+                    [ ! -e "$file" ] || { echo "backup.sh: $file exists; move $database and its -wal and -shm away first" >&2; exit 1; }
+                done
                 cp "$2" "$database.part" && mv "$database.part" "$database" ;;
             *) usage ;;
         esac ;;

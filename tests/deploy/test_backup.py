@@ -100,6 +100,22 @@ def test_nothing_is_written_over(empty_url: str, tmp_path: Path) -> None:  # noq
     store.close()
 
 
+@pytest.mark.parametrize("left", ["-wal", "-shm"])
+def test_the_log_of_another_database_is_not_played_into_the_restored_one(left: str, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'nas.db'}"
+    store = Store.open(url, migrate=True)
+    assert run("save", str(tmp_path / "backup"), url=url).returncode == 0
+    store.close()
+    (tmp_path / "nas.db").rename(tmp_path / "old.db")
+    (tmp_path / f"nas.db{left}").write_bytes(b"of before")
+
+    done = run("restore", str(tmp_path / "backup"), url=url)
+
+    assert done.returncode == 1
+    assert f"nas.db{left} exists" in done.stderr
+    assert not (tmp_path / "nas.db").exists()
+
+
 @pytest.mark.parametrize("arguments", [(), ("save",), ("drop", "x")])
 def test_a_wrong_call_says_how(arguments: tuple[str, ...], tmp_path: Path) -> None:
     done = run(*arguments, url=f"sqlite:///{tmp_path / 'x.db'}")
