@@ -120,9 +120,9 @@ def event_line(event: Mapping[str, Any]) -> str | None:
         case "attempt.lost" if data.get("reason") in ("paused", "cancelled"):
             return None  # as it was asked to
         case "attempt.failed" | "attempt.lost":
-            return f"{at}  attempt of {data['stage']} {kind.split('.')[1]}: {(data.get('reason') or '')[:200]}"
+            return f"{at}  attempt of {_step(data)} {kind.split('.')[1]}: {(data.get('reason') or '')[:200]}"
         case "attempt.waiting":
-            return f"{at}  {data['stage']}" + (f" of trial {data['trial']}" if data.get("trial") is not None else "") + f": {data['reason']}"
+            return f"{at}  {_step(data)}: {data['reason']}"
         case "task.weak":
             forms = f"; clear by {', '.join(data['clear_forms'])}" if data["clear_forms"] else ""
             verdict = "kept, as the spec insists" if data["in_objective"] else "left out of the objective"
@@ -138,6 +138,12 @@ def event_line(event: Mapping[str, Any]) -> str | None:
             return f"{at}  search {kind.split('.')[1]}" + (f": {error.get('reason')}: {error.get('message')}" if error else "")
         case _:
             return None
+
+
+def _step(data: Mapping[str, Any]) -> str:
+    """Which step an attempt's event is about: prepare, rung 1 of trial 7."""
+    rung = "" if data.get("rung") is None else f" {data['rung']}"
+    return f"{data['stage']}{rung}" + ("" if data.get("trial") is None else f" of trial {data['trial']}")
 
 
 def leaderboard_table(board: Mapping[str, Any], *, width: int | None = None, objectives: Sequence[str] = ()) -> Table:

@@ -341,6 +341,13 @@ def test_a_narrow_board_leaves_out_tasks_before_scores() -> None:
         ("trial.proposed", {"trial": 1, "origin": "sampler", "parameters": 1234}, "trial 1 proposed (sampler), 1,234 parameters"),
         ("trial.confirmed", {"trial": 1, "verified": False, "reason": "reload: ..."}, "trial 1 NOT verified: reload: ..."),
         ("search.failed", {"error": {"reason": "unavailable", "message": "gone"}}, "search failed: unavailable: gone"),
+        (
+            "attempt.lost",
+            {"stage": "rung", "trial": 7, "rung": 1, "reason": "its controller is gone"},
+            "attempt of rung 1 of trial 7 lost: its controller is gone",
+        ),
+        ("attempt.failed", {"stage": "prepare", "trial": None, "rung": None, "reason": "timeout: long"}, "attempt of prepare failed: timeout: long"),
+        ("attempt.lost", {"stage": "rung", "trial": 7, "rung": 1, "reason": "paused"}, None),
         ("search.winner", {}, "winner chosen"),
         ("trial.retried", {"trial": 3, "failure": {"reason": "timeout"}}, "trial 3 is tried again"),
         ("search.updated", {"max_trials": 30, "labels": {"team": "edge"}}, "search changed: max_trials=30  labels=team=edge"),

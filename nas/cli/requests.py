@@ -71,7 +71,7 @@ def delete(search_id: SearchId, yes: Annotated[bool, typer.Option("--yes", help=
         typer.confirm(f"Delete {search_id} with all its results and files?", abort=True, err=True)
     with make_client(url) as client:
         client.delete(search_id)
-    say(f"deleted {search_id}")
+    say(f"deleted {search_id}; a controller removes its files within minutes")
 
 
 def _tell(search: Mapping[str, Any], *, as_json: bool) -> None:

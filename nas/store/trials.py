@@ -179,7 +179,7 @@ class Trials(Database):
         with self.write(fence=fence) as connection:
             query = select(attempts.c.id).where(attempts.c.search_id == search_id, attempts.c.state == AttemptState.RUNNING).order_by(attempts.c.id)
             running = [_lock_running(connection, attempt_id) for attempt_id in connection.execute(query).scalars().all()]
-            return [_end_attempt(connection, attempt, state=AttemptState.LOST, reason="the service restarted") for attempt in running]
+            return [_end_attempt(connection, attempt, state=AttemptState.LOST, reason="its controller is gone") for attempt in running]
 
     def list_attempts(self, search_id: str, *, trial: int | None = None, before: str | None = None, limit: int | None = None) -> list[AttemptRecord]:
         """Attempts in the order of their start; of one trial, or of all and of the search itself.
