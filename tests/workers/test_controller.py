@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nas.bundle import bundle_trial
-from nas.errors import Conflict
+from nas.errors import Conflict, StoreUnavailable
 from nas.search import confirm
 from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
@@ -512,6 +512,25 @@ def test_a_store_that_is_away_for_a_moment_fails_nothing(service: Service, monke
 
     assert service.run(search_id).state is SearchState.SUCCEEDED
     assert all(attempt.state is AttemptState.SUCCEEDED for attempt in service.store.list_attempts(search_id))
+
+
+def test_a_store_that_refuses_one_searchs_writes_for_long_fails_nothing(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk: what is small still fits, and a rung's result does not."""
+    from workers import controller as module
+
+    monkeypatch.setattr(module, "TROUBLE_SECONDS", 0.02)
+    search_id = service.submit(sampler={"name": "random", "max_trials": 1})
+    record, refusals = service.store.record_rung, iter(range(3 * module.MAX_TROUBLES))
+
+    def record_or_raise(*arguments: Any, **named: Any) -> Any:
+        if next(refusals, None) is not None:
+            raise StoreUnavailable("the database does not answer")
+        return record(*arguments, **named)
+
+    monkeypatch.setattr(service.store, "record_rung", record_or_raise)
+
+    assert service.run(search_id).state is SearchState.SUCCEEDED
+    assert next(refusals, None) is None
 
 
 def test_a_store_that_stays_away_ends_the_controller(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
