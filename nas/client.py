@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,22 +214,25 @@ class Client(Connection):
     def events(self, search_id: str, *, after: int = 0) -> list[dict[str, Any]]:
         return list(self._pages(f"/v1/searches/{search_id}/events", after=after))
 
-    def follow(self, search_id: str, *, after: int = 0) -> Iterator[dict[str, Any]]:
+    def follow(self, search_id: str, *, after: int = 0, on_break: Callable[[ApiError], None] | None = None) -> Iterator[dict[str, Any]]:
         """Events as they happen, until the one that ends the search; a broken connection is taken up where it broke.
 
+        Args:
+            on_break: told once of each time that the service is away, before it is waited for.
         Raises:
             ApiError: no such search, or the service stays away.
         """
         self.search(search_id)  # a wrong id or address is told at once, not after all the waits
-        waits = iter(RECONNECT_SECONDS)
+        waits, is_broken = iter(RECONNECT_SECONDS), False
         while True:
+            was_broken, is_broken = is_broken, True
             try:
                 with self._http.stream("GET", f"/v1/searches/{search_id}/events/stream", params={"after": after}, timeout=60.0) as response:
                     if response.status_code != 200:
                         response.read()
                         raise error_of(response)
                     for frame in httpx2.EventSource(response):
-                        waits = iter(RECONNECT_SECONDS)
+                        waits, was_broken = iter(RECONNECT_SECONDS), False
                         if not frame.data:  # a comment that keeps the connection open
                             continue
                         event: dict[str, Any] = json.loads(frame.data)
@@ -237,7 +240,7 @@ class Client(Connection):
                         yield event
                 if self.search(search_id)["state"] in TERMINAL_STATES:
                     return
-                last = ApiError(f"the event stream of {search_id} ends again and again", status=None, problem={})
+                last, is_broken = ApiError(f"the event stream of {search_id} ends again and again", status=None, problem={}), False
             except httpx2.TransportError as error:
                 last = self._unreachable(error)
             except ApiError as error:
@@ -247,4 +250,6 @@ class Client(Connection):
             wait = next(waits, None)
             if wait is None:
                 raise last
+            if is_broken and not was_broken and on_break is not None:
+                on_break(last)
             time.sleep(wait)

@@ -129,6 +129,17 @@ def test_a_stream_that_breaks_is_taken_up_behind_its_last_event(service: tuple[S
     assert [event["sequence"] for event in open_client.follow("srch_1")] == [1, 2, 3]
 
 
+def test_a_service_that_is_away_is_told_once_each_time(service: tuple[Service, str], open_client: Client) -> None:
+    service[0].json("/v1/searches/srch_1", {"state": "searching"}, {"state": "succeeded"})
+    busy = (503, "application/problem+json", b'{"title": "Away"}')
+    service[0].stream(f"{STREAM}?after=0", [an_event(1)])
+    service[0].answers[f"{STREAM}?after=0"][:0] = [busy, busy]
+    told: list[str] = []
+
+    assert [event["sequence"] for event in open_client.follow("srch_1", on_break=lambda error: told.append(str(error)))] == [1]
+    assert told == ["Away"]
+
+
 def test_a_stream_that_ends_again_and_again_is_given_up(service: tuple[Service, str], open_client: Client) -> None:
     service[0].json("/v1/searches/srch_1", {"state": "searching"})
     service[0].stream(STREAM, [])

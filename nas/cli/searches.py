@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from rich.console import Console
 from nas.cli.errors import FAILED
 from nas.cli.options import Json, Labels, SearchId, Url, read_labels
 from nas.client import TERMINAL_STATES, Client, read_api_key
+from nas.connection import ApiError
 from nas.errors import InvalidSpec, Problem
 from nas.settings import Settings
 from nas.terminal import event_line, out, print_facts, print_json, print_rows, say, status_line
@@ -147,13 +149,19 @@ def _follow(client: Client, search_id: str, *, show: bool) -> str:
     shown = out if show else Console(quiet=True)
     looked = 0.0
     with shown.status("", spinner="dots") as status:
-        for event in client.follow(search_id):
+        for event in client.follow(search_id, on_break=_tell_break if show else None):
             if line := event_line(event):
                 shown.print(line, markup=False, highlight=False, soft_wrap=True)
             if shown.is_terminal and time.monotonic() - looked > 1.0:
-                status.update(status_line(client.search(search_id)))
+                # Between two events the service may be away: the stream waits for it, and so does this line.
+                with contextlib.suppress(ApiError):
+                    status.update(status_line(client.search(search_id)))
                 looked = time.monotonic()
     return str(client.search(search_id)["state"])
+
+
+def _tell_break(error: ApiError) -> None:
+    say(f"{error}; it is asked again until it answers")
 
 
 def _exit_unless_well(state: str) -> None:
