@@ -35,7 +35,7 @@ BEAT_SECONDS = 5.0
 DISK_FULL = 28
 """Exit code of a step that may not have had the room to say so."""
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("workers.step")  # also where it is the main module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
