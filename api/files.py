@@ -31,7 +31,9 @@ def find_file(place: str, *, sha256: str, settings: Settings) -> Path:
     """
     folder = settings.data_folder.resolve()
     path = (folder / place).resolve()
-    if settings.shared_url is not None and path.is_relative_to(folder) and not path.is_file():
+    # A link is not followed to other files of the folder either: a worker that writes there does not choose what is served.
+    is_itself = path == folder / place
+    if settings.shared_url is not None and is_itself and not path.is_file():
         try:
             SharedFiles(settings.shared_url).fetch_file(path.relative_to(folder).as_posix(), target=path, sha256=sha256)
         except FilesUnavailable as error:
@@ -39,7 +41,7 @@ def find_file(place: str, *, sha256: str, settings: Settings) -> Path:
             raise FilesUnavailable("the place where the service keeps its files cannot be reached now") from error
         except NotFound:
             logger.info("file is gone", extra={"action": "file_gone", "path": place})
-    if not path.is_relative_to(folder) or not path.is_file():
+    if not is_itself or not path.is_file():
         raise NotFound("the file is no longer in the data folder")
     return path
 

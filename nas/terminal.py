@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nas.shape import Shape
 
@@ -26,13 +28,38 @@ _SHORT_AXES = {
 _PIPE_COLUMNS = 200
 """Width of a table that no terminal shows, such as in a pipe or a file."""
 
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_COLUMNS)
-err = Console(stderr=True)
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters, but tabs and line ends: what a service sends may move the cursor, rename the window or hide what stands before it."""
+
+
+class Terminal(Console):
+    """A console on which text is text: names and messages of a service are neither commands to the terminal nor markup of rich."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(without_commands(text), **options)
+
+
+def without_commands(text: str) -> str:
+    """Text that a terminal only shows; where a command began stands U+FFFD."""
+    return _COMMANDS.sub("\ufffd", text)
+
+
+out = Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_COLUMNS)
+err = Terminal(stderr=True)
 
 
 def say(text: str) -> None:
     """A remark, on standard error."""
     err.print(f"nas: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def write(text: str) -> None:
+    """A document of the service on standard output: as it is for a file or another program, without commands for a terminal."""
+    sys.stdout.write(without_commands(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def print_json(value: Any) -> None:

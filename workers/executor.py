@@ -19,6 +19,10 @@ from workers.step import DISK_FULL, REQUEST, Outcome, Step, read_outcome
 logger = logging.getLogger(__name__)
 
 
+NOT_FOR_STEPS = ("NAS_DATABASE_URL", "NAS_DATABASE_URL_FILE", "NAS_API_KEY", "NAS_API_KEY_FILE")
+"""Variables of the controller that no step needs: its database is nobody else's."""
+
+
 class Executor(Protocol):
     """Runs steps somewhere. Every started step ends in exactly one outcome, also when its process dies."""
 
@@ -46,7 +50,8 @@ class LocalExecutor:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REQUEST).write_text(json.dumps(asdict(step)), encoding="utf-8")
         threads = str(max(1, round(step.cpus)))
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NAS_PARENT_PID": str(os.getpid())}
+        inherited = {name: value for name, value in os.environ.items() if name not in NOT_FOR_STEPS}
+        environment = {**inherited, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NAS_PARENT_PID": str(os.getpid())}
         if not step.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # a step that asked for no GPU must not see one
         with (folder / LOG).open("ab") as log:

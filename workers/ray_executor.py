@@ -31,6 +31,7 @@ from nas.shared_files import SharedFiles
 from nas.store.records import NodeRecord
 from workers import on_node
 from workers.courier import Deliverer, PostOffice, raised_flags
+from workers.executor import NOT_FOR_STEPS
 from workers.ray_nodes import RayNodes
 from workers.step import RESULT, Outcome, Step, read_outcome
 
@@ -67,6 +68,7 @@ class RayExecutor:
             _connect(settings.ray_address, insecure=settings.ray_insecure, environment=environment)
         else:
             environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
+            environment |= dict.fromkeys(NOT_FOR_STEPS, "")  # its processes inherit this one's environment; empty counts as absent
             self._session = _Session()
             ray.init(
                 address="local",  # without it Ray joins whatever cluster already runs on the machine

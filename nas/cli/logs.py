@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from nas.cli.searches import make_client
 from nas.client import Client
 from nas.connection import ApiError
 from nas.errors import NotFound
-from nas.terminal import print_json, say
+from nas.terminal import print_json, say, write
 
 commands = typer.Typer()
 
@@ -56,8 +55,7 @@ def _print_log(client: Client, search_id: str, attempt: Mapping[str, Any], *, fo
         # Asked before the log is read: what was said until its end is then in it.
         runs = follow and _runs(client, search_id, attempt)
         text = _read(client, search_id, attempt["id"], may_be_missing=follow)
-        sys.stdout.write(added(text, shown=shown))
-        sys.stdout.flush()
+        write(added(text, shown=shown))
         shown = text or shown
         if not runs:
             return

@@ -14,7 +14,7 @@ from nas.cli.options import Json, SearchId, Url
 from nas.cli.searches import make_client
 from nas.errors import InvalidSpec, Problem
 from nas.shape import Shape
-from nas.terminal import board_facts, comparison_tables, event_line, leaderboard_table, out, plus_minus, print_facts, print_json, print_rows, say
+from nas.terminal import board_facts, comparison_tables, event_line, leaderboard_table, out, plus_minus, print_facts, print_json, print_rows, say, write
 
 if TYPE_CHECKING:
     from nas.search.study import ExportedTrial
@@ -47,7 +47,7 @@ def leaderboard(
     query |= {"min_parameters": min_parameters, "max_parameters": max_parameters}
     with make_client(url) as client:
         if csv:
-            sys.stdout.write(client.leaderboard_csv(search_id, **query))
+            write(client.leaderboard_csv(search_id, **query))
             return
         board = client.leaderboard(search_id, most=None if as_json else rows, **query)
         spec = client.search(search_id)["spec"]
@@ -99,7 +99,7 @@ def winner(
     """The winning shape, and its bundle."""
     with make_client(url) as client:
         if format is not None:
-            sys.stdout.write(client.winner_as(search_id, format=format, budget=budget).rstrip("\n") + "\n")
+            write(client.winner_as(search_id, format=format, budget=budget).rstrip("\n") + "\n")
             return
         document = client.winner(search_id, budget=budget)
         if bundle is not None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from nas.cli.errors import FAILED
 from nas.cli.options import Json, Labels, SearchId, Url, read_labels
@@ -19,7 +18,7 @@ from nas.client import TERMINAL_STATES, Client, read_api_key
 from nas.connection import ApiError
 from nas.errors import InvalidSpec, Problem
 from nas.settings import Settings
-from nas.terminal import event_line, out, print_facts, print_json, print_rows, say, status_line
+from nas.terminal import Terminal, event_line, out, print_facts, print_json, print_rows, say, status_line
 
 commands = typer.Typer()
 
@@ -146,7 +145,7 @@ def wait(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
 
 def _follow(client: Client, search_id: str, *, show: bool) -> str:
     """Wait for the end of a search; returns its state. On a terminal its last line says where the search stands."""
-    shown = out if show else Console(quiet=True)
+    shown = out if show else Terminal(quiet=True)
     looked = 0.0
     with shown.status("", spinner="dots") as status:
         for event in client.follow(search_id, on_break=_tell_break if show else None):

@@ -121,7 +121,9 @@ class Database:
 
         if self.is_sqlite:
             assert self.url.database is not None
-            Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+            file = Path(self.url.database)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch(mode=0o600)  # SQLite would make it readable for every account of the machine; its other files get the same mode
             self._switch_to_wal()
         config = _alembic_config()
         with self._write_engine.begin() as connection:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,18 @@ def test_what_is_gone_damaged_elsewhere_or_out_of_reach_is_not_served(settings: 
     monkeypatch.setattr(SharedFiles, "fetch_file", _refuse)
     with pytest.raises(FilesUnavailable, match=r"^the place where the service keeps its files cannot be reached now$"):
         find_file("x/bundle.tar", sha256=DIGEST, settings=settings)
+
+
+def test_a_link_that_a_worker_left_leads_to_no_other_file(settings: Settings) -> None:
+    folder = settings.data_folder
+    (folder / "searches" / "s").mkdir(parents=True)
+    (folder / "nas.db").write_bytes(b"of all projects")
+    (folder / "searches" / "s" / "bundle.tar").symlink_to(folder / "nas.db")
+    (folder / "searches" / "t").symlink_to(folder)
+
+    for place in ("searches/s/bundle.tar", "searches/t/nas.db", "searches/s/../../nas.db"):
+        with pytest.raises(NotFound, match="no longer in the data folder"):
+            find_file(place, sha256=DIGEST, settings=replace(settings, shared_url=None))
 
 
 def _refuse(*_: Any, **__: Any) -> None:

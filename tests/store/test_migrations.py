@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -166,3 +167,13 @@ def test_a_process_that_may_not_migrate_refuses_what_is_not_current_and_changes_
     assert found == expected
     store.close()
     Store.open_for_service(empty_url, migrate=False).close()
+
+
+def test_the_file_of_the_database_is_its_owners_alone(tmp_path: Path) -> None:
+    """Other accounts of the machine: it has what all projects have done, and the digests of keys and sessions."""
+    with contextlib.closing(Store.open(f"sqlite:///{tmp_path / 'data' / 'nas.db'}", migrate=True)) as store:
+        store.create_project("somebody")
+
+        modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "data").iterdir()}
+
+    assert modes == dict.fromkeys(("nas.db", "nas.db-wal", "nas.db-shm"), 0o600)

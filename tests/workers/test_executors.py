@@ -28,11 +28,16 @@ SECONDS = 90.0
 """A busy machine takes long to import torch."""
 
 
+DATABASE_URL = "postgresql://nas:correct-horse@db.example.org/nas"
+
+
 @pytest.fixture(scope="module")
 def ray_executor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
     from workers.ray_executor import RayExecutor
 
-    executor = RayExecutor(settings_in(tmp_path_factory.mktemp("ray")), save_node=lambda node: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NAS_DATABASE_URL", DATABASE_URL)
+        executor = RayExecutor(settings_in(tmp_path_factory.mktemp("ray")), save_node=lambda node: None)
     yield executor
     executor.close()
 
@@ -139,6 +144,18 @@ def test_every_step_ends_once_in_its_result_or_its_failure(executor: Executor, m
     ]
     assert ["Traceback" in log for log in logs] == [False, True]
     assert "polish" not in logs[0]
+
+
+def test_a_step_does_not_inherit_the_password_of_the_database(executor: Executor, endless: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAS_DATABASE_URL", DATABASE_URL)
+
+    executor.start(endless)
+    inherited = Path(f"/proc/{wait_for_start(endless)}/environ").read_bytes()
+    executor.kill(endless.key)
+    wait_for(executor)
+
+    assert b"PATH=" in inherited
+    assert b"correct-horse" not in inherited
 
 
 def test_a_killed_process_is_a_dead_worker(executor: Executor, endless: Step) -> None:
