@@ -7,13 +7,14 @@ from typing import Any
 
 from api.schemas.searches import Best, Cost, Input, Progress, RungProgress, SearchAnswer, SearchSummary
 from api.schemas.trials import MetricAnswer, RungAnswer, TrialAnswer
+from nas.chain import is_stand_in
 from nas.shape import Shape
 from nas.store.records import RungRecord, SearchRecord, SearchState, TrialCounts, TrialRecord
 
 
 def summarise_search(search: SearchRecord, *, counts: TrialCounts) -> SearchSummary:
     teacher_parameters, budget = search.plan.get("teacher_parameters"), search.plan.get("max_parameters")
-    by_state = counts.by_state
+    by_state, teacher_search = counts.by_state, search.inputs.get("teacher", {}).get("search")
     proposed = sum(by_state.values())
     return SearchSummary(
         id=search.id,
@@ -21,6 +22,8 @@ def summarise_search(search: SearchRecord, *, counts: TrialCounts) -> SearchSumm
         labels=search.labels,
         state=search.state,
         teacher=search.spec["teacher"],
+        teacher_search=teacher_search,
+        waits_for=teacher_search if is_stand_in(search.inputs) and not search.state.is_terminal else None,
         max_parameters=budget,
         share_of_teacher=budget / teacher_parameters if budget and teacher_parameters else None,
         progress=Progress(

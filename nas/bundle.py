@@ -27,7 +27,7 @@ from nas.compress.correction import Correction, load_correction
 from nas.compress.reconstruction import kept_of, load_reconstruction, rebuild_student
 from nas.compress.second_moments import load_moments
 from nas.compress.sorting import load_sorting
-from nas.compress.teacher import write_checkpoint
+from nas.compress.teacher import check_teacher, write_checkpoint
 from nas.cost import count_parameters
 from nas.errors import Conflict, NotFound
 from nas.files import check_may_publish, temporary_for, whole_file, write_json
@@ -52,7 +52,7 @@ def write_bundle(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, A
     """Write the bundle of a confirmed trial; the previous one of the same search is replaced when it is whole.
 
     Returns:
-        the search's winner: trial, shape, parameters, scores, provenance, places and digest of the tar.
+        the search's winner: trial, shape, parameters, scores, provenance, places and digest of the tar, and what it is as a teacher (`nas/chain.py`).
     """
     parent = Path(request["bundle_folder"])
     parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +85,7 @@ def write_bundle(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, A
     shutil.rmtree(final, ignore_errors=True)
     folder.replace(final)
     digest = _write_tar(final, tar=tar)
+    as_teacher = check_teacher(final)
     return {
         "trial": request["trial"],
         "shape": shape.as_dict(),
@@ -96,6 +97,7 @@ def write_bundle(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, A
         "bundle": str(tar),
         "bundle_sha256": digest,
         "bundle_bytes": tar.stat().st_size,
+        "as_teacher": {"digest": as_teacher.digest, "config": as_teacher.config, "files": list(as_teacher.files)},
     }
 
 

@@ -406,10 +406,13 @@ class SearchSpec:
     """One search: teacher, corpus, tasks and budget, and how to go about it."""
 
     teacher: Name
-    """Name under which the operator registered the teacher."""
+    """Name under which the operator registered the teacher; or the id of a search of the same project, whose winner then is the teacher. While that search
+    has not ended this one waits in the queue, planned for the largest shape that may win, and is planned again, fractions included, for the winner."""
     corpus: CorpusSpec
     tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1, max_length=64)]
     budget: BudgetSpec
+    teacher_budget: Annotated[int, Field(ge=0, le=15)] = 0
+    """Where `teacher` is a search of several budgets: index of the one whose winner is meant."""
     objectives: Annotated[tuple[Objective, ...], Field(max_length=3), AfterValidator(_each_once)] = ()
     """Costs to be small beside a good score, each once: parameters, memory_bytes, flops_per_token, prefill_ms:NAME, decode_ms:NAME. Empty: the score alone.
     With any, sampler and rungs work on the front of (KL, costs), and the board shows a front; the winner that is picked by itself has the best score."""

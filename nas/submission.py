@@ -5,11 +5,14 @@ The API calls `check_submission` before it stores anything; the controller rebui
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from nas.budget import limits
+from nas.chain import ID_PREFIX, find_source, take_winner
 from nas.compress.train_plan import trunk_rate
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem
@@ -19,8 +22,8 @@ from nas.families import Architecture, read_architecture
 from nas.memory import TeacherMemory, Training, inference_memory, least_training_memory, preparation_disk, rung_disk, training_memory
 from nas.shape import Shape
 from nas.space import SearchSpace, build_spaces, forced_anchors
-from nas.spec import LINE, SearchSpec
-from nas.store.records import DEFAULT_PROJECT, CorpusRecord, SpeedRecord, TaskRecord, TeacherRecord
+from nas.spec import LINE, SearchSpec, parse_spec
+from nas.store.records import DEFAULT_PROJECT, CorpusRecord, SearchRecord, SpeedRecord, TaskRecord, TeacherRecord
 from nas.store.store import Store
 from nas.warm_start import check_warm_start
 
@@ -37,7 +40,8 @@ class Submission:
     spec: SearchSpec
     """As it is stored and run: `rungs.first_tokens` follows from `rungs.total_tokens`, where that is given."""
     inputs: dict[str, Any]
-    """Snapshot of the registered teacher, corpora and tasks (name, digest, place), so that a later change of the registry changes nothing."""
+    """Snapshot of the teacher, corpora and tasks (name, digest, place), so that a later change of the registry changes nothing. A teacher that is another
+    search's winner has its place only when the search starts, and its digest when there is one (`nas/chain.py`)."""
     plan: dict[str, Any]
     """Legal shapes, ceilings and anchors of each budget, teacher parameters, learning rate, tokens per rung and at most in all."""
     spaces: tuple[SearchSpace, ...] = field(compare=False, repr=False)
@@ -48,18 +52,35 @@ def check_submission(spec: SearchSpec, *, store: Store, project: str = DEFAULT_P
     """Look up every name and build the search space. Teachers, corpora and tasks are everybody's; of searches the spec may name the project's own.
 
     Raises:
-        InvalidSpec: unknown teacher, corpus, task or metric, a duplicate name, a sequence longer than the teacher's context,
-            a named shape that cannot be evaluated, an impossible range or budget. All problems of names are reported together.
+        InvalidSpec: unknown corpus, task or metric, a teacher that is neither registered nor a search that may have a winner, a duplicate name, a sequence
+            longer than the teacher's context, a named shape that cannot be evaluated, an impossible range or budget. All problems of names are reported
+            together.
         BudgetInfeasible: nothing fits the budget; the message says the smallest legal shape.
     """
-    teacher, corpora, tasks = _look_up(spec, store=store)
+    return _plan_for(spec, inputs=_look_up(spec, store=store, project=project), store=store, project=project)
+
+
+def take_teacher(search: SearchRecord, *, store: Store, data_folder: Path) -> Submission:
+    """A search that was submitted while its teacher was still searched for, or lay who knows where: the same with the winner as its teacher.
+
+    Raises:
+        TeacherUnavailable: the search that it names has no such winner.
+        InvalidSpec: what was possible with the stand-in is not with the winner.
+    """
+    teacher = search.inputs["teacher"]
+    winner = take_winner(store.get_search(teacher["search"]), budget=teacher["budget"], data_folder=data_folder)
+    return _plan_for(parse_spec(json.dumps(search.spec)), inputs={**search.inputs, "teacher": winner}, store=store, project=search.project)
+
+
+def _plan_for(spec: SearchSpec, *, inputs: dict[str, Any], store: Store, project: str) -> Submission:
+    """Check a spec against what it names, and plan it."""
+    config = inputs["teacher"]["config"]
     problems = [*_duplicates("corpus.parts", [part.name for part in spec.corpus.parts]), *_duplicates("tasks", [task.name for task in spec.tasks])]
     problems += [*_objectives(spec), *_label(spec)]
-    problems += [*_lengths(spec, context=teacher.config.get("max_position_embeddings")), *_scoring(spec, tasks=tasks)]
+    problems += [*_lengths(spec, context=config.get("max_position_embeddings")), *_scoring(spec, cards=[task["card"] for task in inputs["tasks"]])]
     if problems:
         raise InvalidSpec(*problems)
-    architecture = read_architecture(teacher.config)
-    spaces = build_spaces(spec, architecture=architecture)
+    spaces = build_spaces(spec, architecture=read_architecture(config))
     problems = [
         Problem(field=f"shapes.{index}.{problem.field}", expected=problem.expected, got=problem.got)
         for index, shape in enumerate(spec.shapes)
@@ -67,11 +88,6 @@ def check_submission(spec: SearchSpec, *, store: Store, project: str = DEFAULT_P
     ]
     if problems:
         raise InvalidSpec(*problems)
-    inputs = {
-        "teacher": {"name": teacher.name, "digest": teacher.digest, "path": teacher.path, "config": teacher.config},
-        "corpora": [{"name": corpus.name, "digest": corpus.digest, "files": list(corpus.files)} for corpus in corpora],
-        "tasks": [{"name": task.name, "digest": task.digest, "folder": task.folder, "card": task.card} for task in tasks],
-    }
     if problems := check_warm_start(spec, inputs=inputs, store=store, project=project):
         raise InvalidSpec(*problems)
     budgets = _describe_budgets(spec, spaces=spaces)
@@ -107,16 +123,27 @@ def ask_about(submission: Submission, shape: Shape) -> dict[str, Any]:
     return explain_shape(min(submission.spaces, key=lambda space: len(space.explain(shape))), shape)
 
 
-def _look_up(spec: SearchSpec, *, store: Store) -> tuple[TeacherRecord, list[CorpusRecord], list[TaskRecord]]:
+def _look_up(spec: SearchSpec, *, store: Store, project: str) -> dict[str, Any]:
+    """What the spec names, as it is now: the submission's inputs."""
     problems: list[Problem] = []
     teachers, corpora, tasks = store.list_teachers(), store.list_corpora(), store.list_tasks()
-    teacher = _find(teachers, name=spec.teacher, field="teacher", problems=problems)
+    teacher: dict[str, Any] | None = None
+    if spec.teacher.startswith(ID_PREFIX) and all(record.name != spec.teacher for record in teachers):
+        try:
+            teacher = find_source(spec, store=store, project=project)
+        except InvalidSpec as invalid:
+            problems += invalid.problems
+    elif (registered := _find(teachers, name=spec.teacher, field="teacher", problems=problems)) is not None:
+        teacher = {"name": registered.name, "digest": registered.digest, "path": registered.path, "config": registered.config}
     found_corpora = [_find(corpora, name=part.name, field=f"corpus.parts.{index}.name", problems=problems) for index, part in enumerate(spec.corpus.parts)]
     found_tasks = [_find(tasks, name=task.name, field=f"tasks.{index}.name", problems=problems) for index, task in enumerate(spec.tasks)]
     if problems:
         raise InvalidSpec(*problems)
-    assert teacher is not None
-    return teacher, [corpus for corpus in found_corpora if corpus], [task for task in found_tasks if task]
+    return {
+        "teacher": teacher,
+        "corpora": [{"name": corpus.name, "digest": corpus.digest, "files": list(corpus.files)} for corpus in found_corpora if corpus],
+        "tasks": [{"name": task.name, "digest": task.digest, "folder": task.folder, "card": task.card} for task in found_tasks if task],
+    }
 
 
 def _find(records: list[_Record], *, name: str, field: str, problems: list[Problem]) -> _Record | None:
@@ -164,22 +191,22 @@ def _long_workloads(spec: SearchSpec, *, context: int) -> list[Problem]:
     return problems
 
 
-def _scoring(spec: SearchSpec, *, tasks: list[TaskRecord]) -> list[Problem]:
+def _scoring(spec: SearchSpec, *, cards: list[dict[str, Any]]) -> list[Problem]:
     problems = []
-    for index, (task, record) in enumerate(zip(spec.tasks, tasks, strict=True)):
+    for index, (task, card) in enumerate(zip(spec.tasks, cards, strict=True)):
         # Ranks come from paired differences, so a metric must be a mean, ratio or perplexity over documents.
-        kind = record.card["output_type"]
+        kind = card["output_type"]
         if kind not in FORMS_BY_KIND:
             expected = f"a task of the kinds {', '.join(FORMS_BY_KIND)}: a rung is scored by the probabilities of given answers, not by generating any"
             problems.append(Problem(field=f"tasks.{index}.name", expected=expected, got=f"{task.name}, which is {kind}"))
             continue
-        own = [metric["name"] for metric in record.card["metrics"] if metric.get("paired", True)]
+        own = [metric["name"] for metric in card["metrics"] if metric.get("paired", True)]
         metrics = list(dict.fromkeys([*own, *FORMS_BY_KIND[kind]]))
-        metric = task.metric or record.card["default_metric"]
+        metric = task.metric or card["default_metric"]
         if metric not in metrics:
             expected = f"one of {task.name}'s metrics that can be compared document by document: {', '.join(metrics)}"
             problems.append(Problem(field=f"tasks.{index}.metric", expected=expected, got=metric))
-        if task.num_fewshot > (most := record.card.get("max_fewshot", 0)):
+        if task.num_fewshot > (most := card.get("max_fewshot", 0)):
             expected = f"at most {most}: {task.name} has " + ("no more examples" if most else "no split of its own for examples")
             problems.append(Problem(field=f"tasks.{index}.num_fewshot", expected=expected, got=str(task.num_fewshot)))
     return problems

@@ -115,7 +115,8 @@ def status_line(search: Mapping[str, Any]) -> str:
     rungs = "  ".join(f"rung {rung['rung']}: {rung['finished']}" + (f"+{rung['running']}" if rung["running"] else "") for rung in search["rungs"])
     lead = f"  best: trial {best['trial']}, score {plus_minus(best['score'], best['standard_error'])}" if best else ""
     left = f"  about {_duration(progress['seconds_left'])} left" if progress.get("seconds_left") else ""
-    return f"{search['state']}  trials {progress['settled']}/{progress['planned']}  {rungs}{lead}{left}"
+    waits = f"  waits for {search['waits_for']}" if search.get("waits_for") else ""
+    return f"{search['state']}{waits}  trials {progress['settled']}/{progress['planned']}  {rungs}{lead}{left}"
 
 
 def _duration(seconds: float) -> str:

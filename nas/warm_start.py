@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nas.chain import is_stand_in
 from nas.errors import NotFound, Problem
 from nas.search.layout import prepared_key
 from nas.search.results import RungResult
@@ -55,6 +56,9 @@ class Memory:
 def check_warm_start(spec: SearchSpec, *, inputs: Mapping[str, Any], store: Store, project: str) -> list[Problem]:
     """Why the searches that `warm_start_from` names cannot serve this one: field by field, what is expected and what they had."""
     problems = []
+    if spec.warm_start_from and is_stand_in(inputs):
+        expected = f"none while the teacher is not known: only searches on the same one serve, and {spec.teacher} has no winner yet"
+        return [Problem(field="warm_start_from", expected=expected, got=", ".join(spec.warm_start_from))]
     for index, search_id in enumerate(spec.warm_start_from):
         field_ = f"warm_start_from.{index}"
         try:

@@ -89,6 +89,7 @@ ROWS = (
     "nas.store",
     "nas.trial_files",
     "nas.housekeeping",
+    "nas.chain",
     "nas.warm_start",
     "nas.submission",
     "nas.bundle",

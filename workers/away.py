@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from nas.bundle import TAR
+from nas.bundle import BUNDLE, TAR
 from nas.errors import CorpusUnavailable, NasError, NotFound, TaskUnavailable, TeacherUnavailable
 from nas.files import check_may_publish, publishing_unless
 from nas.node_cache import NodeCache
@@ -116,12 +116,22 @@ class _Away:
     def _fetch_inputs(self, stack: ExitStack) -> dict[str, Any]:
         """The registered things under their paths on this machine; a corpus only where it is read."""
         inputs = self.step.request["inputs"]
-        teacher = {**inputs["teacher"], "path": str(self._read_registered("teachers", inputs["teacher"], stack))}
+        teacher = {**inputs["teacher"], "path": str(self._read_teacher(inputs["teacher"], stack))}
         tasks = [{**task, "folder": str(self._read_registered("tasks", task, stack))} for task in inputs["tasks"]]
         corpora = inputs["corpora"]
         if self.step.stage == "prepare":
             corpora = [{**corpus, "files": _in_order(self._read_registered("corpora", corpus, stack))} for corpus in corpora]
         return {**inputs, "teacher": teacher, "tasks": tasks, "corpora": corpora}
+
+    def _read_teacher(self, teacher: Mapping[str, Any], stack: ExitStack) -> Path:
+        """A registered one, or the winner of a search, which lies in its bundle."""
+        if "search" not in teacher:
+            return self._read_registered("teachers", teacher, stack)
+        key = self.key(teacher["path"])
+        try:
+            return self._read(key, stack)
+        except NotFound as absent:
+            raise TeacherUnavailable(f"{teacher['name']}: expected its winner's files at {self.shared.url}/{key}, got nothing") from absent
 
     def _read_registered(self, kind: str, thing: Mapping[str, Any], stack: ExitStack) -> Path:
         key = registry_key(kind, digest=thing["digest"])
@@ -182,8 +192,11 @@ class _Away:
         outcome = self._execute({**request, "bundle_folder": str(folder)})
         if not outcome.succeeded or outcome.result is None:
             return outcome
-        key = f"{self.key(self.step.request['bundle_folder'])}/{TAR}"
+        parent = self.key(self.step.request["bundle_folder"])
+        key = f"{parent}/{TAR}"
         check_may_publish(Path(key))
+        # The model by itself, for searches whose teacher it will be.
+        self.shared.publish_tree({name: folder / BUNDLE / name for name in outcome.result["as_teacher"]["files"]}, key=f"{parent}/{BUNDLE}")
         self.shared.publish_file(folder / TAR, key=key)
         return replace(outcome, result={**outcome.result, "bundle": str(self.data_folder / key)})
 

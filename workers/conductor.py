@@ -14,11 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nas.errors import Conflict
+from nas.chain import awaited_source
+from nas.errors import Conflict, TeacherUnavailable
 from nas.files import is_disk_full
 from nas.search.layout import prepared_key
 from nas.search.results import CONTROL
+from nas.spec import dump_spec
 from nas.store.records import OVER_BUDGET, ActiveSearch, AttemptRecord, AttemptState, SearchRecord, SearchState, Stage, TrialState, all_winners
+from nas.submission import take_teacher
 from nas.trial_files import find_tree
 from workers import metrics
 from workers.books import Books
@@ -73,6 +76,7 @@ class Conductor:
     def reload(self) -> None:
         """Read the search from the store again, whatever memory says; attempts that run there and not here are lost."""
         self._books.reload(running=self.running)
+        self.prepared_key = prepared_key(self._run.spec, inputs=self._run.inputs)
 
     def resume(self, attempt: AttemptRecord, outcome: Outcome) -> None:
         """Take over a step that ended under another controller."""
@@ -154,8 +158,27 @@ class Conductor:
     def _leave_queue(self) -> None:
         if (waited := self._books.limits.queued_too_long()) is not None:
             self.fail(reason="queued_too_long", message=waited)
+        elif (source := awaited_source(self.record.inputs)) is not None:
+            self._await_teacher(source)
         else:
             self._books.move(SearchState.PREPARING)
+
+    def _await_teacher(self, source: str) -> None:
+        """Stay in the queue until the search whose winner is the teacher has ended, then take the winner."""
+        found = self._store.search_versions([source]).get(source)
+        state = None if found is None else found[1]
+        if state is not None and not state.is_terminal:
+            return
+        try:
+            if state is not SearchState.SUCCEEDED:
+                raise TeacherUnavailable(f"search {source}: expected one with a winner, got {state or 'no such search'}")
+            taken = take_teacher(self.record, store=self._store, data_folder=self._leader.settings.data_folder)
+        except TeacherUnavailable as unavailable:
+            self.fail(reason="teacher_unavailable", message=str(unavailable))
+            return
+        if self._store.replan_search(self.record, spec=dump_spec(taken.spec), inputs=taken.inputs, plan=taken.plan, fence=self._fence):
+            logger.info("teacher known", extra={"action": "teacher_known", "search_id": self.record.id, "source": source})
+        self.reload()
 
     # -- what ended --------------------------------------------------------------------------------------------------------
 

@@ -196,7 +196,7 @@ class Controller:
             self._drop(search_id)
             return
         except InvalidSpec as invalid:
-            # It was valid when it was submitted: only the teacher's scores, or a newer version of this code, can refuse it now.
+            # It was valid when it was submitted: only a teacher that was waited for, the teacher's scores, or a newer version of this code, can refuse it now.
             self._fail(search_id, reason="spec_refused", message=str(invalid))
         except Exception as error:
             self._troubled(search_id, trouble, error)

@@ -111,6 +111,9 @@ def check_bundle(values: Mapping[str, Any], *, trial: int, folder: Path) -> None
         raise Untrue(f"bundle: expected a file in {folder}, got {path}")
     if not re.fullmatch(r"[0-9a-f]{64}", str(values.get("bundle_sha256"))):
         raise Untrue(f"bundle_sha256: expected 64 hexadecimal digits, got {values.get('bundle_sha256')!r}")
+    teacher = values.get("as_teacher")
+    if teacher is not None and not (isinstance(teacher, Mapping) and isinstance(teacher.get("config"), Mapping) and isinstance(teacher.get("digest"), str)):
+        raise Untrue(f"as_teacher: expected a digest and a config, got {teacher!r:.200}")
 
 
 def count_file_parameters(folder: Path) -> int:

@@ -54,6 +54,11 @@ class SearchSummary(Answer):
     labels: dict[str, str]
     state: SearchState
     teacher: str
+    """Name of a registered teacher, or id of the search whose winner is the teacher."""
+    teacher_search: str | None
+    """That id, where the teacher is the winner of a search; else null."""
+    waits_for: str | None
+    """The same while that search has not ended: this one stays in the queue, and its plan is for the largest shape that may win."""
     max_parameters: int | None
     """The budget, in parameters."""
     share_of_teacher: float | None
@@ -100,7 +105,8 @@ class Input(Answer):
 
     kind: Literal["teacher", "corpus", "task"]
     name: str
-    digest: str
+    digest: str | None
+    """Null of a teacher that another search is still looking for."""
 
 
 class SearchAnswer(SearchSummary):

@@ -61,7 +61,7 @@ def budget_facts(plan: Mapping[str, Any]) -> dict[str, str]:
 
 def _print(preview: Mapping[str, Any]) -> None:
     plan, took = preview["plan"], preview["time"]
-    facts = {"teacher": f"{plan['teacher_parameters']:,} parameters"}
+    facts = {"teacher": _teacher(preview)}
     for number, budget in enumerate(plan["budgets"]):
         prefix = f"budget {number}: " if len(plan["budgets"]) > 1 else ""
         facts |= {prefix + name: value for name, value in budget_facts(budget).items()}
@@ -106,6 +106,14 @@ def _print(preview: Mapping[str, Any]) -> None:
         reasons = [f"  {problem['field']}: expected {problem['expected']}, got {problem['got']}" for problem in asked["problems"]]
         verdict = "legal" if asked["legal"] else "not legal"
         out.print("\n".join([f"{asked['key']}  ({asked['parameters']:,} parameters): {verdict}", *reasons]), markup=False, highlight=False, soft_wrap=True)
+
+
+def _teacher(preview: Mapping[str, Any]) -> str:
+    parameters = f"{preview['plan']['teacher_parameters']:,} parameters"
+    (teacher,) = (used for used in preview["inputs"] if used["kind"] == "teacher")
+    if teacher["digest"] is not None:
+        return parameters
+    return f"the winner of {teacher['name']}, which has not ended: priced for the largest that it may be, {parameters}"
 
 
 def _duration(seconds: float) -> str:

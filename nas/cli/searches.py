@@ -119,6 +119,7 @@ def show(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
     plan = {"legal_shapes": search["plan"].get("legal_shapes"), "max_parameters": search["max_parameters"]}
     named = {name: search[name] for name in ("id", "state", "label", "labels", "teacher")}
     error = {"error": search["error"]} if search["error"] else {}
+    named |= {"waits_for": search["waits_for"]} if search["waits_for"] else {}
     print_facts({**named, **plan, **search["progress"], **cost, "created_at": search["created_at"], "updated_at": search["updated_at"], **error}, as_json=False)
 
 

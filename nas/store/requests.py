@@ -133,6 +133,8 @@ class Requests(Database):
                 raise Conflict(f"search {search_id}: expected one that has ended, got state {search.state}; cancel it first")
             open_states = [state for state in SearchState if not state.is_terminal]
             for other, spec in connection.execute(select(searches.c.id, searches.c.spec).where(searches.c.state.in_(open_states))):
+                if search_id == spec.get("teacher"):
+                    raise Conflict(f"search {search_id}: expected one that no open search builds on, got one whose winner is the teacher of {other}")
                 if search_id in spec.get("warm_start_from", ()):
                     raise Conflict(f"search {search_id}: expected one that no open search builds on, got one that {other} starts from")
             for table in reversed(metadata.sorted_tables):

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, RowMapping, insert, select, update
 
 from nas.errors import Conflict, NotFound
 from nas.store.database import Database
-from nas.store.quotas import charge, lock_project
+from nas.store.quotas import add_usage, charge, lock_project
 from nas.store.records import (
     DEFAULT_PROJECT,
     WORKING,
@@ -193,6 +193,26 @@ class Searches(Database):
                 data=data,
                 values=None if end_reason is None else {"end_reason": end_reason},
             )
+
+    def replan_search(self, seen: SearchRecord, *, spec: Json, inputs: Json, plan: Json, fence: Fence | None) -> bool:
+        """Give a search that waits in the queue the teacher that it waited for, and the plan with it; event `search.teacher_known`.
+
+        The project admitted the search when it was submitted: what it takes more now is counted, and not refused.
+
+        Returns:
+            False: a user has asked something of it since it was read, and nothing was stored.
+        """
+        with self.write(fence=fence) as connection:
+            search = get_search(connection, seen.id, lock=True)
+            if search.state is not SearchState.QUEUED or search.num_requests != seen.num_requests:
+                return False
+            more_tokens = plan["max_distillation_tokens"] - search.plan.get("max_distillation_tokens", 0)
+            if more_tokens > 0:
+                lock_project(connection, search.project)
+                add_usage(connection, search.project, tokens=more_tokens)
+            connection.execute(update(searches).where(searches.c.id == seen.id).values(spec=spec, inputs=inputs, plan=plan))
+            write_event(connection, seen.id, "search.teacher_known", {"search": inputs["teacher"]["search"], "parameters": plan["teacher_parameters"]})
+            return True
 
     def save_prepared(self, search_id: str, prepared: Json, *, fence: Fence | None) -> None:
         """Keep what the prepare step made; event `search.prepared`."""

@@ -471,3 +471,17 @@ def test_the_page_shows_measured_objectives_and_what_became_of_weak_tasks(servic
     assert '<td class="number">4.23</td>' in page
     assert "is no part of the score" in page
     assert "kept as the spec insists" not in page
+
+
+def test_a_search_that_waits_for_its_teacher_says_for_which_search(service: Service) -> None:
+    first = service.submit()
+    second = service.submit(teacher=first.id)
+
+    text = page(service, f"/searches/{second.id}")
+
+    assert f'<a href="/searches/{first.id}">winner of {first.id}</a>' in text
+    assert f"Waits for {first.id} , whose winner will be its teacher." in plain(text)
+    assert f"winner of {first.id} waits for it" in rows(page(service, "/"))[f"row-{second.id}"]
+    service.move(first, SearchState.CANCELLED)
+    service.move(second, SearchState.FAILED, error={"reason": "teacher_unavailable", "message": "none"})
+    assert "waits for it" not in page(service, "/")

@@ -410,3 +410,20 @@ def test_a_running_search_tells_the_time_it_still_takes_and_one_that_ended_does_
     assert seconds_left() == 90.5
     service.store.change_search(search.id, to=SearchState.FAILED, expected=[SearchState.SEARCHING], fence=None, error={"reason": "x", "message": "y"})
     assert seconds_left() is None
+
+
+def test_a_chain_is_asked_for_by_the_id_of_its_first_search(service: Service) -> None:
+    first = service.submit()
+    spec = json.dumps(service.spec(teacher=first.id))
+
+    preview, second = (service.client.post(f"/v1/{path}", content=spec, headers=JSON).json() for path in ("searches:preview", "searches"))
+
+    assert (second["state"], second["teacher_search"], second["waits_for"]) == ("queued", first.id, first.id)
+    assert preview["inputs"][0] == second["inputs"][0] == {"kind": "teacher", "name": first.id, "digest": None}
+    assert preview["plan"]["teacher_parameters"] == first.plan["budgets"][0]["space"]["largest"]["parameters"]
+    service.move(first, SearchState.CANCELLED)
+    refused = service.client.delete(f"/v1/searches/{first.id}")
+    assert refused.status_code == 409
+    assert second["id"] in refused.json()["detail"]
+    again = service.client.post("/v1/searches", content=spec, headers=JSON)
+    assert (again.status_code, again.json()["errors"][0]["field"]) == (422, "teacher")

@@ -142,8 +142,10 @@ def test_a_search_cannot_be_compared_with_another_projects(tenants: Tenants, bas
 
 
 @pytest.mark.parametrize("path", ["/v1/searches", "/v1/searches:preview"])
-def test_a_search_cannot_start_from_another_projects(tenants: Tenants, path: str) -> None:
-    bodies = [json.dumps(tenants.service.spec(warm_start_from=[other])) for other in (tenants.search.id, "srch_0")]
+@pytest.mark.parametrize("name", ["warm_start_from", "teacher"])
+def test_a_search_cannot_start_from_another_projects(tenants: Tenants, path: str, name: str) -> None:
+    others = (tenants.search.id, "srch_0")
+    bodies = [json.dumps(tenants.service.spec(**{name: [other] if name == "warm_start_from" else other})) for other in others]
     answers = [tenants.theirs.post(path, content=body) for body in bodies]
 
     assert [answer.status_code for answer in answers] == [422, 422]

@@ -293,8 +293,12 @@ def test_a_search_is_not_deleted_before_it_has_ended_nor_while_another_builds_on
         store.delete_search(search.id)
 
     store.request_cancel(heir.id)
+    pupil = new_search(spec={"teacher": search.id})
+    with pytest.raises(Conflict, match=f"got one whose winner is the teacher of {pupil.id}"):
+        store.delete_search(search.id)
+    store.request_cancel(pupil.id)
     store.delete_search(search.id)
-    assert [found.id for found in store.list_searches()] == [heir.id]
+    assert {found.id for found in store.list_searches()} == {heir.id, pupil.id}
 
 
 def test_every_table_that_hangs_from_a_search_says_so(store: Store) -> None:

@@ -196,3 +196,19 @@ def test_a_thing_that_was_registered_before_there_was_a_url_is_asked_for(
     assert search.error["reason"] == "unavailable"
     assert "words: expected at file://" in search.error["message"]
     assert "register it again (`nas corpora add`) with NAS_SHARED set" in search.error["message"]
+
+
+def test_a_winner_is_a_teacher_where_files_are_shared_by_url(
+    tmp_path: Path, register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]]
+) -> None:
+    deployment = make_deployment(tmp_path, url=f"file://{tmp_path}/shared", register=register_tiny)
+    first = deployment.submit(tiny_spec(**SMALL))
+    insist = [{"name": "choice", "insist": True}]  # a tiny winner knows next to nothing
+    second = deployment.submit(tiny_spec(**SMALL | {"teacher": first, "tasks": insist, "budget": {"max_fraction": 0.9}}))
+
+    search = deployment.run(second)
+
+    assert search.state is SearchState.SUCCEEDED, search.error
+    won = deployment.store.get_search(first).winner
+    assert won is not None
+    assert search.inputs["teacher"]["digest"] == won["as_teacher"]["digest"]

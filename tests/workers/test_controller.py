@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from nas.bundle import bundle_trial
+from nas.compress.teacher import check_teacher
 from nas.errors import Conflict, StoreUnavailable
 from nas.search import confirm
 from nas.settings import Settings
@@ -825,3 +826,75 @@ def test_a_failed_trial_says_its_last_lines_when_its_files_are_gone(service: Ser
     logs = {attempt.id: service.store.read_log(attempt.id) for attempt in service.store.list_attempts(search_id)}
     assert all(log is not None for log in logs.values()), "an attempt without a log"
     assert all("begins" in log.text and f"attempt_id={key}" in log.text for key, log in logs.items() if log and "line 99" not in log.text)
+
+
+# -- chains: the teacher is the winner of another search -------------------------------------------------------------------------
+
+
+def test_a_search_waits_for_its_teacher_to_win_and_then_prunes_it_again(service: Service) -> None:
+    first = service.submit(sampler={"name": "random", "max_trials": 1})
+    tasks = [{"name": "choice", "insist": True}]  # a tiny winner knows next to nothing
+    second = service.submit(teacher=first, tasks=tasks, budget={"max_fraction": 0.9}, sampler={"name": "random", "max_trials": 1})
+
+    service.run(first)
+    waiting = service.store.get_search(second)
+    assert (waiting.state, waiting.started_at) == (SearchState.QUEUED, None)
+    service.expire_lease()
+    search = service.run(second)
+
+    assert search.state is SearchState.SUCCEEDED, search.error
+    won, again = service.store.get_search(first).winner, search.winner
+    assert won is not None
+    assert again is not None
+    bundle = (service.settings.data_folder / won["bundle"]).with_suffix("")
+    assert search.inputs["teacher"]["digest"] == won["as_teacher"]["digest"] == check_teacher(bundle).digest
+    assert search.plan["teacher_parameters"] == won["parameters"]
+    assert again["parameters"] <= search.plan["max_parameters"] == math.floor(0.9 * won["parameters"])
+    assert again["provenance"]["teacher"] == {"name": first, "digest": won["as_teacher"]["digest"]}
+    assert [event.data for event in service.store.list_events(second) if event.type == "search.teacher_known"] == [
+        {"search": first, "parameters": won["parameters"]}
+    ]
+
+
+def test_a_search_whose_teacher_never_wins_fails_and_says_so(service: Service) -> None:
+    first = service.submit()
+    waiting = service.submit(teacher=first)
+    chained = service.submit(teacher=waiting)
+    service.store.request_cancel(first)
+
+    search = service.run(chained)
+
+    assert [service.store.get_search(search_id).state for search_id in (waiting, chained)] == [SearchState.FAILED] * 2
+    assert search.error is not None
+    assert search.error["reason"] == "teacher_unavailable"
+    assert waiting in search.error["message"]
+
+
+def test_a_waiting_search_is_paused_and_cancelled_as_any_that_is_queued(service: Service) -> None:
+    first = service.submit()
+    service.store.request_pause(first)
+    waiting = service.submit(teacher=first)
+    controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
+    for _ in range(3):
+        controller.tick(timeout_seconds=0.0)
+    assert service.store.get_search(waiting).state is SearchState.QUEUED
+
+    assert service.store.request_pause(waiting).state is SearchState.PAUSED
+    controller.tick(timeout_seconds=0.0)
+    assert service.store.request_cancel(waiting).state is SearchState.CANCELLED
+    assert service.executor.history == []
+
+
+def test_what_the_winner_cannot_be_pruned_to_fails_the_search_that_waited(service: Service) -> None:
+    first = service.submit(sampler={"name": "random", "max_trials": 1})
+    largest = service.store.get_search(first).plan["budgets"][0]["space"]["largest"]["parameters"]
+    second = service.submit(teacher=first, budget={"max_parameters": largest - 1})
+
+    search = service.run(second)
+
+    won = service.store.get_search(first).winner
+    assert won is not None
+    assert won["parameters"] < largest - 1, "the case that is tested"
+    assert search.error is not None
+    assert search.error["reason"] == "spec_refused"
+    assert "budget.max_parameters" in search.error["message"]
