@@ -35,7 +35,7 @@ MAX_STREAMS = 1000
 MAX_STREAMS_OF_A_PROJECT = 500
 """Of these, so that one tenant cannot take them all."""
 
-TERMINAL_EVENTS = frozenset(f"search.{state}" for state in SearchState if state.is_terminal)
+TERMINAL_EVENTS = frozenset(f"{kind}.{state}" for kind in ("search", "distillation") for state in SearchState if state.is_terminal)
 
 
 class TooManyStreams(NasError):

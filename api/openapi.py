@@ -14,6 +14,7 @@ from api.problems import MEDIA_TYPE, PROBLEM_TYPES
 from api.schemas.common import ProblemAnswer
 from api.schemas.results import WinnerAnswer
 from api.schemas.searches import UPDATE_ADAPTER
+from nas.distillations import ADAPTER
 from nas.spec import SPEC_ADAPTER
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -36,6 +37,7 @@ TAGS = [
     {"name": "searches", "description": "Submit, follow and cancel searches."},
     {"name": "trials", "description": "The shapes that a search evaluates."},
     {"name": "results", "description": "The leaderboard and the winner."},
+    {"name": "distillations", "description": "Full distillations of the students that searches found."},
     {"name": "events", "description": "What happened, as a list or as a stream."},
     {"name": "service", "description": "Is the service well, and who asks?"},
 ]
@@ -126,6 +128,22 @@ UPDATE_BODY: dict[str, Any] = {
 }
 
 
+DISTIL_EXAMPLES: dict[str, dict[str, Any]] = {
+    "winner": {"summary": "The winner, as its bundle says", "value": {"search_id": "srch_18a3f0"}},
+    "trial": {
+        "summary": "Another verified trial, on a GPU, for more tokens",
+        "value": {"search_id": "srch_18a3f0", "trial": 7, "recipe": {"tokens": 2000000000, "learning_rate": 0.0001}, "resources": {"cpus": 8, "gpus": 1}},
+    },
+}
+
+DISTIL_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(model="DistillationRequest")}, "examples": DISTIL_EXAMPLES}},
+    }
+}
+
+
 def not_modified_answer() -> dict[int | str, dict[str, Any]]:
     """The answer to who has the present version."""
     return {304: {"description": "Unchanged: If-None-Match names the present version."}}
@@ -208,7 +226,7 @@ def openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
                 title=app.title, version=app.version, summary=app.summary, description=app.description, routes=app.routes, tags=app.openapi_tags
             )
             schemas = document["components"]["schemas"]
-            bodies: dict[str, TypeAdapter[Any]] = {"SearchSpec": SPEC_ADAPTER, "SearchUpdate": UPDATE_ADAPTER}
+            bodies: dict[str, TypeAdapter[Any]] = {"SearchSpec": SPEC_ADAPTER, "SearchUpdate": UPDATE_ADAPTER, "DistillationRequest": ADAPTER}
             bodies |= {model.__name__: TypeAdapter(model) for model in (ProblemAnswer, WinnerAnswer)}
             for name, schema in ((name, adapter.json_schema(ref_template=_REFERENCE)) for name, adapter in bodies.items()):
                 nested = schema.pop("$defs", {})

@@ -1,4 +1,4 @@
-"""The pages: searches, one search, one trial, the API's documentation, the kinds of problems. Rendered here, they work without scripts."""
+"""The pages: searches, one search, one trial, one distillation, the API's documentation, the kinds of problems. Rendered here, they work without scripts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from api.cursors import MAX_CURSOR_LENGTH
+from api.distillations import detail_distillation, summarise_distillation
 from api.guard import PLOTTED_SECURITY_POLICY
 from api.leaderboards import cursor_behind, describe_board, of_budget, read_cursor, read_page
 from api.principal import PrincipalDep
 from api.problems import PROBLEM_TYPES
 from api.rendering import TEMPLATES
 from api.routes.dependencies import BudgetIndex, OtherDep, SearchDep, StoreDep, TrialNumber
+from api.routes.distillations import DistillationDep
 from api.routes.leaderboard import Sort, get_query
 from api.routes.results import compare_searches
 from api.schemas.trials import AttemptAnswer
@@ -54,7 +56,7 @@ EVENTS_SHOWN = 40
 
 _SHOWN_WITHOUT_RESULT = (TrialState.WAITING, TrialState.RUNNING, TrialState.STOPPED, TrialState.CANCELLED)
 
-_PLOTTED = frozenset({"search.html", "trial.html"})
+_PLOTTED = frozenset({"search.html", "trial.html", "distillation.html"})
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 
@@ -129,6 +131,7 @@ def search_page(
         ceilings=other_ceilings(shown),
         cost_title=cost_title,
         has_winner=shown.winner is not None,
+        distillations=[summarise_distillation(found) for found in store.list_distillations(project=search.project, search_id=search.id)],
         others=[other for other in store.latest_searches(project=search.project, limit=SEARCHES_PER_PAGE) if other.id != search.id],
         score_figure=score_figure(shown, drawn=drawn),
         rung_figure=rung_figure(drawn, progress=answer),
@@ -174,6 +177,19 @@ def trial_page(search: SearchDep, number: TrialNumber, store: StoreDep) -> HTMLR
         attempts=[AttemptAnswer.model_validate(record) for record in store.list_attempts(search.id, trial=number)],
         logged=store.list_logged(search.id),
         curve_figure=curve_figure(points=points, rungs=records, is_active=is_active),
+    )
+
+
+@router.get("/distillations/{distillation_id}")
+def distillation_page(distillation: DistillationDep, store: StoreDep) -> HTMLResponse:
+    points = store.list_points(distillation.id, trial=distillation.spec["trial"])
+    is_active = not distillation.state.is_terminal
+    return render(
+        "distillation.html",
+        distillation=detail_distillation(distillation, attempts=store.list_attempts(distillation.id), points=points).model_dump(),
+        is_active=is_active,
+        logged=store.list_logged(distillation.id),
+        curve_figure=curve_figure(points=points, rungs=(), is_active=is_active),
     )
 
 

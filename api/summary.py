@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from api.schemas.searches import Best, Cost, Input, Progress, RungProgress, SearchAnswer, SearchSummary
 from api.schemas.trials import MetricAnswer, RungAnswer, TrialAnswer
 from nas.chain import is_stand_in
 from nas.shape import Shape
-from nas.store.records import RungRecord, SearchRecord, SearchState, TrialCounts, TrialRecord
+from nas.store.records import PointRecord, RungRecord, SearchRecord, SearchState, TrialCounts, TrialRecord
 
 
 def summarise_search(search: SearchRecord, *, counts: TrialCounts) -> SearchSummary:
@@ -126,6 +126,13 @@ def describe_rung(record: RungRecord) -> RungAnswer:
         reused_from=result.get("reused_from"),
         finished_at=record.finished_at,
     )
+
+
+def thin(points: Sequence[PointRecord], *, max_points: int) -> list[PointRecord]:
+    """At most so many of the points, at even distances, with the first and the last."""
+    if len(points) <= max_points:
+        return list(points)
+    return [points[step * (len(points) - 1) // (max_points - 1)] for step in range(max_points)]
 
 
 def _without_documents(metric: Mapping[str, Any]) -> dict[str, Any]:

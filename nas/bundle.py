@@ -32,20 +32,18 @@ from nas.cost import count_parameters
 from nas.errors import Conflict, NotFound
 from nas.files import check_may_publish, temporary_for, whole_file, write_json
 from nas.node_cache import NodeCache
-from nas.recipe import Recipe
-from nas.search.layout import CORRECTED, MOMENTS, RECONSTRUCTION, SORTED, STUDENT, prepared_key, trial_folder
+from nas.recipe import Recipe, full_recipe
+from nas.search.layout import BUNDLE, CORRECTED, MOMENTS, RECONSTRUCTION, SORTED, STUDENT, prepared_key, trial_folder
 from nas.settings import Settings
 from nas.shape import Shape
 from nas.shared_files import SharedFiles
 from nas.spec import SearchSpec, parse_spec
 from nas.store.records import SearchRecord
 from nas.store.store import Store
-from nas.trial_files import find_tree
+from nas.trial_files import bundle_request, find_tree
 
-BUNDLE, TAR = "bundle", "bundle.tar"
+TAR = "bundle.tar"
 PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "ray", "safetensors", "nas")
-FULL_RUN_FACTOR = 10
-"""The recipe's tokens in units of the last rung's: a start, not a law; Minitron's final runs take 50 times its short ones (94B, 1.8B)."""
 
 
 def write_bundle(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def write_bundle(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, A
     check_may_publish(final)
     shutil.rmtree(final, ignore_errors=True)
     folder.replace(final)
-    digest = _write_tar(final, tar=tar)
+    digest = write_tar(final, tar=tar, name=BUNDLE)
     as_teacher = check_teacher(final)
     return {
         "trial": request["trial"],
@@ -120,20 +118,7 @@ def bundle_trial(search_id: str, number: int, *, store: Store, settings: Setting
     spec = parse_spec(json.dumps(search.spec))
     with ExitStack() as stack:
         student, prepared = _files_of(search, number, spec=spec, store=store, settings=settings, stack=stack)
-        request = {
-            "search_id": search_id,
-            "trial": number,
-            "shape": trial.shape,
-            "trial_folder": str(student),
-            "bundle_folder": str(folder),
-            "prepared": str(prepared),
-            "inputs": search.inputs,
-            "spec": search.spec,
-            "result": store.list_rungs(search_id, trial=number)[-1].result,
-            "confirmation": confirmation,
-            "board": search.board,
-        }
-        return write_bundle(request, spec=spec)
+        return write_bundle(bundle_request(search, number, store=store, student=student, prepared=prepared, folder=folder), spec=spec)
 
 
 def _files_of(search: SearchRecord, number: int, *, spec: SearchSpec, store: Store, settings: Settings, stack: ExitStack) -> tuple[Path, Path]:
@@ -181,22 +166,7 @@ def _version(package: str) -> str | None:
 
 
 def _recipe(spec: SearchSpec, *, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    short = spec.distillation
-    recipe = Recipe(
-        tokens=FULL_RUN_FACTOR * spec.rungs.tokens(spec.rungs.num_trained),
-        learning_rate=short.learning_rate,
-        batch_size=short.batch_size,
-        sequence_length=spec.corpus.sequence_length,
-        warmup_tokens=short.warmup_tokens,
-        decay_share=short.decay_share,
-        optimizer=short.optimizer,
-        weight_decay=short.weight_decay,
-        validation_tokens=spec.corpus.validation_tokens,
-        micro_batch_size=short.micro_batch_size,
-        dtype=short.dtype,
-        moments=short.moments,
-        seed=spec.seed + 1,  # another data order than the rungs'
-    )
+    recipe = full_recipe(spec)
     return {
         "student": ".",
         "teacher": _recipe_teacher(provenance),
@@ -278,8 +248,8 @@ def _names(entries: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"`{entry['name']}`" for entry in entries)
 
 
-def _write_tar(folder: Path, *, tar: Path) -> str:
-    """A tar with no times, owners and modes in it, so that equal bundles have equal digests."""
+def write_tar(folder: Path, *, tar: Path, name: str) -> str:
+    """A tar of a folder, below `name`, with no times, owners and modes in it, so that equal content has equal digests; returns its SHA-256."""
 
     def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.mtime = entry.uid = entry.gid = 0
@@ -289,7 +259,7 @@ def _write_tar(folder: Path, *, tar: Path) -> str:
 
     with whole_file(tar) as temporary, tarfile.open(temporary, "w") as archive:  # closed before it is published
         for path in sorted(folder.rglob("*")):
-            archive.add(path, arcname=str(Path(BUNDLE) / path.relative_to(folder)), recursive=False, filter=plain)
+            archive.add(path, arcname=str(Path(name) / path.relative_to(folder)), recursive=False, filter=plain)
     with tar.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

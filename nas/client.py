@@ -211,6 +211,47 @@ class Client(Connection):
         """Save a file by its digest, which is checked. Raises as `download_bundle` does."""
         return self._download(f"/v1/artifacts/{sha256}", sha256=sha256, target=target)
 
+    def distil(self, request: bytes, *, idempotency_key: str | None = None) -> dict[str, Any]:
+        """Submit a full distillation (JSON); the same key and request again give the same one."""
+        return self._act("/v1/distillations", idempotency_key=idempotency_key, headers=JSON, content=request)
+
+    def distillations(self, *, search: str | None = None, state: str | None = None) -> list[dict[str, Any]]:
+        """Full distillations, newest first; of one search's students, in one state."""
+        return list(self._pages("/v1/distillations", search=search, state=state))
+
+    def distillation(self, distillation_id: str) -> dict[str, Any]:
+        """One full distillation, with its attempts and its learning curve."""
+        return self._ask("GET", f"/v1/distillations/{distillation_id}")
+
+    def cancel_distillation(self, distillation_id: str) -> dict[str, Any]:
+        return self._act(f"/v1/distillations/{distillation_id}/cancel")
+
+    def delete_distillation(self, distillation_id: str) -> None:
+        """Forget a distillation that has ended, with its file."""
+        self._send("DELETE", f"/v1/distillations/{distillation_id}")
+
+    def distillation_log(self, distillation_id: str, *, attempt: str | None = None) -> str:
+        """The end of what its latest attempt, or another one, said."""
+        return self._send("GET", f"/v1/distillations/{distillation_id}/log", params=given({"attempt": attempt})).text
+
+    def download_distillation(self, distillation_id: str, *, target: Path) -> Path:
+        """Save the distilled model (a tar file) and check its digest. Raises as `download_bundle` does.
+
+        Raises:
+            ApiError: it has not succeeded.
+        """
+        path, result = f"/v1/distillations/{distillation_id}/file", self.distillation(distillation_id)["result"]
+        if result is None:
+            self._send("GET", path)  # which is refused, and says why
+        return self._download(path, sha256=result["sha256"], target=target)
+
+    def distillation_events(self, distillation_id: str, *, after: int = 0) -> list[dict[str, Any]]:
+        return list(self._pages(f"/v1/distillations/{distillation_id}/events", after=after))
+
+    def follow_distillation(self, distillation_id: str, *, after: int = 0, on_break: Callable[[ApiError], None] | None = None) -> Iterator[dict[str, Any]]:
+        """Its events as they happen; otherwise as `follow`."""
+        return self._follow(f"/v1/distillations/{distillation_id}", after=after, on_break=on_break)
+
     def events(self, search_id: str, *, after: int = 0) -> list[dict[str, Any]]:
         return list(self._pages(f"/v1/searches/{search_id}/events", after=after))
 
@@ -222,12 +263,15 @@ class Client(Connection):
         Raises:
             ApiError: no such search, or the service stays away.
         """
-        self.search(search_id)  # a wrong id or address is told at once, not after all the waits
+        return self._follow(f"/v1/searches/{search_id}", after=after, on_break=on_break)
+
+    def _follow(self, path: str, *, after: int, on_break: Callable[[ApiError], None] | None) -> Iterator[dict[str, Any]]:
+        self._ask("GET", path)  # a wrong id or address is told at once, not after all the waits
         waits, is_broken = iter(RECONNECT_SECONDS), False
         while True:
             was_broken, is_broken = is_broken, True
             try:
-                with self._http.stream("GET", f"/v1/searches/{search_id}/events/stream", params={"after": after}, timeout=60.0) as response:
+                with self._http.stream("GET", f"{path}/events/stream", params={"after": after}, timeout=60.0) as response:
                     if response.status_code != 200:
                         response.read()
                         raise error_of(response)
@@ -238,9 +282,9 @@ class Client(Connection):
                         event: dict[str, Any] = json.loads(frame.data)
                         after = event["sequence"]
                         yield event
-                if self.search(search_id)["state"] in TERMINAL_STATES:
+                if self._ask("GET", path)["state"] in TERMINAL_STATES:
                     return
-                last, is_broken = ApiError(f"the event stream of {search_id} ends again and again", status=None, problem={}), False
+                last, is_broken = ApiError(f"the event stream of {path} ends again and again", status=None, problem={}), False
             except httpx2.TransportError as error:
                 last = self._unreachable(error)
             except ApiError as error:

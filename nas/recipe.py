@@ -11,6 +11,10 @@ from typing import Any, Literal, get_args
 
 from nas.errors import InvalidSpec, Problem
 from nas.memory import Moments
+from nas.spec import SearchSpec
+
+FULL_RUN_FACTOR = 10
+"""A full run's tokens in units of the last rung's: a start, not a law; Minitron's final runs take 50 times its short ones (94B, 1.8B)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +91,31 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     "decay_share": ("[0, 1)", lambda value: 0 <= value < 1),
     "weight_decay": ("[0, 10]", lambda value: 0 <= value <= 10),
 }
+
+
+def full_recipe(spec: SearchSpec, **overrides: Any) -> Recipe:
+    """How a search's student is distilled in full: as in its rungs, with more tokens and another data order; what the caller says comes on top.
+
+    Raises:
+        InvalidSpec: an override is out of range, by itself or with the others.
+    """
+    short = spec.distillation
+    values: dict[str, Any] = {
+        "tokens": FULL_RUN_FACTOR * spec.rungs.tokens(spec.rungs.num_trained),
+        "learning_rate": short.learning_rate,
+        "batch_size": short.batch_size,
+        "sequence_length": spec.corpus.sequence_length,
+        "warmup_tokens": short.warmup_tokens,
+        "decay_share": short.decay_share,
+        "optimizer": short.optimizer,
+        "weight_decay": short.weight_decay,
+        "validation_tokens": spec.corpus.validation_tokens,
+        "micro_batch_size": short.micro_batch_size,
+        "dtype": short.dtype,
+        "moments": short.moments,
+        "seed": spec.seed + 1,  # another data order than the rungs'
+    }
+    return Recipe(**{**values, **overrides})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -386,7 +386,7 @@ class LimitSpec:
     """Most bytes of the search's folder. Above it the checkpoints of waiting trials go, the least promising first (they would train from the start again);
     still above, the search pauses with the reason disk_budget. None: no limit."""
 
-    def step_seconds(self, stage: Literal["prepare", "rung", "confirm", "bundle"]) -> float:
+    def step_seconds(self, stage: Literal["prepare", "rung", "confirm", "bundle", "distil"]) -> float:
         """Time limit of one step."""
         own = {"prepare": self.max_prepare_seconds, "confirm": self.max_confirm_seconds, "bundle": self.max_bundle_seconds}.get(stage)
         return self.max_rung_seconds if own is None else own

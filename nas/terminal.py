@@ -114,12 +114,12 @@ def status_line(search: Mapping[str, Any]) -> str:
     progress, best = search["progress"], search["best"]
     rungs = "  ".join(f"rung {rung['rung']}: {rung['finished']}" + (f"+{rung['running']}" if rung["running"] else "") for rung in search["rungs"])
     lead = f"  best: trial {best['trial']}, score {plus_minus(best['score'], best['standard_error'])}" if best else ""
-    left = f"  about {_duration(progress['seconds_left'])} left" if progress.get("seconds_left") else ""
+    left = f"  about {duration(progress['seconds_left'])} left" if progress.get("seconds_left") else ""
     waits = f"  waits for {search['waits_for']}" if search.get("waits_for") else ""
     return f"{search['state']}{waits}  trials {progress['settled']}/{progress['planned']}  {rungs}{lead}{left}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """90 s, 12 min, 3.5 h: no more digits than an estimate has."""
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -161,9 +161,11 @@ def event_line(event: Mapping[str, Any]) -> str | None:
         case "search.winner":
             of = f" of budget {data['budget']}" if data.get("budget") else ""
             return f"{at}  winner{of}: trial {data['trial']}" if "trial" in data else f"{at}  winner chosen"
-        case _ if kind.startswith("search."):
+        case "distillation.distilled":
+            return f"{at}  distilled on {data['tokens']:,} tokens"
+        case _ if kind.startswith(("search.", "distillation.")):
             error = data.get("error") or {}
-            return f"{at}  search {kind.split('.')[1]}" + (f": {error.get('reason')}: {error.get('message')}" if error else "")
+            return f"{at}  {kind.split('.')[0]} {kind.split('.')[1]}" + (f": {error.get('reason')}: {error.get('message')}" if error else "")
         case _:
             return None
 

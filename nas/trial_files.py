@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from nas.store.records import AttemptState
+from pathlib import Path
+from typing import Any
+
+from nas.store.records import AttemptState, SearchRecord
 from nas.store.store import Store
 
 REUSED = "reused"
@@ -18,3 +21,25 @@ def find_tree(search_id: str, number: int, *, store: Store) -> str | None:
         return REUSED
     made = [attempt for attempt in store.list_attempts(search_id, trial=number) if attempt.stage == "rung" and attempt.rung == rungs[-1].rung]
     return next((attempt.id for attempt in made if attempt.state is AttemptState.SUCCEEDED), None)
+
+
+def bundle_request(search: SearchRecord, number: int, *, store: Store, student: Path, prepared: Path, folder: Path) -> dict[str, Any]:
+    """What the bundle of a verified trial is written from, once its search has ended.
+
+    Args:
+        student: the trial's folder. prepared: of the search. folder: where the bundle goes.
+    """
+    trial = store.get_trial(search.id, number)
+    return {
+        "search_id": search.id,
+        "trial": number,
+        "shape": trial.shape,
+        "trial_folder": str(student),
+        "bundle_folder": str(folder),
+        "prepared": str(prepared),
+        "inputs": search.inputs,
+        "spec": search.spec,
+        "result": store.list_rungs(search.id, trial=number)[-1].result,
+        "confirmation": trial.confirmation,
+        "board": search.board,
+    }

@@ -92,6 +92,7 @@ ROWS = (
     "nas.chain",
     "nas.warm_start",
     "nas.submission",
+    "nas.distillations",
     "nas.bundle",
     "nas.registration",
     "nas.connection",

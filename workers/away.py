@@ -18,11 +18,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from nas.bundle import BUNDLE, TAR
+from nas.bundle import TAR
 from nas.errors import CorpusUnavailable, NasError, NotFound, TaskUnavailable, TeacherUnavailable
 from nas.files import check_may_publish, publishing_unless
 from nas.node_cache import NodeCache
-from nas.search.layout import clear_below
+from nas.search.layout import BUNDLE, clear_below
 from nas.settings import Settings
 from nas.shared_files import SharedFiles, registry_key
 from nas.spec import parse_spec

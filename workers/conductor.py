@@ -6,17 +6,14 @@ may be followed by a crash, after which the next controller comes to the same de
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from nas.chain import awaited_source
 from nas.errors import Conflict, TeacherUnavailable
-from nas.files import is_disk_full
 from nas.search.layout import prepared_key
 from nas.search.results import CONTROL
 from nas.spec import dump_spec
@@ -26,25 +23,17 @@ from nas.trial_files import find_tree
 from workers import metrics
 from workers.books import Books
 from workers.family import Family
-from workers.liveness import supersede
 from workers.logs import LogKeeper, last_lines, read_tail
 from workers.search_run import Advance, LimitReason, NewTrial
-from workers.step import RESULT, Outcome, Step, read_outcome
+from workers.step import Outcome, Step
+from workers.tries import BEATS_PER_LEASE, begin, find_spent, judge, num_memory_failures
 from workers.verdicts import Untrue, check_result
-from workers.watch import PREEMPTED, Leader, Running, Watch
+from workers.watch import Leader, Running, Watch
 
 logger = logging.getLogger(__name__)
 
 MAX_FOR_IMPORTANCE = 200
 """Observations from which the importance of each dimension is worked out, in the bundle step: seconds there, minutes for a thousand (LOG.md)."""
-MAX_MEMORY_FAILURES = 2
-"""Times that a step may run out of memory: the second one runs with half the micro-batch."""
-BEATS_PER_LEASE = 12
-"""How often a step beats in the time after which a silent one is lost."""
-_WAS_STOPPED = ("stopped", "worker_died", PREEMPTED)
-"""How a step ends that was asked to stop, or killed because it did not."""
-_NOT_ITS_FAULT = ("stopped", "superseded", "node_unfit", PREEMPTED, "disk_full")
-"""Ends that say nothing against a step: it is run again, and does not count as failed."""
 
 
 class Conductor:
@@ -207,17 +196,10 @@ class Conductor:
             outcome = Outcome(succeeded=False, reason="invalid_result", message=lie)
         elif running.killed is not None:
             outcome = running.killed
-        # Whoever says that a step died, or was killed, may only have lost sight of it.
-        supersede(running.progress.folder)
-        state, reason = self._verdict(running, outcome)
-        if not outcome.retryable and read_outcome(running.progress.folder) is None:
-            _leave_outcome(running.progress.folder, outcome)
-        is_asked = running.stop_reason is not None and outcome.reason in _WAS_STOPPED
-        text = reason if is_asked else f"{reason}: {outcome.message}"[:4000]
-        self._store.finish_attempt(attempt.id, state=state, reason=text, log=log, device_seconds=seconds, fence=self._fence)
-        self._count_end(running, state, reason=reason, device_seconds=seconds)
-        level, what = (logging.INFO, "stopped") if is_asked else (logging.WARNING, "failed")
-        logger.log(level, "attempt %s: %s", what, reason, extra={"action": f"attempt_{what}", "search_id": self.record.id, "attempt_id": attempt.id})
+        ending = judge(running, outcome, is_cancelling=self.record.state is SearchState.CANCELLING)
+        self._store.finish_attempt(attempt.id, state=ending.state, reason=ending.text, log=log, device_seconds=seconds, fence=self._fence)
+        self._count_end(running, ending.state, reason=ending.reason, device_seconds=seconds)
+        ending.log(attempt)
         if attempt.trial is not None:
             self._books.refresh_trial(attempt.trial)
         if outcome.reason == "disk_full":
@@ -240,34 +222,16 @@ class Conductor:
             return str(untrue)
         return None
 
-    def _verdict(self, running: Running, outcome: Outcome) -> tuple[AttemptState, str]:
-        """What the end of a step that did not succeed counts as, and its reason."""
-        reason = outcome.reason or "error"
-        if self.record.state is SearchState.CANCELLING:
-            return AttemptState.CANCELLED, reason
-        if running.stop_reason is not None and reason in _WAS_STOPPED:
-            return AttemptState.LOST, running.stop_reason
-        return AttemptState.LOST if reason in _NOT_ITS_FAULT else AttemptState.FAILED, reason
-
     # -- what failed -------------------------------------------------------------------------------------------------------
 
     def _give_up_if_spent(self, stage: Stage, *, trial: int | None, rung: int | None) -> bool:
         """Give a step up that may not be tried again. Asked after a failure, and before every start: a crash may have come between."""
         attempts = self._books.attempts_of(stage, trial=trial, rung=rung)
-        preempted = [attempt for attempt in attempts if attempt.state is AttemptState.LOST and (attempt.reason or "").startswith(PREEMPTED)]
-        if len(preempted) >= self._run.spec.limits.max_preemptions:
-            message = f"lost with its worker {len(preempted)} times; the last: {preempted[-1].reason}"
-            self._give_up(stage, trial=trial, rung=rung, reason=PREEMPTED, message=message, tries=len(attempts), log=self._last_lines(preempted[-1]))
-            return True
-        failed = [attempt for attempt in attempts if attempt.state is AttemptState.FAILED]
-        if not failed:
+        spent = find_spent(attempts, limits=self._run.spec.limits, mailbox=self.folder.attempt)
+        if spent is None:
             return False
-        outcome = read_outcome(self.folder.attempt(failed[-1].id))
-        is_spent = len(failed) >= self._run.spec.limits.max_attempts or _memory_failures(failed) >= MAX_MEMORY_FAILURES
-        if not is_spent and (outcome is None or outcome.retryable):
-            return False
-        reason, _, message = (failed[-1].reason or "error: ").partition(": ")
-        self._give_up(stage, trial=trial, rung=rung, reason=reason, message=message, tries=len(failed), log=self._last_lines(failed[-1]))
+        log = self._last_lines(spent.last)
+        self._give_up(stage, trial=trial, rung=rung, reason=spent.reason, message=spent.message, tries=spent.num_tries, log=log)
         return True
 
     def _last_lines(self, attempt: AttemptRecord) -> str:
@@ -411,7 +375,7 @@ class Conductor:
         if self._give_up_if_spent(stage, trial=trial, rung=rung):
             return
         run = self._run
-        halvings = _memory_failures(self._books.attempts_of(stage, trial=trial, rung=rung))
+        halvings = num_memory_failures(self._books.attempts_of(stage, trial=trial, rung=rung))
         attempt = self._store.start_attempt(run.id, stage=stage, trial=trial, rung=rung, fence=self._fence)
         prepared = self._leader.settings.prepared_folder / self.prepared_key
         step = Step(
@@ -428,15 +392,8 @@ class Conductor:
         if trial is not None and rung is not None:
             run.add_start(trial, rung=rung)
         self._watch.add(attempt)
-        try:
-            Path(step.folder).mkdir(parents=True, exist_ok=True)
-            self._leader.executor.start(step)
-        # Broad: whatever an executor says of a step that it cannot begin. It counts as a try, and the user reads why.
-        except Exception as error:
-            logger.exception("step not started", extra={"action": "start_failed", "search_id": run.id, "attempt_id": attempt.id})
-            reason = "disk_full" if is_disk_full(error) else "error"
-            message = f"the step could not be started: {type(error).__name__}: {error}"[:2000]
-            self.ended[attempt.id] = Outcome(succeeded=False, reason=reason, message=message)
+        if (ended := begin(step, executor=self._leader.executor)) is not None:
+            self.ended[attempt.id] = ended
 
     def _source_of(self, trial: int | None) -> dict[str, Any]:
         """Which attempt's files a step of a trial begins with, where each attempt has its own."""
@@ -461,15 +418,3 @@ class Conductor:
         failed = [attempt.id for attempt in self._store.list_attempts(self.record.id) if attempt.state is AttemptState.FAILED]
         self.folder.clear(keep_attempts=failed, keep_trials=self._books.students_to_keep())
         self._books.move(to, error=error)
-
-
-def _memory_failures(attempts: Collection[AttemptRecord]) -> int:
-    return sum(attempt.state is AttemptState.FAILED and (attempt.reason or "").startswith("out_of_memory") for attempt in attempts)
-
-
-def _leave_outcome(folder: Path, outcome: Outcome) -> None:
-    """Keep an outcome that its executor made up where a step's own would be: the next controller must see that no retry helps."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{RESULT}"
-    temporary.write_text(json.dumps(outcome.as_dict()), encoding="utf-8")
-    temporary.replace(folder / RESULT)

@@ -18,11 +18,12 @@ from nas.errors import Conflict, Fenced, InvalidSpec, StoreUnavailable
 from nas.logs import about
 from nas.search.layout import prepared_lease
 from nas.settings import Settings
-from nas.store.records import ActiveSearch, AttemptRecord, AttemptState, SearchState, TrialState
+from nas.store.records import ActiveSearch, AttemptRecord, AttemptState, SearchRecord, SearchState, TrialState
 from nas.store.store import Store
 from workers import metrics
 from workers.cleaning import Cleaning
 from workers.conductor import Conductor
+from workers.distilling import Distilling
 from workers.executor import Executor
 from workers.folders import SearchFolder
 from workers.liveness import supersede
@@ -65,7 +66,7 @@ class Controller:
         self._membership = Membership(store=store, lease_seconds=settings.lease_seconds, clock=clock)
         self._is_alone_over = False
         """No controller of a version that led all searches alone is left."""
-        self._conductors: dict[str, Conductor] = {}
+        self._conductors: dict[str, Conductor | Distilling] = {}
         self._troubles: dict[str, _Trouble] = {}
         self._probes = Probes(store=store, executor=executor, settings=settings, clock=clock)
         self._cleaning = Cleaning(store=store, settings=settings, clock=clock)
@@ -169,7 +170,7 @@ class Controller:
         self._troubles.pop(name, None)
         self._membership.release(name)
 
-    def _may_prepare(self, conductor: Conductor) -> bool:
+    def _may_prepare(self, conductor: Conductor | Distilling) -> bool:
         """Whether a search may fill its prepared folder now: two never fill one together, and what the first leaves the second finds."""
         key = conductor.prepared_key
         if any(other.is_preparing and other.prepared_key == key for other in self._conductors.values() if other is not conductor):
@@ -203,7 +204,7 @@ class Controller:
         else:
             self._troubles.pop(search_id, None)
 
-    def _conduct(self, search_id: str, active: ActiveSearch) -> Conductor:
+    def _conduct(self, search_id: str, active: ActiveSearch) -> Conductor | Distilling:
         conductor = self._conductors.get(search_id)
         if conductor is None:
             conductor = self._conductors[search_id] = self._take_over(search_id)
@@ -246,7 +247,7 @@ class Controller:
 
     # -- taking over -------------------------------------------------------------------------------------------------------
 
-    def _take_over(self, search_id: str) -> Conductor:
+    def _take_over(self, search_id: str) -> Conductor | Distilling:
         """A search as the store has it: what the steps of its last controller finished is kept, and nothing else counted against them."""
         fence = self._membership.fences[search_id]
         leader = Leader(store=self._store, executor=self._executor, settings=self._settings, fence=fence, clock=self._clock)
@@ -262,11 +263,11 @@ class Controller:
             if lost:
                 extra = {"action": "recover", "search_id": search_id, "attempts": [attempt.id for attempt in lost]}
                 logger.warning("resuming %d lost attempts", len(lost), extra=extra)
-        return Conductor(self._store.get_search(search_id), leader=leader)
+        return _conductor_of(self._store.get_search(search_id), leader=leader)
 
     def _settle_finished(self, search_id: str, *, leader: Leader, running: list[AttemptRecord]) -> None:
         try:
-            conductor = Conductor(self._store.get_search(search_id), leader=leader)
+            conductor = _conductor_of(self._store.get_search(search_id), leader=leader)
             outcomes = conductor.folder.find_outcomes([attempt.id for attempt in running])
             for attempt in running:
                 if attempt.id in outcomes:
@@ -277,6 +278,10 @@ class Controller:
         except Exception:
             # Its first advance meets the same trouble, and deals with it; what was not settled here is run again.
             logger.exception("a finished step could not be taken over", extra={"action": "recover_failed", "search_id": search_id})
+
+
+def _conductor_of(record: SearchRecord, *, leader: Leader) -> Conductor | Distilling:
+    return Conductor(record, leader=leader) if record.distils is None else Distilling(record, leader=leader)
 
 
 def _mailbox(settings: Settings, attempt: AttemptRecord) -> Path:

@@ -3,6 +3,8 @@
 trials/N/          a trial's checkpoints and its student, until the trial or the search has ended; that of a verified finalist stays, to
                    be bundled (`nas bundle`), and for searches that start from this one
 attempts/ID/       an attempt's mailbox (see step.py), until the search has ended; that of a failed attempt stays, for its log
+model.tar          of a full distillation, what came out; model/ (its checkpoints among it) and student/ (the bundle that it
+                   starts from, where the search has none) until it has ended
 winner/            the bundle; those of further budgets beside it: winner-1/, ...
 
 Where the nodes share files by URL (NAS_SHARED) the same paths are keys below it. There a trial has a tree for each attempt that
@@ -30,6 +32,8 @@ from nas.trial_files import REUSED
 from workers.step import RESULT, Outcome, read_outcome
 
 logger = logging.getLogger(__name__)
+
+MODEL, MODEL_TAR, OWN_BUNDLE = "model", "model.tar", "student"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +108,11 @@ class SearchFolder:
         if self.shared is not None:
             _remover().submit(_delete_all_but, self.shared, self._key("trials"), keep=tuple(map(str, keep_trials)))
             self._delete("attempts")
+
+    def clear_distillation(self) -> None:
+        """A full distillation has ended: what came out is in its tar."""
+        for name in (MODEL, OWN_BUNDLE):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def _key(self, name: str) -> str:
         return f"{self.path.parent.name}/{self.path.name}/{name}"

@@ -47,13 +47,13 @@ class ProgressReader:
 
 
 def make_point(line: dict[str, Any], *, attempt: AttemptRecord) -> PointRecord | None:
-    """A line of a rung as a point of its trial's curve; None for any other line, and for one that is not finite."""
-    if "tokens" not in line or attempt.trial is None or attempt.rung is None:
+    """A line of a rung, or of a full distillation, as a point of its trial's curve; None for any other line, and for one that is not finite."""
+    if "tokens" not in line or attempt.trial is None:
         return None
     numbers = {name: line[name] for name in _NUMBERS}
     if not all(math.isfinite(number) for number in numbers.values()):
         return None
-    return PointRecord(search_id=attempt.search_id, trial=attempt.trial, rung=attempt.rung, tokens=line["tokens"], **numbers)
+    return PointRecord(search_id=attempt.search_id, trial=attempt.trial, rung=attempt.rung or 0, tokens=line["tokens"], **numbers)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

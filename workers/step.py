@@ -45,7 +45,7 @@ class Step:
     key: str
     """The attempt's id."""
     stage: str
-    """prepare, rung, confirm or bundle; or probe, which belongs to no search."""
+    """prepare, rung, confirm or bundle; distil, of a full distillation; or probe, which belongs to no search."""
     folder: str
     """The attempt's own folder, made by who starts it."""
     request: dict[str, Any]
@@ -168,6 +168,7 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
     from nas.search.trial import run_rung
     from nas.shape import Shape
     from nas.space import Choices
+    from workers.distil import distil_student
 
     transformers_logging.disable_progress_bar()
     transformers_logging.disable_default_handler()
@@ -182,8 +183,6 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
     if step.stage == "probe":
         points = [point.as_dict() for point in probe_speed(device=device, dtype=request["dtype"])]
         return {"points": points, "host": socket.gethostname()}
-    spec, inputs, prepared = parse_spec(json.dumps(request["spec"])), request["inputs"], Path(request["prepared"])
-    spec = _with_smaller_passes(spec, num_halvings=request.get("num_halvings", 0))
     should_stop = (folder / STOP).exists
     with (folder / PROGRESS).open("a", encoding="utf-8") as file:
 
@@ -195,6 +194,10 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
             report(asdict(progress))
 
         report({"host": socket.gethostname(), "pid": os.getpid()})
+        if step.stage == "distil":
+            return distil_student(request, device=device, report=report_progress, should_stop=should_stop)
+        spec, inputs, prepared = parse_spec(json.dumps(request["spec"])), request["inputs"], Path(request["prepared"])
+        spec = _with_smaller_passes(spec, num_halvings=request.get("num_halvings", 0))
         match step.stage:
             case "prepare":
                 return prepare(spec, inputs=inputs, folder=prepared, device=device, report=report, should_stop=should_stop)

@@ -21,7 +21,7 @@ from nas.search.results import Metric, RungResult
 from nas.shape import Shape
 from nas.spec import SearchSpec
 from nas.store.records import AttemptRecord, TrialRecord
-from workers.folders import SearchFolder
+from workers.folders import MODEL_TAR, SearchFolder
 
 MAX_HEADER_BYTES = 100 * 2**20
 """Of a safetensors file, as its own library bounds it."""
@@ -114,6 +114,26 @@ def check_bundle(values: Mapping[str, Any], *, trial: int, folder: Path) -> None
     teacher = values.get("as_teacher")
     if teacher is not None and not (isinstance(teacher, Mapping) and isinstance(teacher.get("config"), Mapping) and isinstance(teacher.get("digest"), str)):
         raise Untrue(f"as_teacher: expected a digest and a config, got {teacher!r:.200}")
+
+
+def check_distilled(values: Mapping[str, Any], *, recipe: Mapping[str, Any], folders: SearchFolder) -> None:
+    """What a full distillation made, if it can be true: all the tokens were trained on, and the file lies where it was asked for.
+
+    Raises:
+        Untrue
+    """
+    least, step = recipe["tokens"], recipe["batch_size"] * recipe["sequence_length"]
+    tokens = values.get("tokens")
+    if not isinstance(tokens, int) or not least <= tokens < least + step:
+        raise Untrue(f"tokens: expected {least}, got {tokens}")
+    for name in ("held_out_before", "held_out_after"):
+        held_out = values.get(name)
+        numbers = held_out.values() if isinstance(held_out, Mapping) else ()
+        if not numbers or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise Untrue(f"{name}: expected KL and loss, finite, got {held_out}")
+    _expect("file", str(folders.path / MODEL_TAR), values.get("file"))
+    if not re.fullmatch(r"[0-9a-f]{64}", str(values.get("sha256"))):
+        raise Untrue(f"sha256: expected 64 hexadecimal digits, got {values.get('sha256')!r}")
 
 
 def count_file_parameters(folder: Path) -> int:

@@ -106,7 +106,11 @@ class Watch:
 
     def device_seconds_of(self, running: Running, resources: ResourceSpec) -> float:
         """Of one of them: wall seconds times its GPUs, or CPU cores where it has none."""
-        return 0.0 if running.began is None else (self._clock() - running.began) * (resources.gpus or resources.cpus)
+        return self.seconds_of(running) * (resources.gpus or resources.cpus)
+
+    def seconds_of(self, running: Running) -> float:
+        """Since the first sign of life of one of them."""
+        return 0.0 if running.began is None else self._clock() - running.began
 
     # -- what they report --------------------------------------------------------------------------------------------------
 

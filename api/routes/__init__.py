@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.routes import events, leaderboard, logs, nodes, projects, registry, results, searches, trials
+from api.routes import distillations, events, leaderboard, logs, nodes, projects, registry, results, searches, trials
 
 router = APIRouter(prefix="/v1")
-for resource in (registry, nodes, searches, trials, logs, leaderboard, results, events, projects):
+for resource in (registry, nodes, searches, trials, logs, leaderboard, results, events, distillations, projects):
     router.include_router(resource.router)

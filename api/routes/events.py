@@ -16,6 +16,7 @@ from api.openapi import event_stream_answer, problems
 from api.routes.dependencies import MAX_INTEGER, SearchDep, StoreDep
 from api.schemas.common import Page
 from api.schemas.events import EventAnswer
+from nas.store.store import Store
 
 RECONNECT_MILLISECONDS = 2000
 """How long a browser waits before it takes a broken stream up again."""
@@ -35,6 +36,7 @@ async def open_stream(search: SearchDep, request: Request) -> AsyncIterator[Stre
         yield stream
 
 
+LastEventId = Annotated[str | None, Header(description="Sent by a browser that reconnects; wins over `after`.")]
 StreamDep = Annotated[Stream, Depends(open_stream)]
 
 
@@ -46,7 +48,12 @@ def list_events(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> Page[EventAnswer]:
     """What happened, in order."""
-    found = store.list_events(search.id, after=after, limit=limit + 1)
+    return page_of_events(search.id, store=store, after=after, limit=limit)
+
+
+def page_of_events(name: str, *, store: Store, after: int, limit: int) -> Page[EventAnswer]:
+    """A page of the events of a search or a distillation."""
+    found = store.list_events(name, after=after, limit=limit + 1)
     data = [EventAnswer.model_validate(event) for event in found[:limit]]
     has_more = len(found) > limit
     return Page(data=data, has_more=has_more, next_cursor=str(data[-1].sequence) if has_more else None)
@@ -63,12 +70,17 @@ async def stream_events(
     stream: StreamDep,
     search: SearchDep,
     after: Annotated[int, Query(ge=0, le=MAX_INTEGER, description="Only events after this sequence number.")] = 0,
-    last_event_id: Annotated[str | None, Header(description="Sent by a browser that reconnects; wins over `after`.")] = None,
+    last_event_id: LastEventId = None,
 ) -> StreamingResponse:
     """Server-sent events: past ones first, then as they happen. The stream ends after the event that ends the search."""
+    return stream_of(stream, name=search.id, after=after, last_event_id=last_event_id)
+
+
+def stream_of(stream: Stream, *, name: str, after: int, last_event_id: str | None) -> StreamingResponse:
+    """The events of a search or a distillation, as they happen."""
     if last_event_id is not None and _SEQUENCE.fullmatch(last_event_id):
         after = int(last_event_id)
-    hello = format_sse_event(comment=f"events of {search.id}", retry=RECONNECT_MILLISECONDS)
+    hello = format_sse_event(comment=f"events of {name}", retry=RECONNECT_MILLISECONDS)
     # FastAPI's own way for a generator sends every frame for itself, through three tasks: with 200 streams that is a second of every burst.
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(_chunks(stream, hello, after=after), media_type="text/event-stream", headers=headers)

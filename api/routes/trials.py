@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -17,9 +16,9 @@ from api.openapi import accepted_answer, problems, versioned_answer
 from api.routes.dependencies import MAX_INTEGER, SearchDep, StoreDep, TrialNumber
 from api.schemas.common import Page
 from api.schemas.trials import AttemptAnswer, CurveAnswer, PointAnswer, TrialAnswer, TrialDetail
-from api.summary import describe_rung, describe_trial
+from api.summary import describe_rung, describe_trial, thin
 from nas.store.listing import TrialOrder, trial_place
-from nas.store.records import PointRecord, TrialState
+from nas.store.records import TrialState
 
 router = APIRouter(tags=["trials"])
 
@@ -83,13 +82,6 @@ def read_trial_metrics(
     points = store.list_points(search.id, trial=number, rung=rung)
     chosen = [PointAnswer.model_validate(point) for point in thin(points, max_points=max_points)]
     return CurveAnswer(search=search.id, trial=number, num_points=len(points), points=chosen)
-
-
-def thin(points: Sequence[PointRecord], *, max_points: int) -> list[PointRecord]:
-    """At most so many of the points, at even distances, with the first and the last."""
-    if len(points) <= max_points:
-        return list(points)
-    return [points[step * (len(points) - 1) // (max_points - 1)] for step in range(max_points)]
 
 
 @router.post(

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from nas.cli import access, cluster, estimate, housekeeping, logs, models, registry, requests, results, searches, service
+from nas.cli import access, cluster, distillations, estimate, housekeeping, logs, models, registry, requests, results, searches, service
 from nas.cli.errors import WRONG_INPUT, exit_code
 from nas.errors import NasError
 from nas.terminal import err
@@ -34,6 +34,7 @@ for name, group in (
     ("tasks", registry.tasks),
     ("keys", access.keys),
     ("projects", access.projects),
+    ("distillations", distillations.commands),
 ):
     app.add_typer(group, name=name)
 for module in (service, estimate, searches, requests, results, logs, models, cluster, housekeeping):

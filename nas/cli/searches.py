@@ -54,7 +54,7 @@ def submit(
         state = _follow(client, search["id"], show=not as_json) if wait else search["state"]
         if as_json:
             print_json(client.search(search["id"]) if wait else search)
-    _exit_unless_well(state)
+    exit_unless_well(state)
 
 
 def read_spec(path: Path) -> bytes:
@@ -132,7 +132,7 @@ def watch(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
                 sys.stdout.write(json.dumps(event) + "\n")
                 sys.stdout.flush()
         state = client.search(search_id)["state"] if as_json else _follow(client, search_id, show=True)
-    _exit_unless_well(state)
+    exit_unless_well(state)
 
 
 @commands.command()
@@ -141,7 +141,7 @@ def wait(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
     with make_client(url) as client:
         state = _follow(client, search_id, show=False)
     print_facts({"id": search_id, "state": state}, as_json=as_json)
-    _exit_unless_well(state)
+    exit_unless_well(state)
 
 
 def _follow(client: Client, search_id: str, *, show: bool) -> str:
@@ -149,7 +149,7 @@ def _follow(client: Client, search_id: str, *, show: bool) -> str:
     shown = out if show else Terminal(quiet=True)
     looked = 0.0
     with shown.status("", spinner="dots") as status:
-        for event in client.follow(search_id, on_break=_tell_break if show else None):
+        for event in client.follow(search_id, on_break=tell_break if show else None):
             if line := event_line(event):
                 shown.print(line, markup=False, highlight=False, soft_wrap=True)
             if shown.is_terminal and time.monotonic() - looked > 1.0:
@@ -160,10 +160,12 @@ def _follow(client: Client, search_id: str, *, show: bool) -> str:
     return str(client.search(search_id)["state"])
 
 
-def _tell_break(error: ApiError) -> None:
+def tell_break(error: ApiError) -> None:
+    """The service is away."""
     say(f"{error}; it is asked again until it answers")
 
 
-def _exit_unless_well(state: str) -> None:
+def exit_unless_well(state: str) -> None:
+    """Exit code 1 after the end of what did not succeed."""
     if state in TERMINAL_STATES and state != "succeeded":
         raise typer.Exit(FAILED)

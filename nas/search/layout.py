@@ -18,6 +18,8 @@ SIGNALS, CORRECTED, MOMENTS = "signals", "teacher", "moments"
 """Names inside a prepared folder."""
 STUDENT, PROBE, RECONSTRUCTION = "student", "probe", "reconstruction.json"
 """Names inside a trial's folder: the model of the last rung, its logits, which a fresh process must reproduce, and how the trial's start was reconstructed."""
+BUNDLE = "bundle"
+"""The folder of a winner's bundle; its tar lies beside it."""
 FORMAT = 2
 """Raise it when the content of a prepared folder changes meaning, so that old ones are not reused."""
 

@@ -32,7 +32,10 @@ class Figures(Database):
         """Cost: as much as the searches, and the attempts of those that are open."""
         of_open = select(searches.c.id).where(searches.c.state.in_(_OPEN))
         with self.read() as connection:
-            states = {SearchState(state): count for state, count in connection.execute(select(searches.c.state, func.count()).group_by(searches.c.state))}
+            states = {
+                SearchState(state): count
+                for state, count in connection.execute(select(searches.c.state, func.count()).where(searches.c.distils.is_(None)).group_by(searches.c.state))
+            }
             kept = select(trial_counts.c.state, func.sum(trial_counts.c.num_trials))
             trial_states = kept.where(trial_counts.c.search_id.in_(of_open)).group_by(trial_counts.c.state)
             counts = {TrialState(state): int(count) for state, count in connection.execute(trial_states)}

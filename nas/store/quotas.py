@@ -23,11 +23,11 @@ class Quotas:
     """Limits of one project; None is no limit. A day is one of UTC."""
 
     max_active_searches: int | None = None
-    """Searches that have not ended, paused ones among them."""
+    """Searches and full distillations that have not ended, paused ones among them."""
     max_active_trials: int | None = None
     """Trials that all of these may have together."""
     max_tokens_per_day: int | None = None
-    """Distillation tokens that the searches submitted in a day may take at most."""
+    """Distillation tokens that the searches and full distillations submitted in a day may take at most."""
     max_device_seconds_per_day: float | None = None
     """Device seconds spent in a day after which no further search is taken; those that run go on."""
 

@@ -21,7 +21,7 @@ Json = dict[str, Any]
 DEFAULT_PROJECT = "default"
 """The one project of a deployment that has made no other."""
 
-Stage = Literal["prepare", "rung", "confirm", "bundle"]
+Stage = Literal["prepare", "rung", "confirm", "bundle", "distil"]
 
 
 OVER_BUDGET = "over_budget"
@@ -68,6 +68,8 @@ class SearchState(StrEnum):
     PREPARING = "preparing"
     SEARCHING = "searching"
     CONFIRMING = "confirming"
+    RUNNING = "running"
+    """Of a full distillation, which has one step; a search is never here."""
     PAUSING = "pausing"
     """Its steps are asked to stop."""
     PAUSED = "paused"
@@ -82,7 +84,7 @@ class SearchState(StrEnum):
         return self in (SearchState.SUCCEEDED, SearchState.FAILED, SearchState.CANCELLED)
 
 
-WORKING = (SearchState.PREPARING, SearchState.SEARCHING, SearchState.CONFIRMING)
+WORKING = (SearchState.PREPARING, SearchState.SEARCHING, SearchState.CONFIRMING, SearchState.RUNNING)
 """States in which a search's steps are started, and in which its time counts."""
 
 
@@ -230,6 +232,13 @@ class SearchRecord:
     """Grows with everything that a user asks of a search that is there: a controller that sees a new number reads the search again."""
     traceparent: str | None = None
     """The trace to which its steps belong: that of the request that submitted it (W3C); None where nothing is traced."""
+    distils: str | None = None
+    """Of a full distillation: the search whose student it distils, which may be deleted since. None: it is a search."""
+
+    @property
+    def kind(self) -> Literal["search", "distillation"]:
+        """What it is; its events are named by it."""
+        return "search" if self.distils is None else "distillation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -125,13 +125,16 @@ class Requests(Database):
         """Forget a search that has ended, with all that hangs from it. Its files become nobody's, and go when the controller next looks for such.
 
         Raises:
-            Conflict: it has not ended, or a search that has not ended builds on it.
+            Conflict: it has not ended, or a search or a distillation that has not ended builds on it.
         """
         with self.write(fence=None) as connection:
             search = get_search(connection, search_id, lock=True)
             if not search.state.is_terminal:
                 raise Conflict(f"search {search_id}: expected one that has ended, got state {search.state}; cancel it first")
             open_states = [state for state in SearchState if not state.is_terminal]
+            distilled = select(searches.c.id).where(searches.c.distils == search_id, searches.c.state.in_(open_states))
+            if (running := connection.execute(distilled).scalar()) is not None:
+                raise Conflict(f"search {search_id}: expected one of which nothing is distilled, got one whose student {running} distils")
             for other, spec in connection.execute(select(searches.c.id, searches.c.spec).where(searches.c.state.in_(open_states))):
                 if search_id == spec.get("teacher"):
                     raise Conflict(f"search {search_id}: expected one that no open search builds on, got one whose winner is the teacher of {other}")

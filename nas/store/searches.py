@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, insert, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, insert, select, update
 
 from nas.errors import Conflict, NotFound
 from nas.store.database import Database
@@ -101,7 +101,7 @@ class Searches(Database):
 
         `after` is the id of the last one already seen: pages stay stable while searches arrive.
         """
-        query = select(*_COLUMNS).select_from(_WITH_BOARD).order_by(searches.c.id.desc()).limit(limit)
+        query = select(*_COLUMNS).select_from(_WITH_BOARD).where(searches.c.distils.is_(None)).order_by(searches.c.id.desc()).limit(limit)
         if project is not None:
             query = query.where(searches.c.project == project)
         if state is not None:
@@ -119,17 +119,17 @@ class Searches(Database):
 
     def latest_searches(self, *, project: str, limit: int) -> list[SearchName]:
         """A project's newest, by name only."""
-        query = select(searches.c.id, searches.c.label, searches.c.created_at).where(searches.c.project == project)
+        query = select(searches.c.id, searches.c.label, searches.c.created_at).where(searches.c.project == project, searches.c.distils.is_(None))
         query = query.order_by(searches.c.id.desc()).limit(limit)
         with self.read() as connection:
             return [SearchName(**row) for row in connection.execute(query).mappings()]
 
     def active_states(self) -> dict[str, SearchState]:
-        """Ids and states of those for which there may be something to do, neither ended nor paused, oldest first."""
+        """Ids and states of those for which there may be something to do, neither ended nor paused, oldest first; distillations among them."""
         return {search_id: active.state for search_id, active in self.active_searches().items()}
 
     def search_ids(self) -> set[str]:
-        """Of all searches there are."""
+        """Of all searches and distillations there are."""
         with self.read() as connection:
             return set(connection.execute(select(searches.c.id)).scalars())
 
@@ -301,7 +301,7 @@ def move_search(
     if to.is_terminal:
         changes["finished_at"] = utc_now()
     connection.execute(update(searches).where(searches.c.id == search.id).values(changes))
-    write_event(connection, search.id, event or f"search.{to}", {**(data or {}), **({"error": error} if error is not None else {})})
+    write_event(connection, search.id, event or f"{search.kind}.{to}", {**(data or {}), **({"error": error} if error is not None else {})})
     return get_search(connection, search.id)
 
 
@@ -312,6 +312,12 @@ def get_search(connection: Connection, search_id: str, *, lock: bool = False) ->
     if row is None:
         raise not_found(search_id)
     return _search(row)
+
+
+def list_records(connection: Connection, *wanted: ColumnElement[bool], limit: int) -> list[SearchRecord]:
+    """The newest of those rows that fulfil all conditions."""
+    query = select(*_COLUMNS).select_from(_WITH_BOARD).where(*wanted).order_by(searches.c.id.desc()).limit(limit)
+    return [_search(row) for row in connection.execute(query).mappings()]
 
 
 def not_found(search_id: str) -> NotFound:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from nas.store.access import Access
 from nas.store.boards import Boards
 from nas.store.counts import Counts
+from nas.store.distillations import Distillations
 from nas.store.figures import Figures
 from nas.store.idempotency import Idempotency
 from nas.store.leases import Leases
@@ -23,8 +24,8 @@ from nas.store.speeds import Speeds
 from nas.store.trials import Trials
 
 
-class Store(Registry, Searches, Requests, Idempotency, Trials, Listing, Counts, Boards, Leases, Speeds, Nodes, Access, Logs, Retention, Figures):
-    """Registry, searches and events, requests of users, each done once, trials, results and their numbers, leaderboards, leases, speeds, nodes,
+class Store(Registry, Searches, Distillations, Requests, Idempotency, Trials, Listing, Counts, Boards, Leases, Speeds, Nodes, Access, Logs, Retention, Figures):
+    """Registry, searches and events, distillations, requests of users, each done once, trials, results and their numbers, leaderboards, leases, speeds, nodes,
     projects and keys, logs, figures of all; over one engine."""
 
     @classmethod

@@ -198,6 +198,8 @@ searches = Table(
     Column("board_version", BigInteger),
     # Trace of the request that submitted it, as in the W3C header.
     Column("traceparent", String(64)),
+    # Of a full distillation: the search whose student it distils, which may be deleted before it. NULL in a search.
+    Column("distils", Identifier(64)),
     # The large columns come last: SQLite then reads and rewrites those before without them.
     Column("spec", _JSON, nullable=False),
     Column("inputs", _JSON, nullable=False),
@@ -207,6 +209,7 @@ searches = Table(
     Column("error", _JSON),
     Index(None, "state", "id"),
     Index(None, "project", "id"),
+    Index(None, "distils"),
 )
 
 idempotency_keys = Table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import socket
@@ -14,9 +15,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from api.app import create_app
+from nas.distillations import check_distillation, parse_distillation
 from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
-from nas.store.records import CorpusRecord, PointRecord, SearchRecord, SearchState, TaskRecord, TeacherRecord, TrialState, utc_now
+from nas.store.records import AttemptState, CorpusRecord, PointRecord, SearchRecord, SearchState, TaskRecord, TeacherRecord, TrialState, utc_now
 from nas.store.store import Store
 from nas.submission import check_submission
 
@@ -151,6 +153,34 @@ class Service:
         self.store.record_rung(
             attempt.id, search_id=search.id, trial=number, rung=rung, result=a_result(rung, tokens=tokens, kl=kl), trial_state=state, fence=None
         )
+
+    def succeed(self, search: SearchRecord) -> SearchRecord:
+        """A search that has succeeded with its trial 1, and a bundle of nothing."""
+        self.store.save_winner(search.id, {"trial": 1, "config": {"hidden_size": 48}}, fence=None)
+        self.move(search, SearchState.SUCCEEDED)
+        return self.store.get_search(search.id)
+
+    def distil(self, search: SearchRecord, **asked: Any) -> SearchRecord:
+        """A distillation of the winner of a search that has succeeded."""
+        plan = check_distillation(parse_distillation(json.dumps({"search_id": search.id, **asked})), store=self.store, settings=self.settings)
+        named = {"spec": plan.spec, "inputs": plan.inputs, "tokens": plan.tokens, "label": asked.get("label", ""), "project": search.project}
+        return self.store.create_distillation(search_id=search.id, trial=plan.trial, **named)
+
+    def finish_distillation(self, distillation: SearchRecord, *, content: bytes = b"a model" * 1000) -> SearchRecord:
+        """One attempt, two points, a log, and a file."""
+        self.move(distillation, SearchState.RUNNING)
+        trial = distillation.spec["trial"]
+        attempt = self.store.start_attempt(distillation.id, stage="distil", trial=trial, rung=None, fence=None)
+        named = {"search_id": distillation.id, "trial": trial, "rung": 0, "learning_rate": 1e-3, "tokens_per_second": 1e4}
+        self.store.add_points(PointRecord(tokens=tokens, loss=1.0 / tokens, **named) for tokens in (1000, 2000))
+        (self.settings.data_folder / f"{distillation.id}.tar").write_bytes(content)
+        held_out = {"kl": 0.5, "kl_standard_error": 0.01, "loss": 1.5, "loss_standard_error": 0.02}
+        told = {"tokens": 2000, "seconds": 3.0, "held_out_before": held_out, "held_out_after": {**held_out, "kl": 0.1}}
+        file = {"file": f"{distillation.id}.tar", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        self.store.save_distilled(distillation.id, {**told, **file}, fence=None)
+        self.store.finish_attempt(attempt.id, state=AttemptState.SUCCEEDED, reason=None, fence=None, log="a line\n")
+        self.move(distillation, SearchState.SUCCEEDED)
+        return self.store.get_distillation(distillation.id)
 
     def board(self, search: SearchRecord) -> dict[str, Any]:
         """The whole board, as it was saved."""

@@ -27,22 +27,35 @@ ACTIONS = ("cancel_search", "pause_search", "resume_search", "update_search", "d
 REFUSED = ["400", "401", "403", "404", "405", "406", "409", "412", "415", "422", "428", "429"]
 
 
-def configuration(*, searches: dict[str, str], digest: str, is_short: bool) -> dict[str, Any]:
+def configuration(*, searches: dict[str, str], distillations: dict[str, str], digest: str, is_short: bool) -> dict[str, Any]:
     """Of a run: deterministic; each operation on a search of its own, or on the one that has succeeded."""
     operations: list[dict[str, Any]] = [
         {"include-operation-id": name, "parameters": {"path.search_id": search_id}} for name, search_id in searches.items() if name != "done"
+    ]
+    operations += [
+        {"include-operation-id": name, "parameters": {"path.distillation_id": distillation_id}}
+        for name, distillation_id in distillations.items()
+        if name != "done"
     ]
     # What these refuse, a schema cannot say: names that are not registered, a budget that nothing fits.
     semantic = {"positive_data_acceptance": {"expected-statuses": ["2xx", "422", "429"]}}
     # Every field of a spec at its bounds is thousands of requests: not in the short run.
     coverage = {"coverage": {"enabled": not is_short}}
-    operations += [{"include-operation-id": name, "checks": semantic, "phases": coverage} for name in ("submit_search", "preview_search")]
+    operations += [
+        {"include-operation-id": name, "checks": semantic, "phases": coverage} for name in ("submit_search", "preview_search", "submit_distillation")
+    ]
     return {
         "seed": 1,
         "headers": {"Host": "127.0.0.1"},
         "generation": {"max-examples": 5 if is_short else 100, "deterministic": True, "database": "none"},
         "checks": {"negative_data_rejection": {"expected-statuses": REFUSED}, "missing_required_header": {"expected-statuses": ["428"]}},
-        "parameters": {"path.search_id": searches["done"], "query.with": searches["retry_trial"], "path.sha256": digest, "header.If-Match": "*"},
+        "parameters": {
+            "path.search_id": searches["done"],
+            "query.with": searches["retry_trial"],
+            "path.sha256": digest,
+            "path.distillation_id": distillations["done"],
+            "header.If-Match": "*",
+        },
         "operations": operations,
     }
 
@@ -70,9 +83,12 @@ def configured(service: Service) -> Any:
     service.move(done, SearchState.SUCCEEDED)
     searches = {"done": done.id, "retry_trial": service.ranked_search().id, **{name: service.submit().id for name in ACTIONS}}
     service.store.request_cancel(searches["delete_search"])
+    distillations = {name: service.distil(done).id for name in ("cancel_distillation", "delete_distillation")}
+    distillations["done"] = service.finish_distillation(service.distil(done)).id
+    service.store.request_cancel(distillations["delete_distillation"])
 
     def make(is_short: bool) -> BaseSchema:
-        config = schemathesis.Config.from_dict(configuration(searches=searches, digest=digest, is_short=is_short))
+        config = schemathesis.Config.from_dict(configuration(searches=searches, distillations=distillations, digest=digest, is_short=is_short))
         schema = schemathesis.openapi.from_asgi("/openapi.json", service.client.app, config=config, headers={"Host": "127.0.0.1"})
         schema.hook("filter_failure")(is_fault)
         return schema

@@ -50,6 +50,7 @@ class Live:
     ranked: str
     fresh: Callable[[], str]
     digest: str
+    distilled: str
 
     @property
     def operations(self) -> set[str]:
@@ -82,6 +83,7 @@ def live(service: Service) -> Iterator[Live]:
     attempt = service.store.list_attempts(done.id)[0]
     service.store.save_logs(done.id, {attempt.id: "a line\n"}, fence=None)
     service.move(done, SearchState.SUCCEEDED)
+    distilled = service.finish_distillation(service.distil(done))
     recorder = Recorder(service.client.app, templates)
     server = uvicorn.Server(uvicorn.Config(recorder, port=0, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
@@ -89,7 +91,15 @@ def live(service: Service) -> Iterator[Live]:
     while not server.started:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield Live(url=f"http://127.0.0.1:{port}", recorder=recorder, done=done.id, ranked=ranked.id, fresh=lambda: service.submit().id, digest=digest)
+    yield Live(
+        url=f"http://127.0.0.1:{port}",
+        recorder=recorder,
+        done=done.id,
+        ranked=ranked.id,
+        fresh=lambda: service.submit().id,
+        digest=digest,
+        distilled=distilled.id,
+    )
     server.should_exit = True
     thread.join()
 
@@ -120,6 +130,16 @@ def test_the_client_reaches_every_operation(live: Live, service: Service, tmp_pa
         assert "hidden_size" in client.winner_as(live.done, format="hf-config")
         for saved in (client.download_bundle(live.done, target=tmp_path / "a.tar"), client.download(live.digest, target=tmp_path / "b.tar")):
             assert hashlib.sha256(saved.read_bytes()).hexdigest() == live.digest
+        request = json.dumps({"search_id": live.done}).encode()
+        distilled, again = (client.distil(request, idempotency_key="d") for _ in range(2))
+        assert distilled["id"] == again["id"] == client.distillations(search=live.done, state="queued")[0]["id"]
+        assert client.cancel_distillation(distilled["id"])["state"] == "cancelled"
+        client.delete_distillation(distilled["id"])
+        assert client.distillation(live.distilled)["tokens_done"] == 2000
+        assert client.distillation_log(live.distilled) == "a line\n"
+        assert client.download_distillation(live.distilled, target=tmp_path / "model.tar").read_bytes() == b"a model" * 1000
+        followed = [event["sequence"] for event in client.follow_distillation(live.distilled)]
+        assert followed == [event["sequence"] for event in client.distillation_events(live.distilled)] != []
         assert [event["sequence"] for event in client.follow(live.done)] == [event["sequence"] for event in client.events(live.done)]
 
     assert live.recorder.reached == live.operations
@@ -176,6 +196,18 @@ def test_the_command_reaches_every_operation(
     nas("winner", live.done, "--bundle", tmp_path / "a.tar")
     nas("download", live.digest, tmp_path / "b.tar")
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    distilled = nas("distillations", "submit", live.done, "--recipe", "tokens=4096", "--recipe", "optimizer=muon").strip()
+    assert "4,096" in nas("distillations", "show", distilled)
+    assert distilled in nas("distillations", "list", "--search", live.done)
+    assert "cancelled" in nas("distillations", "cancel", distilled)
+    nas("distillations", "watch", distilled, code=1)
+    nas("distillations", "download", distilled, tmp_path / "none.tar", code=4)
+    nas("distillations", "delete", distilled, "--yes")
+    assert "a line" in nas("distillations", "logs", live.distilled)
+    assert "distilled" in nas("distillations", "events", live.distilled)
+    assert "succeeded" in nas("distillations", "watch", live.distilled)
+    nas("distillations", "download", live.distilled, tmp_path / "model.tar")
+    assert (tmp_path / "model.tar").read_bytes() == b"a model" * 1000
     assert "succeeded" in nas("wait", live.done)
     assert "succeeded" in nas("watch", live.done)
 
