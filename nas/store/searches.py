@@ -79,10 +79,10 @@ class Searches(Database):
             return get_search(connection, search_id)
 
     def get_search(self, search_id: str, *, project: str | None = None) -> SearchRecord:
-        """The search; of one project, or of any. Another project's is not found, as if it did not exist."""
+        """The search; of one project, or of any. To a project another's is not found, as if it did not exist, and a full distillation is no search."""
         with self.read() as connection:
             search = get_search(connection, search_id)
-        if project is not None and search.project != project:
+        if project is not None and (search.project != project or search.distils is not None):
             raise not_found(search_id)
         return search
 

@@ -124,6 +124,13 @@ def test_cancelled_twice_is_no_error_and_finished_is(service: Service, search: S
     assert service.client.get(f"{URL}/{done.id}").status_code == 404
 
 
+def test_a_search_cannot_start_from_a_distillation(service: Service, search: SearchRecord) -> None:
+    body = json.dumps(service.spec(warm_start_from=[service.distil(search).id]))
+    answer = service.client.post("/v1/searches", content=body, headers=JSON)
+
+    assert (answer.status_code, answer.json()["errors"][0]["expected"]) == (422, "the id of a search")
+
+
 def test_the_pages_show_it(service: Service, search: SearchRecord) -> None:
     waiting, done = service.distil(search, label="<b>full</b>"), service.finish_distillation(service.distil(search))
     get = service.client.get
