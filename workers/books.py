@@ -53,6 +53,8 @@ class Books:
     def load(self) -> None:
         """Read all but the record from the store."""
         search_id = self.record.id
+        self.num_requests = self.record.num_requests
+        """Requests of users that are in memory. The record is read again after some writes, and may know of more."""
         self.prepared = self._store.get_prepared(search_id)
         trials, rungs, attempts = self._store.list_trials(search_id), self._store.list_rungs(search_id), self._store.list_attempts(search_id)
         self.run = Family(self.record, trials=trials, rungs=rungs, attempts=attempts, memory=recall(self.record, store=self._store))
@@ -283,7 +285,7 @@ class Books:
                 data=data,
                 end_reason=end_reason,
                 # From then on no more shapes are evaluated: an extension or a retry of this moment was accepted, and comes first.
-                num_requests=self.record.num_requests if to is SearchState.CONFIRMING else None,
+                num_requests=self.num_requests if to is SearchState.CONFIRMING else None,
             )
         except Conflict as conflict:
             logger.info("state not changed: %s", conflict, extra={"action": "state_conflict", "search_id": self.record.id, "to": to})

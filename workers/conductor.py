@@ -74,7 +74,7 @@ class Conductor:
 
     def note(self, active: ActiveSearch) -> None:
         """The search as the store has it now: users pause, resume and cancel it, retry trials and extend it."""
-        if active.num_requests != self.record.num_requests:
+        if active.num_requests != self._books.num_requests:
             self.reload()
         elif active.state is not self.record.state:
             self._books.record = replace(self.record, state=active.state)

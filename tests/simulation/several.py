@@ -66,6 +66,8 @@ class Fleet:
     num_trials: int
     seed: int
     num_workers: int = 2
+    database_url: str = ""
+    """Another one than a SQLite file in the folder."""
     clock: Clock = field(default_factory=Clock)
     members: list[Member] = field(default_factory=list)
     clusters: list[FakeCluster] = field(default_factory=list)
@@ -75,7 +77,7 @@ class Fleet:
     _unled_since: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        settings = Settings.from_environment({"NAS_DATA": str(self.folder)})
+        settings = Settings.from_environment({"NAS_DATA": str(self.folder), **({"NAS_DATABASE_URL": self.database_url} if self.database_url else {})})
         self.settings = dataclasses.replace(settings, lease_seconds=LEASE_SECONDS, attempt_lease_seconds=2 * LEASE_SECONDS)
         self.store = self.open_store(TimedStore)
         self.random = random.Random(self.seed)
