@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 UNIT := not slow and not ray and not browser and not faults and not reference
 
-.PHONY: setup demo test test-all lint check bench format clean
+.PHONY: setup demo test test-all test-faults lint check bench format clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,9 @@ test: setup  ## what people run all day: real Ray, PostgreSQL, browser and kills
 
 test-all: setup  ## also what takes long
 	$(PYTEST) -n 2 --dist loadfile
+
+test-faults: setup  ## break everything that deploy/README.md promises; the last lines say how much was tried, and what was lost or doubled
+	$(PYTEST) -n 2 --dist loadgroup tests/faults tests/simulation tests/store/test_requests_machine.py -k "not ten_thousand"
 
 lint: setup  ## format, lint, types
 	$(BIN)/ruff format --check .
