@@ -32,7 +32,7 @@ def find_file(place: str, *, sha256: str, settings: Settings) -> Path:
     folder = settings.data_folder.resolve()
     path = (folder / place).resolve()
     # A link is not followed to other files of the folder either: a worker that writes there does not choose what is served.
-    is_itself = path == folder / place
+    is_itself = path == folder / place and path.is_relative_to(folder)
     if settings.shared_url is not None and is_itself and not path.is_file():
         try:
             SharedFiles(settings.shared_url).fetch_file(path.relative_to(folder).as_posix(), target=path, sha256=sha256)

@@ -62,7 +62,7 @@
   }
 
   // The event types that the API sends; EventSource has no way to listen to all of them at once.
-  const TYPES = ["search.created", "search.preparing", "search.searching", "search.confirming", "search.pausing", "search.paused",
+  const TYPES = ["search.created", "search.running", "search.preparing", "search.searching", "search.confirming", "search.pausing", "search.paused",
     "search.resumed", "search.updated", "search.cancelling", "search.teacher_known", "search.prepared", "search.winner",
     "leaderboard.changed", "task.weak",
     "trial.proposed", "trial.started", "trial.rung_finished", "trial.waiting", "trial.completed", "trial.stopped", "trial.failed", "trial.retried", "trial.cancelled", "trial.confirmed",

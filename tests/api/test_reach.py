@@ -184,7 +184,7 @@ def test_the_command_reaches_every_operation(
     nas("show", made, code=3)
     assert "waiting" in nas("retry", live.ranked, 4)
     nas("retry", live.ranked, 4, code=4)
-    assert "anchor:uniform" in nas("trials", live.done)
+    assert "anchor:uniform" in nas("trials", live.done, "--json")
     assert "attempts" in nas("trial", live.done, 1)
     assert nas("curve", live.done, 1)
     assert "a line" in nas("logs", live.done, "--attempt", json.loads(nas("logs", live.done, "--json"))[-1]["id"])
