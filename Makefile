@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## the whole product on a self-made teacher, in about ten minutes on two cores
 	$(BIN)/python -m nas.demo
 
-test: setup  ## what people run all day: real Ray, PostgreSQL, browser and kills, at most six minutes
+test: setup  ## what people run all day: real Ray, PostgreSQL, browser and kills, about ten minutes on two cores
 	$(PYTEST) -n 2 --dist loadfile -m "not slow"
 
 test-all: setup  ## also what takes long

@@ -22,7 +22,7 @@ NODE = NodeRecord(
 
 def test_nodes_are_listed_in_pages_with_what_is_wrong_there(service: Service) -> None:
     for index in range(3):
-        service.store.save_node(replace(NODE, id=f"node{index}", host=f"gpu-{index // 2}"))
+        service.store.save_node(replace(NODE, id=f"node{index}", host=f"gpu-{index // 2}", seen_at=utc_now()))
 
     first = service.client.get("/v1/nodes", params={"limit": 2}).json()
     second = service.client.get("/v1/nodes", params={"limit": 2, "after": first["next_cursor"]}).json()
