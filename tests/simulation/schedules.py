@@ -182,6 +182,7 @@ class World(Fleet):
     opened: TimedStore
     """An empty database of the present schema, in the folder."""
     parallel: int = 2
+    num_trained: int = 2
     sampler: str = "random"
     poison: frozenset[int] = frozenset()
     histories: dict[str, History] = field(default_factory=dict)
@@ -207,7 +208,7 @@ class World(Fleet):
             num_trials=self.num_trials,
             num_workers=self.parallel,
             seed=len(self.search_ids),
-            rungs={"num_trained": 2, "keep": 0.5},
+            rungs={"num_trained": self.num_trained, "keep": 0.5},
             controls={"anchors": False, "num_random": 1},
             num_finalists=2,
             sampler={"name": self.sampler, "max_trials": self.num_trials, "num_startup_trials": 3},
@@ -241,7 +242,7 @@ class World(Fleet):
         while self.round():
             assert self.clock.seconds < MAX_SECONDS, f"not ended after {MAX_SECONDS:g} s: {self.store.active_states()}"
         self.dangers, self._away_until = Dangers(), 0.0
-        for _ in range(20):  # those who led a search without knowing that it ended hear of it
+        for _ in range(4):  # those who led a search without knowing that it ended hear of it
             self.round()
         self.check()
 

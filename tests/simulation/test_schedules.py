@@ -29,7 +29,7 @@ pytestmark = pytest.mark.faults
 
 SEEDS = [int(seed) for seed in os.environ.get("NAS_SEEDS", "").split(",") if seed]
 FEW, MANY, NUM_PARTS = 20, 2000, 8
-POISON = frozenset({3})
+POISON = frozenset({2})
 
 
 class Worlds:
@@ -73,13 +73,18 @@ def any_schedule(make: Worlds, *, seed: int) -> World:
     """A schedule of this seed, checked."""
     drawn = random.Random(seed)
     dangers = Dangers.draw(drawn)
-    plan = {"num_trials": drawn.randint(3, 5), "parallel": drawn.choice((1, 1, 2, 3)), "sampler": drawn.choice(("random", "random", "tpe"))}
+    plan = {
+        "num_trials": drawn.randint(2, 4),
+        "num_trained": drawn.choice((1, 1, 2)),
+        "parallel": drawn.choice((1, 1, 2, 3)),
+        "sampler": drawn.choice(("random", "random", "tpe")),
+    }
     # One step after the other, and no user: then what is found does not depend on what goes wrong.
     is_settled = plan["parallel"] == 1 and not dangers.asks
     expected = undisturbed(make, **plan) if is_settled else None
     world = make(seed=seed, dangers=dangers, num_searches=1 if is_settled else drawn.choice((1, 1, 2)), **plan)
     try:
-        world.run(num_members=drawn.randint(1, 3))
+        world.run(num_members=drawn.choice((1, 1, 2, 3)))
         assert expected is None or expected == figures(world.store, world.search_ids[0]), "it found something else than a search that nothing disturbed"
     except BaseException as error:
         error.add_note(f"seed {seed}: {dangers}, so far {dict(world.happened)}")
@@ -126,7 +131,7 @@ def test_many_schedules(make: Worlds, part: int, record_property: RecordProperty
 
 # -- one crash, at every write ---------------------------------------------------------------------------------------------
 
-PLAN = {"num_trials": 3, "parallel": 1, "sampler": "random"}
+PLAN = {"num_trials": 3, "num_trained": 2, "parallel": 1, "sampler": "random"}
 
 
 def crash(make: Worlds, *, when: str, number: int) -> bool:
