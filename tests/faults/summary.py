@@ -6,7 +6,7 @@ A test says it with pytest's `record_property`, which also comes from the proces
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,10 +19,10 @@ SCHEDULES, SECONDS, HAPPENED, KILLS, COUNTS = "faults.schedules", "faults.second
 _totals: dict[str, Counter[str]] = {name: Counter() for name in (SCHEDULES, SECONDS, HAPPENED, KILLS, COUNTS)}
 
 
-def record(record_property: RecordProperty, histories: list[History], *, kills: dict[str, int]) -> None:
+def record(record_property: RecordProperty, histories: list[History], *, kills: Mapping[str, int]) -> None:
     """Say what a test did to real processes (`controller on sqlite`: how often), and what the histories show. Fails where something was lost or doubled."""
     counted = count(histories)
-    record_property(KILLS, kills)
+    record_property(KILLS, dict(kills))  # plain: pytest-xdist carries nothing else
     record_property(COUNTS, asdict(counted))
     assert [history.losses() for history in histories if history.losses()] == []
     assert [history.repeats for history in histories if history.repeats] == []

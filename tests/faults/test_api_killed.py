@@ -86,7 +86,7 @@ def api(fleet: Fleet, free_tcp_port: int) -> Iterator[Api]:
     api.kill()
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("num_kills", [3, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_the_api_is_killed_while_searches_are_submitted(
     fleet: Fleet,
     api: Api,

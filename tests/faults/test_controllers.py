@@ -45,7 +45,7 @@ def test_controllers_are_killed_at_any_moment(fleet: Fleet, record_property: Rec
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("seed", range(1, 3))
 def test_controllers_are_killed_many_times(fleet: Fleet, seed: int, record_property: RecordProperty) -> None:
     submit_pretended(fleet, num=20)
 
@@ -72,6 +72,7 @@ def test_one_controller_is_stopped_and_wakes_and_the_other_is_killed(fleet: Flee
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("environment", ["postgresql"], indirect=True)
 def test_the_same_with_steps_that_train(fleet: Fleet, register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]]) -> None:
     """What a stopped controller started goes on training meanwhile: its traces are refused."""
     fleet.module = TRAINING

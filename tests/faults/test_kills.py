@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from nas.spec import dump_spec, parse_spec
 from nas.store.records import AttemptState, TrialState
 from nas.store.store import Store
 from nas.submission import check_submission
+from tests.faults.history import History
+from tests.faults.summary import RecordProperty, record
 from workers.controller import Controller
 from workers.folders import SearchFolder
 from workers.step import PROGRESS, RESULT, Outcome, Step, execute
@@ -313,12 +316,20 @@ def interrupt_service(service: Service, worker: int) -> None:
     service.start()
 
 
-KILLS = [kill_controller, kill_worker, kill_service, kill_supervisor, interrupt_service]
+NAMES = {
+    kill_controller: "controller killed",
+    kill_worker: "worker killed",
+    kill_service: "service killed",
+    kill_supervisor: "supervisor killed",
+    interrupt_service: "service interrupted",
+}
 ENDS = {kill_worker: AttemptState.FAILED}
 """How the attempt that was hit ends; after any other kill it is lost, which does not count against it."""
 
 
-def check_kills(service: Service, *, url: str, kills: list[Callable[[Service, int], None]], spec: dict[str, Any], undisturbed: list[Any]) -> None:
+def check_kills(
+    service: Service, *, url: str, kills: list[Callable[[Service, int], None]], spec: dict[str, Any], undisturbed: list[Any], record_property: RecordProperty
+) -> None:
     """One search through all kills, each at a later trial than the one before."""
     service.start()
     search_id = submit(service, spec)
@@ -327,6 +338,7 @@ def check_kills(service: Service, *, url: str, kills: list[Callable[[Service, in
         kill(service, catch_running_rung(service, store, search_id, trial=trial))
     wait_for_end(store, search_id)
     check_history(store, search_id)
+    record(record_property, [History(store=store, search_id=search_id)], kills=Counter(f"{NAMES[kill]} on {url.partition(':')[0]}" for kill in kills))
     assert figures(store, search_id) == undisturbed
     states = [attempt.state for attempt in store.list_attempts(search_id)]
     hits = [ENDS.get(kill, AttemptState.LOST) for kill in kills]
@@ -349,17 +361,32 @@ def check_stopped(service: Service) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_controller_worker_and_service_are_killed_in_one_search(service: Service, database_url: str, spec: dict[str, Any], undisturbed: list[Any]) -> None:
-    check_kills(service, url=database_url, kills=[kill_controller, kill_worker, kill_service], spec=spec, undisturbed=undisturbed)
+def test_controller_worker_and_service_are_killed_in_one_search(
+    service: Service, database_url: str, spec: dict[str, Any], undisturbed: list[Any], record_property: RecordProperty
+) -> None:
+    check_kills(
+        service, url=database_url, kills=[kill_controller, kill_worker, kill_service], spec=spec, undisturbed=undisturbed, record_property=record_property
+    )
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_the_service_is_killed_on_postgresql(service: Service, database_url: str, spec: dict[str, Any], undisturbed: list[Any]) -> None:
-    check_kills(service, url=database_url, kills=[kill_service], spec=spec, undisturbed=undisturbed)
+def test_the_service_is_killed_on_postgresql(
+    service: Service, database_url: str, spec: dict[str, Any], undisturbed: list[Any], record_property: RecordProperty
+) -> None:
+    check_kills(service, url=database_url, kills=[kill_service], spec=spec, undisturbed=undisturbed, record_property=record_property)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", KILLS)
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_controller_and_worker_are_killed_on_postgresql(
+    service: Service, database_url: str, spec: dict[str, Any], undisturbed: list[Any], record_property: RecordProperty
+) -> None:
+    check_kills(service, url=database_url, kills=[kill_controller, kill_worker], spec=spec, undisturbed=undisturbed, record_property=record_property)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
-def test_one_kill(service: Service, database_url: str, kill: Callable[[Service, int], None], spec: dict[str, Any], undisturbed: list[Any]) -> None:
-    check_kills(service, url=database_url, kills=[kill], spec=spec, undisturbed=undisturbed)
+def test_the_supervisor_is_killed_and_the_service_interrupted(
+    service: Service, database_url: str, spec: dict[str, Any], undisturbed: list[Any], record_property: RecordProperty
+) -> None:
+    check_kills(service, url=database_url, kills=[kill_supervisor, interrupt_service], spec=spec, undisturbed=undisturbed, record_property=record_property)
