@@ -75,6 +75,8 @@ ROWS = (
     "nas.search.seeds",
     "nas.search.rungs",
     "nas.search.confirmed",
+    "nas.search.objective",
+    "nas.search.leaderboard",
     "nas.search.ranking",
     "nas.search.forecast",
     "nas.search.comparison",

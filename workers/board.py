@@ -8,7 +8,7 @@ from typing import Any
 from nas.estimate import total_work
 from nas.search.confirmed import Confirmation
 from nas.search.forecast import time_left
-from nas.search.ranking import Board, board_as_dict
+from nas.search.leaderboard import Board, board_as_dict
 from nas.search.results import trained_tokens
 from workers.family import Family
 from workers.search_run import SearchRun

@@ -17,17 +17,17 @@ from nas.errors import Conflict
 from nas.files import folder_bytes
 from nas.search.confirmed import Confirmation
 from nas.search.layout import clear_below
-from nas.search.ranking import Board
+from nas.search.leaderboard import Board
 from nas.search.results import RungResult
 from nas.store.records import OVER_BUDGET, WORKING, AttemptRecord, AttemptState, SearchRecord, SearchState, Stage, TrialState, all_winners
 from nas.trial_files import REUSED, find_tree
 from nas.warm_start import Known, recall
+from workers.actions import LIMIT_REASONS, Advance, NewTrial
 from workers.board import make_board
 from workers.family import Family
 from workers.folders import SearchFolder
 from workers.limits import Limits
 from workers.logs import read_tail
-from workers.search_run import LIMIT_REASONS, Advance, NewTrial
 from workers.watch import Leader
 
 logger = logging.getLogger(__name__)

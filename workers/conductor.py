@@ -21,10 +21,10 @@ from nas.store.records import OVER_BUDGET, ActiveSearch, AttemptRecord, AttemptS
 from nas.submission import take_teacher
 from nas.trial_files import find_tree
 from workers import metrics
+from workers.actions import Advance, LimitReason, NewTrial
 from workers.books import Books
 from workers.family import Family
 from workers.logs import LogKeeper, last_lines, read_tail
-from workers.search_run import Advance, LimitReason, NewTrial
 from workers.step import Outcome, Step
 from workers.tries import BEATS_PER_LEASE, begin, find_spent, judge, num_memory_failures
 from workers.verdicts import Untrue, check_result

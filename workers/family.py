@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from nas.search.confirmed import Confirmation
-from nas.search.ranking import Board, TaskScale
+from nas.search.leaderboard import Board
+from nas.search.objective import TaskScale
 from nas.search.results import RungResult, trained_tokens
 from nas.search.study import Observation
 from nas.search.task_signals import TaskSignal
@@ -19,7 +20,8 @@ from nas.shape import Shape
 from nas.spec import parse_spec
 from nas.store.records import AttemptRecord, RungRecord, SearchRecord, TrialRecord
 from nas.warm_start import Known, Memory
-from workers.search_run import Advance, EndReason, LimitReason, NewTrial, SearchRun
+from workers.actions import Advance, EndReason, LimitReason, NewTrial
+from workers.search_run import SearchRun
 
 
 class Family:

@@ -12,7 +12,7 @@ from pathlib import Path
 from nas.files import folder_bytes
 from nas.spec import LimitSpec
 from nas.store.records import AttemptRecord, SearchTimes
-from workers.search_run import LimitReason
+from workers.actions import LimitReason
 
 DISK_SECONDS = 20.0
 """Between two measurements of the search's folder."""

@@ -17,11 +17,11 @@ from nas.spec import LimitSpec, ResourceSpec
 from nas.store.records import AttemptRecord, Fence
 from nas.store.store import Store
 from workers import metrics
+from workers.actions import LimitReason
 from workers.executor import Executor
 from workers.folders import SearchFolder
 from workers.liveness import ask_to_stop, read_beat, supersede
 from workers.progress import ProgressReader, make_point
-from workers.search_run import LimitReason
 from workers.step import Outcome
 
 logger = logging.getLogger(__name__)

@@ -2,56 +2,27 @@
 
 Only trials at the last rung have a rank. They are compared pairwise over the same documents; rows that this cannot tell
 apart share a rank, and inside such a tie group the held-out KL orders: what the user's metric cannot separate, the
-likelihood does. Every error of a score holds both parts: over documents, and between training seeds (`nas/search/seeds.py`).
+likelihood does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
 
 from scipy.stats import kendalltau
 
 from nas.search.confirmed import Confirmation, decide_finals
+from nas.search.leaderboard import Agreement, Board, ControlSummary, Difference, Row, TaskCell
+from nas.search.objective import TaskScale, difference, objective, seed_error, with_seed_error
 from nas.search.pareto import fronts
 from nas.search.results import CONTROL, Metric, RungResult
-from nas.search.rungs import TIE_Z, last_rung, paired_difference
-from nas.search.seeds import score_error
-from nas.search.task_signals import check_signals, read_signals
+from nas.search.rungs import TIE_Z, last_rung
 from nas.shape import Shape
-from nas.spec import RungSpec, TaskSpec
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskScale:
-    """One task of the objective: 0 is what random weights score, 1 what the teacher scores."""
-
-    name: str
-    weight: float
-    """Share of the objective; the weights of all scales sum to 1."""
-    teacher: float
-    random: float
-    higher_is_better: bool
-    seed_error: float = 0.0
-    """Its part of the standard deviation of the objective between training seeds. The parts of all scales add up: one seed moves all tasks together."""
-
-    @property
-    def slope(self) -> float:
-        """Change of the objective per unit of this task's metric; negative where lower is better."""
-        return self.weight / (self.teacher - self.random)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """A weighted mean over tasks. The error is that over documents, tasks taken as independent, and that between training seeds; teacher and random
-    weights count as exact."""
-
-    value: float
-    standard_error: float
+from nas.spec import RungSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,155 +57,6 @@ class CompletedTrial:
         return known
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskCell:
-    """One task of one row."""
-
-    value: float
-    standard_error: float
-    higher_is_better: bool
-    share: float
-    """0: random weights, 1: the teacher."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """A row's score minus the best score, paired over the same documents. In the first tie group, and only there, the interval holds zero."""
-
-    value: float
-    standard_error: float
-    low: float
-    """Lower end of the 95 % interval."""
-    high: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One trial at its deepest rung."""
-
-    rank: int | None
-    """Place of the first row of its tie group (1, 1, 1, 4, ...); None below the last rung."""
-    tie_group: int | None
-    """1, 2, ... from the best; None below the last rung."""
-    tied: bool
-    """Whether others are in its tie group."""
-    number: int
-    origin: str
-    is_control: bool
-    shape: dict[str, int]
-    parameters: int
-    share_of_teacher: float
-    rung: int
-    tokens: int
-    score: float | None
-    """None at a rung that is scored on no task. Scores of different rungs are not comparable."""
-    standard_error: float | None
-    difference: Difference | None
-    """To the row with the best score; None below the last rung."""
-    kl: float
-    kl_standard_error: float
-    kl_by_rung: tuple[float, ...]
-    """Held-out KL at each rung that it finished, rung 0 first."""
-    loss: float
-    tasks: dict[str, TaskCell]
-    costs: dict[str, float]
-    """Parameters, bytes, FLOPs per token and what else was measured of it (`RungResult.costs`)."""
-    state: str
-    verified: bool | None
-    """Whether a fresh process proved the file to be the model that was scored; None for a trial that was not reloaded."""
-    probability_best: float | None
-    """Of a verified finalist, once all are confirmed: that it has the best score of them, from the held-out documents."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
-    """How well one order of the trials predicts another, over those that have both. Only promoted trials do, which lowers it."""
-
-    first: str
-    second: str
-    tau: float | None
-    """Kendall's tau-b, 1 for the same order (best to worst); None with fewer than three trials or an order that is all ties."""
-    num_trials: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlSummary:
-    """Medians over the controls that reached the last rung."""
-
-    num_trials: int
-    score: float
-    kl: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Board:
-    """The leaderboard. `board_as_dict` is its JSON form."""
-
-    rows: tuple[Row, ...]
-    leader: int | None
-    """Number of the first finalist until there is a winner, then the winner's."""
-    finalists: tuple[int, ...]
-    """Numbers of the trials among which the confirm step decides: of the first tie group with a trial that it has not refused, the first few."""
-    winner: int | None
-    """Number of the verified finalist with the best score on held-out documents; None until every finalist is confirmed."""
-    pareto: tuple[int, ...]
-    """Ranked trials that no other beats on score and costs (`pareto_front`); the cheapest first."""
-    agreement: tuple[Agreement, ...]
-    controls: ControlSummary | None
-    seed_spread: float = 0.0
-    """Standard deviation of KL between training seeds, relative to KL (`rungs.seed_spread`)."""
-    seed_error: float = 0.0
-    """That of the score, which every error of a score contains beside that over documents; 0 where too few trials tell how the score follows the KL."""
-
-
-def make_scales(tasks: Sequence[TaskSpec], *, teacher: RungResult, random: RungResult) -> tuple[TaskScale, ...]:
-    """The scale of each task of the objective, weights normalised: a task on which the teacher does not stand clear of random weights is left out.
-
-    Raises:
-        InvalidSpec: no task is left, or one that the spec insists on cannot be part of an objective (`task_signals.check_signals`).
-    """
-    signals = read_signals(tasks, teacher=teacher, random=random)
-    check_signals(signals)
-    kept = [task for task, signal in zip(tasks, signals, strict=True) if signal.in_objective]
-    total = math.fsum(task.weight for task in kept)
-    return tuple(
-        TaskScale(
-            name=task.name,
-            weight=task.weight / total,
-            teacher=teacher.tasks[task.name].value,
-            random=random.tasks[task.name].value,
-            higher_is_better=teacher.tasks[task.name].higher_is_better,
-        )
-        for task in kept
-    )
-
-
-def objective(result: RungResult, *, scales: Sequence[TaskScale]) -> Score:
-    """Weighted mean over tasks of (metric - random) / (teacher - random): 0 for random weights, 1 for the teacher."""
-    value = math.fsum(scale.slope * (result.tasks[scale.name].value - scale.random) for scale in scales)
-    of_documents = (scale.slope * result.tasks[scale.name].standard_error for scale in scales)
-    return Score(value=value, standard_error=math.hypot(_seed_error(scales), *of_documents))
-
-
-def with_seed_error(scales: Sequence[TaskScale], *, results: Sequence[RungResult], seed_spread: float) -> tuple[TaskScale, ...]:
-    """The scales with the objective's spread between seeds, by how the objective follows the KL among these results of one rung (`seeds.score_error`)."""
-    error = score_error([(result.kl.value, objective(result, scales=scales).value) for result in results], seed_spread=seed_spread)
-    return tuple(replace(scale, seed_error=scale.weight * error) for scale in scales)
-
-
-def _seed_error(scales: Sequence[TaskScale]) -> float:
-    return math.fsum(scale.seed_error for scale in scales)
-
-
-def difference(result: RungResult, other: RungResult, *, scales: Sequence[TaskScale]) -> Score:
-    """objective(result) - objective(other), paired over the documents of each task: a far smaller error than that of either. Seeds are not paired."""
-    pairs = [(scale.slope, paired_difference(result.tasks[scale.name], other.tasks[scale.name])) for scale in scales]
-    return Score(
-        value=math.fsum(slope * paired.value for slope, paired in pairs),
-        standard_error=math.hypot(math.sqrt(2) * _seed_error(scales), *(slope * paired.standard_error for slope, paired in pairs)),
-    )
-
-
 def rank(
     trials: Sequence[CompletedTrial],
     *,
@@ -265,7 +87,7 @@ def rank(
         num_finalists=num_finalists,
         confirmations=confirmations,
         slopes={scale.name: scale.slope for scale in scales},
-        seed_error=_seed_error(scales),
+        seed_error=seed_error(scales),
     )
     best = max(groups[0], key=lambda trial: (objective(trial.deepest, scales=scales).value, -trial.number)) if groups else None
     make_row = partial(_row, scales=scales, teacher_parameters=teacher_parameters, confirmations=confirmations, probabilities=finals.probabilities)
@@ -285,7 +107,7 @@ def rank(
         agreement=_agreement(trials, scales=scales, last=last),
         controls=_summarise_controls(ranked),
         seed_spread=seed_spread,
-        seed_error=_seed_error(scales),
+        seed_error=seed_error(scales),
     )
 
 
@@ -310,13 +132,6 @@ def pareto_front(trials: Sequence[CompletedTrial], *, scales: Sequence[TaskScale
     best = [trial for trial, front in zip(trials, undominated, strict=True) if front == 0]
     kept = [trial.number for trial, front in zip(trials, undominated, strict=True) if front == 0 or not any(beats(other, trial) for other in best)]
     return tuple(sorted(kept, key=lambda number: (points[number], -scores[number], number)))
-
-
-def board_as_dict(board: Board) -> dict[str, Any]:
-    """Plain JSON values without NaN or infinity (they become null)."""
-    values = _plain(board)
-    assert isinstance(values, dict)
-    return values
 
 
 def _tie_groups(trials: Sequence[CompletedTrial], *, scales: Sequence[TaskScale]) -> list[list[CompletedTrial]]:
@@ -427,15 +242,3 @@ def _summarise_controls(ranked: Sequence[Row]) -> ControlSummary | None:
 def _score(row: Row) -> float:
     assert row.score is not None, "a ranked row has a score"
     return row.score
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):  # `asdict` copies deeply, which takes most of the time of a large board
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

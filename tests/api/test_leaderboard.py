@@ -203,7 +203,7 @@ def test_a_row_of_the_test_board_is_like_a_real_one() -> None:
     """Columns of the made-up board are those of `nas.search.ranking.Row`, and what the controller adds."""
     from dataclasses import fields
 
-    from nas.search.ranking import Row
+    from nas.search.leaderboard import Row
 
     trial = {"number": 1, "rung": 1, "origin": "sampler", "shape": {}, "parameters": 9, "state": "stopped"}
     assert set(make_row(trial, rank=None, tie_group=None, score=0.5)) == {field.name for field in fields(Row)} | {"confirmation"}

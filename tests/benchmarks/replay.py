@@ -25,7 +25,8 @@ from nas.spec import dump_spec, parse_spec
 from nas.store.records import SearchRecord, SearchState, TrialRecord, TrialState, utc_now
 from tests.benchmarks.truth import Truth, read_truths
 from workers import search_run
-from workers.search_run import Advance, NewTrial, SearchRun
+from workers.actions import Advance, NewTrial
+from workers.search_run import SearchRun
 
 NUM_REPLAYS = 200
 NUM_DOCUMENTS = 32

@@ -22,9 +22,9 @@ from nas.spec import dump_spec, parse_spec
 from nas.store.records import RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, utc_now
 from tests.simulation.cluster import Clock, measure
 from tests.simulation.simulator import INPUTS, check, make_simulation, make_spec
+from workers.actions import NewTrial
 from workers.board import make_board
 from workers.family import Family
-from workers.search_run import NewTrial
 
 FINISHED = (100, 1_000, 10_000)
 NUM_PROPOSALS = 20

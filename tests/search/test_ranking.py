@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 
 from nas.errors import InvalidSpec
 from nas.search.confirmed import Confirmation
-from nas.search.ranking import (
-    Board,
-    CompletedTrial,
-    board_as_dict,
-    difference,
-    make_scales,
-    objective,
-    rank,
-)
+from nas.search.leaderboard import Board, board_as_dict
+from nas.search.objective import difference, make_scales, objective
+from nas.search.ranking import CompletedTrial, rank
 from nas.search.results import Metric, RungResult
 from nas.shape import Shape
 from nas.spec import RungSpec, TaskSpec

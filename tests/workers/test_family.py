@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from nas.shape import Shape
 from nas.store.records import SearchRecord, TrialState
 from tests.workers.test_search_run import CONFIG, NAMED, Simulation, make_record
+from workers.actions import NewTrial
 from workers.family import Family
-from workers.search_run import NewTrial
 
 SMALL = {"max_fraction": 0.3}
 

@@ -23,8 +23,9 @@ from nas.space import forced_anchors
 from nas.spec import dump_spec, parse_spec
 from nas.store.records import OVER_BUDGET, AttemptRecord, AttemptState, RungRecord, SearchRecord, SearchState, TrialRecord, TrialState, utc_now
 from nas.warm_start import Known, Memory
-from workers import search_run
-from workers.search_run import Advance, NewTrial, SearchRun
+from workers import proposals
+from workers.actions import Advance, NewTrial
+from workers.search_run import SearchRun
 
 CONFIG = {
     "model_type": "llama",
@@ -500,7 +501,7 @@ def watch_proposals(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append(arguments)
         return study.propose(space, **arguments)
 
-    monkeypatch.setattr(search_run, "propose", propose)
+    monkeypatch.setattr(proposals, "propose", propose)
     return calls
 
 
@@ -622,8 +623,8 @@ def test_with_several_objectives_the_cheapest_and_the_best_both_go_up(seed: int)
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
 def test_with_several_objectives_every_sampler_is_told_the_costs(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    propose = search_run.propose
-    monkeypatch.setattr(search_run, "propose", lambda *args, **kwargs: told.append(kwargs["observations"]) or propose(*args, **kwargs))
+    propose = proposals.propose
+    monkeypatch.setattr(proposals, "propose", lambda *args, **kwargs: told.append(kwargs["observations"]) or propose(*args, **kwargs))
     record = make_record(objectives=["parameters"], sampler={"name": sampler, "max_trials": 12, "num_startup_trials": 4})
 
     simulation = Simulation(record).to_end()
@@ -666,8 +667,8 @@ def remembered(simulation: Simulation) -> Memory:
 def first_told(record: SearchRecord, *, memory: Memory | None, monkeypatch: pytest.MonkeyPatch) -> list[study.Observation]:
     """What the sampler is told before anything of the search itself has finished."""
     told: list[list[study.Observation]] = []
-    propose = search_run.propose
-    monkeypatch.setattr(search_run, "propose", lambda *args, **kwargs: told.append(kwargs["observations"]) or propose(*args, **kwargs))
+    propose = proposals.propose
+    monkeypatch.setattr(proposals, "propose", lambda *args, **kwargs: told.append(kwargs["observations"]) or propose(*args, **kwargs))
     assert SearchRun(record, trials=[], rungs=[], attempts=[], memory=memory).next_action() is not None
     monkeypatch.undo()
     return told[0]
