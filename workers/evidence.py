@@ -6,7 +6,7 @@ import math
 
 from nas.cost import COSTS
 from nas.search.results import CONTROL, Metric, RungResult
-from nas.search.rungs import project
+from nas.search.rungs import Standing, project
 from nas.shape import Shape
 from nas.space import SearchSpace, forced_anchors
 from nas.spec import SearchSpec
@@ -44,6 +44,11 @@ class Evidence:
     def is_forced(self, number: int) -> bool:
         """Whether it goes on whatever its results."""
         return number in self._forced
+
+    def standing(self, number: int, *, rung: int) -> Standing:
+        """A trial at a rung that it has finished, as it is compared with others there."""
+        kl, costs = self.projected(number, rung=rung), self.costs(number)
+        return Standing(trial=number, depth=self.shapes[number].num_hidden_layers, kl=kl, forced=self.is_forced(number), costs=costs)
 
     def projected(self, number: int, *, rung: int) -> Metric:
         """What a rung is compared by: where the trial's KL is going."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nas.search.results import RungResult
-from nas.search.rungs import Standing, Standings, certain_losers, projected_spread
+from nas.search.rungs import Standings, certain_losers, projected_spread
 from nas.store.records import TrialRecord, TrialState
 from workers.evidence import Evidence
 
@@ -78,7 +78,7 @@ class Ladder:
             if below > 0:
                 self._finished[trial] = below, last
         if result.rung < self.last_rung and not self._trials[trial].is_out:
-            self._standings[result.rung].add(self._standing(trial, result))
+            self._standings[result.rung].add(evidence.standing(trial, rung=result.rung))
             self._promoted.pop(result.rung, None)
 
     def steps(self, *, all_proposed: bool) -> list[Step]:
@@ -131,8 +131,3 @@ class Ladder:
             return promoted
         losers = certain_losers({number: standings[number].kl.value for number in waiting}, finished=list(self._finished.values()))
         return tuple(number for number in promoted if number not in losers)
-
-    def _standing(self, number: int, result: RungResult) -> Standing:
-        evidence = self._evidence
-        kl, costs = evidence.projected(number, rung=result.rung), evidence.costs(number)
-        return Standing(trial=number, depth=evidence.shapes[number].num_hidden_layers, kl=kl, forced=evidence.is_forced(number), costs=costs)

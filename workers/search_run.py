@@ -59,16 +59,14 @@ class SearchRun:
         self._trials: dict[int, TrialRecord] = {}
         self.trials: Mapping[int, TrialRecord] = MappingProxyType(self._trials)
         """By number; changed by `set_trial` alone."""
-        self._evidence = Evidence(self.spec, space=self.space)
-        self.results = self._evidence.results
-        self._ladder = Ladder(self._evidence, trials=self.trials)
-        self.reached = self._ladder.reached
+        self.evidence = Evidence(self.spec, space=self.space)
+        self.results = self.evidence.results
+        self.ladder = Ladder(self.evidence, trials=self.trials)
+        self.reached = self.ladder.reached
         """Deepest rung of a trial that was ever started, however it ended."""
         anchors = self.space.anchors() if self.spec.controls.anchors else {}
         named = [*((f"anchor:{name}", shape) for name, shape in anchors.items()), *(("user", shape) for shape in self._shapes_of_user())]
-        self._proposals = Proposals(
-            self._evidence, trials=self.trials, memory=self._memory, budget=budget, seen=seen if seen is not None else set(), named=named
-        )
+        self.proposals = Proposals(self.evidence, trials=self.trials, memory=self._memory, budget=budget, seen=seen if seen is not None else set(), named=named)
         self._open: set[int] = set()
         """Trials that run or wait."""
         self._waiting: defaultdict[int | None, set[int]] = defaultdict(set)
@@ -94,20 +92,20 @@ class SearchRun:
         number, before = trial.number, self._trials.get(trial.number)
         self._trials[number] = trial
         if before is None:
-            self._evidence.add_trial(trial)
-            self._proposals.add_trial(trial)
+            self.evidence.add_trial(trial)
+            self.proposals.add_trial(trial)
         else:
             self._waiting[before.rung].discard(number)
         if trial.state is TrialState.WAITING:
             self._waiting[trial.rung].add(number)
         (self._open.discard if trial.state.is_terminal else self._open.add)(number)
         self._note_lost(number)
-        self._ladder.set_trial(trial)
-        self._proposals.set_trial(trial)
+        self.ladder.set_trial(trial)
+        self.proposals.set_trial(trial)
 
     def add_start(self, trial: int, *, rung: int) -> None:
         """A rung of a trial starts: whatever becomes of it, the trial was promoted to it."""
-        self._ladder.add_start(trial, rung=rung)
+        self.ladder.add_start(trial, rung=rung)
         self._note_lost(trial)
 
     def _note_lost(self, number: int) -> None:
@@ -119,9 +117,9 @@ class SearchRun:
 
     def add_result(self, trial: int, result: RungResult) -> None:
         """Must be called in finish order: the sampler is fed in it."""
-        self._evidence.add_result(trial, result)
-        self._ladder.add_result(trial, result)
-        self._proposals.add_result(trial)
+        self.evidence.add_result(trial, result)
+        self.ladder.add_result(trial, result)
+        self.proposals.add_result(trial)
 
     def _shapes_of_user(self) -> list[Shape]:
         """Those that fit this budget, and none before it."""
@@ -134,7 +132,7 @@ class SearchRun:
         return self.spec.rungs.num_trained
 
     def shape_of(self, trial: int) -> Shape:
-        return self._evidence.shapes[trial]
+        return self.evidence.shapes[trial]
 
     # -- what next ---------------------------------------------------------------------------------------------------------
 
@@ -153,13 +151,13 @@ class SearchRun:
         steps = self._steps()
         return (
             next((advance for step in steps for advance in self._advances(step, among=self._lost)), None)
-            or (None if self._proposals.sampler == "enumerate" else next(self._advances(steps[0], among=self._waiting[0]), None))
-            or self._proposals.next_shape()
+            or (None if self.proposals.sampler == "enumerate" else next(self._advances(steps[0], among=self._waiting[0]), None))
+            or self.proposals.next_shape()
             or next((advance for step in steps for advance in self._advances(step, among=self._waiting[step.rung])), None)
         )
 
     def _steps(self) -> list[Step]:
-        return self._ladder.steps(all_proposed=self._proposals.are_all())
+        return self.ladder.steps(all_proposed=self.proposals.are_all())
 
     def _advances(self, step: Step, *, among: Collection[int]) -> Iterator[Advance]:
         """Those of some trials that wait at a rung and go on from it, best first."""
@@ -173,7 +171,7 @@ class SearchRun:
         Not before everything above has ended: a failure there frees a place for the best of those that wait.
         """
         found: dict[int, None] = {}
-        if not self._proposals.are_all():  # no rung is complete
+        if not self.proposals.are_all():  # no rung is complete
             return []
         for step in reversed(self._steps()):
             if not step.complete or not all(self.trials[number].state.is_terminal or number in found for number in step.promoted):
@@ -187,9 +185,9 @@ class SearchRun:
 
     def end_reason(self) -> EndReason | None:
         """Why no more shapes are evaluated; None while there may be more. An exhausted space also leaves the controls short."""
-        if self.stopped or not self._proposals.are_all():
+        if self.stopped or not self.proposals.are_all():
             return self.stopped
-        return "space_exhausted" if self._proposals.is_short() and self._proposals.has_no_more() else "max_trials"
+        return "space_exhausted" if self.proposals.is_short() and self.proposals.has_no_more() else "max_trials"
 
     def known_result(self, action: Advance) -> Known | None:
         """What this rung would measure, where an earlier search knows it. Costs are those under this search's workload; a latency is measured here."""
@@ -198,11 +196,11 @@ class SearchRun:
             return None
         if action.rung == 0 and self.space.budget.latency:
             return None
-        return replace(known, result=replace(known.result, costs=self._evidence.closed_costs(known.shape)))
+        return replace(known, result=replace(known.result, costs=self.evidence.closed_costs(known.shape)))
 
     def observations(self, *, most: int) -> list[Observation]:
         """What the sampler was last told, evenly thinned out to at most so many."""
-        told = self._proposals.observations()
+        told = self.proposals.observations()
         step = -(-len(told) // most) or 1
         return told[::step]
 
@@ -242,4 +240,4 @@ class SearchRun:
     def to_confirm(self, board: Board) -> list[int]:
         """The finalists, with several objectives the whole front, and every forced trial of the last rung: what is compared on held-out documents."""
         wanted = {*board.finalists, *(board.pareto if self.spec.objectives else ())}
-        return [row.number for row in board.rows if row.rung == self.last_rung and (row.number in wanted or self._evidence.is_forced(row.number))]
+        return [row.number for row in board.rows if row.rung == self.last_rung and (row.number in wanted or self.evidence.is_forced(row.number))]

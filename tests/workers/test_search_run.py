@@ -261,13 +261,15 @@ def test_no_more_go_up_than_the_share_and_its_ties(parallel: int, seed: int, fai
         up = reached(simulation, rung + 1)
         share = max(1, int(np.ceil(keep * len(arrived) - 1e-9)))
         assert share <= len(up)
-        final = set(sorted(arrived, key=lambda number: (simulation.run._projected(number, rung=rung).value, number))[:share])
+        final = set(sorted(arrived, key=lambda number: (simulation.run.evidence.projected(number, rung=rung).value, number))[:share])
         assert final <= up, "one of the best stayed behind"
         for extra in up - final:
             # Whoever is up and not among the best was so among those that had arrived before it left.
             left = next(row.sequence for row in simulation.rungs if (row.trial, row.rung) == (extra, rung + 1))
             there = [row.trial for row in simulation.rungs if row.rung == rung and row.sequence < left]
-            better = sum(simulation.run._projected(other, rung=rung).value < simulation.run._projected(extra, rung=rung).value for other in there)
+            better = sum(
+                simulation.run.evidence.projected(other, rung=rung).value < simulation.run.evidence.projected(extra, rung=rung).value for other in there
+            )
             assert better < max(1, keep * len(there))
 
 
@@ -285,14 +287,14 @@ def test_without_training_a_share_of_every_depth_goes_on() -> None:
 def computed_again(run: SearchRun) -> list[tuple[bool, set[int]]]:
     """Of each rung whether more may reach it and who goes on from it, by their definition: from all trials and results, without an index."""
     ladder: list[tuple[bool, set[int]]] = []
-    complete = run._all_proposed()
+    complete = run.proposals.are_all()
     coming = set(run.trials)
     for rung in range(run.last_rung):
         waited = [run.trials[number] for number in coming if number not in forced_of(run)]
         waited = [trial for trial in waited if not trial.is_out and trial.state not in (TrialState.STOPPED, TrialState.CANCELLED)]
         complete = complete and all(trial.rung is not None and trial.rung >= rung for trial in waited)
         results = {number: found for number, found in run.results.items() if rung in found and not run.trials[number].is_out}
-        standings = [run._standing(number, found[rung]) for number, found in results.items()]
+        standings = [run.evidence.standing(number, rung=rung) for number in results]
         spread = projected_spread(run.spec.rungs.seed_spread, rung=rung, spec=run.spec.rungs)
         best = promotable(rung, standings, spec=run.spec.rungs, complete=complete, seed_spread=spread)
         coming = {*best, *(number for number in results if run.reached.get(number, 0) > rung)}
@@ -314,7 +316,9 @@ def test_who_goes_on_is_what_all_results_say_however_they_came(parallel: int, se
     simulation = Simulation(make_record(rungs={"num_trained": num_trained, "keep": keep, "stop_losers": False}, controls={"num_random": 1}))
 
     for _ in simulation.rounds(parallel=parallel, seed=seed, failure_rate=failure_rate):
-        assert [(step.complete, set(step.promoted)) for step in simulation.run._ladder()] == computed_again(simulation.run)
+        assert [(step.complete, set(step.promoted)) for step in simulation.run.ladder.steps(all_proposed=simulation.run.proposals.are_all())] == computed_again(
+            simulation.run
+        )
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "enumerate"])
@@ -410,7 +414,7 @@ def up_to_date(simulation: Simulation, rung: int) -> set[int]:
             trial=number,
             depth=run.shape_of(number).num_hidden_layers,
             kl=project(results[rung].kl, below=results[rung - 1].kl, rung=rung, spec=spec) if rung else results[rung].kl,
-            forced=run._is_forced(number),
+            forced=run.evidence.is_forced(number),
         )
         for number, results in run.results.items()
         if rung in results and run.trials[number].state is not TrialState.FAILED
@@ -524,10 +528,10 @@ def test_the_sampler_never_sees_a_mixture_of_rungs_nor_a_control(parallel: int, 
     simulation = Simulation(record)
 
     for _ in simulation.rounds(parallel=parallel, seed=seed, failure_rate=failure_rate):
-        observations = simulation.run._observations()
+        observations = simulation.run.proposals.observations()
         by_rung = [
             {
-                round(-float(np.log(simulation.run._projected(number, rung=rung).value)), 9)
+                round(-float(np.log(simulation.run.evidence.projected(number, rung=rung).value)), 9)
                 for number, results in simulation.run.results.items()
                 if rung in results
             }
@@ -547,10 +551,10 @@ def test_a_failed_shape_is_told_as_the_worst_seen() -> None:
     simulation.fill(parallel=1)
     simulation.finish(0, fails=True)
 
-    values = [observation.value for observation in simulation.run._observations()]
+    values = [observation.value for observation in simulation.run.proposals.observations()]
     (failed,) = [trial.number for trial in simulation.run.trials.values() if trial.state is TrialState.FAILED]
     choices = simulation.run.space.choices_of(simulation.run.shape_of(failed))
-    assert [observation.value for observation in simulation.run._observations() if observation.choices == choices] == [min(values)]
+    assert [observation.value for observation in simulation.run.proposals.observations() if observation.choices == choices] == [min(values)]
 
 
 def test_the_minitron_preset_trains_every_legal_shape_to_the_same_tokens() -> None:
@@ -613,7 +617,7 @@ def test_with_several_objectives_the_cheapest_and_the_best_both_go_up(seed: int)
 
     simulation = Simulation(record).to_end()
 
-    at_first = {number: simulation.run._projected(number, rung=1).value for number, results in simulation.run.results.items() if 1 in results}
+    at_first = {number: simulation.run.evidence.projected(number, rung=1).value for number, results in simulation.run.results.items() if 1 in results}
     parameters = {number: simulation.run.trials[number].parameters for number in at_first}
     up = [number for number in at_first if 2 in simulation.run.results[number]]
     assert min(at_first, key=lambda number: (at_first[number], number)) in up
@@ -651,7 +655,7 @@ def test_a_shape_over_a_measured_ceiling_takes_no_place_and_is_learnt_as_the_wor
     assert all(dear.run.reached[number] == 0 for number in out)
     assert [new.shape for new in dear.proposals] == [new.shape for new in failed.proposals]
     assert dear.run.reached == failed.run.reached
-    assert dear.run._observations() == failed.run._observations() == dear.rebuilt()._observations()
+    assert dear.run.proposals.observations() == failed.run.proposals.observations() == dear.rebuilt()._observations()
     assert dear.run.is_finished()
 
 
@@ -685,7 +689,7 @@ def test_earlier_searches_teach_the_sampler_before_anything_has_finished(monkeyp
     at_last = [number for number, results in earlier.run.results.items() if 2 in results and earlier.run.shape_of(number).key in legal]
     at_first = [number for number, results in earlier.run.results.items() if 1 in results and earlier.run.shape_of(number).key in legal]
     expected, rung = (at_last, 2) if len(at_last) >= 4 else (at_first, 1)
-    values = sorted(-math.log(earlier.run._projected(number, rung=rung).value) for number in expected)
+    values = sorted(-math.log(earlier.run.evidence.projected(number, rung=rung).value) for number in expected)
     assert sorted(observation.value for observation in told) == pytest.approx(values)
 
 
