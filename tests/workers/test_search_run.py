@@ -655,7 +655,7 @@ def test_a_shape_over_a_measured_ceiling_takes_no_place_and_is_learnt_as_the_wor
     assert all(dear.run.reached[number] == 0 for number in out)
     assert [new.shape for new in dear.proposals] == [new.shape for new in failed.proposals]
     assert dear.run.reached == failed.run.reached
-    assert dear.run.proposals.observations() == failed.run.proposals.observations() == dear.rebuilt()._observations()
+    assert dear.run.proposals.observations() == failed.run.proposals.observations() == dear.rebuilt().proposals.observations()
     assert dear.run.is_finished()
 
 
