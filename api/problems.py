@@ -211,7 +211,6 @@ _CODES_BY_ERROR: tuple[tuple[type[NasError], str], ...] = (
     (KeyRefused, "unauthorized"),
     (QuotaExceeded, "quota-exceeded"),
     (StoreUnavailable, "not-ready"),
-    (FilesUnavailable, "not-ready"),
     (TooManyStreams, "too-many-streams"),
     (TeacherUnavailable, "input-unavailable"),
     (CorpusUnavailable, "input-unavailable"),
@@ -266,6 +265,10 @@ def answer_error(request: Request, error: Exception) -> Response:
     """The answer to an error of ours."""
     if isinstance(error, StoreUnavailable):
         logger.warning("the store does not answer", exc_info=error)
+    if isinstance(error, FilesUnavailable):
+        # Where the service keeps its files is nothing that its users read.
+        logger.warning("the shared files cannot be reached: %s", error, extra={"action": "files_unavailable"})
+        return problem_response(request, "not-ready", detail="the place where the service keeps its files cannot be reached now")
     for kind, code in _CODES_BY_ERROR:
         if isinstance(error, kind):
             if isinstance(error, QuotaExceeded):

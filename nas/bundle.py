@@ -264,6 +264,13 @@ def write_tar(folder: Path, *, tar: Path, name: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_tar(tar: Path, *, folder: Path) -> None:
+    """Unpack what `write_tar` packed into a folder that is made for it; nothing is written outside of it."""
+    folder.mkdir()
+    with tarfile.open(tar) as archive:
+        archive.extractall(folder, filter="data")
+
+
 def _without_documents(value: Any) -> Any:
     """Plain JSON without the per-document lists."""
     if isinstance(value, Mapping):

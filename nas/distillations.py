@@ -16,6 +16,7 @@ from nas.spec import Count, LimitSpec, SearchSpec, Seconds, parse_spec
 from nas.store.records import DEFAULT_PROJECT, SearchRecord, SearchState, all_winners
 from nas.store.store import Store
 from nas.strict_json import read_object, validate
+from nas.trial_files import has_student
 
 _value = checked_dataclass(
     frozen=True, slots=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -137,10 +138,9 @@ def check_distillation(asked: DistillationRequest, *, store: Store, settings: Se
 
     Raises:
         InvalidSpec: no such search of the project, trial or winner; a recipe that does not fit together, or not the teacher's context.
-        Conflict: the search has not succeeded, the trial was not verified, its student was not kept, or machines share no folder.
+        Conflict: the search has not succeeded, the trial was not verified, or its student was not kept.
+        FilesUnavailable: the machines share files by URL, which cannot be reached now.
     """
-    if settings.shared_url is not None:
-        raise Conflict(f"distillation: expected machines that share a folder, got NAS_SHARED={settings.shared_url}; download the bundle and run `nas distill`")
     try:
         search = store.get_search(asked.search_id, project=project)
     except NotFound:
@@ -174,7 +174,7 @@ def _find_trial(asked: DistillationRequest, *, search: SearchRecord, store: Stor
     if winner_of(search, trial=asked.trial) is None:
         if not (confirmation.get("verified") and confirmation.get("reloaded", True)):
             raise Conflict(f"trial {asked.trial} of search {search.id}: expected one that the confirm step verified, got one that it did not")
-        if not (settings.searches_folder / search.id / "trials" / str(asked.trial)).is_dir():
+        if not has_student(search.id, asked.trial, store=store, settings=settings):
             raise Conflict(f"trial {asked.trial} of search {search.id}: expected its student on the disk, got one that was not kept (`retention.students`)")
     return asked.trial
 

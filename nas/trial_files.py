@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nas.search.layout import trial_folder
+from nas.settings import Settings
+from nas.shared_files import SharedFiles
 from nas.store.records import AttemptState, SearchRecord
 from nas.store.store import Store
 
@@ -21,6 +24,20 @@ def find_tree(search_id: str, number: int, *, store: Store) -> str | None:
         return REUSED
     made = [attempt for attempt in store.list_attempts(search_id, trial=number) if attempt.stage == "rung" and attempt.rung == rungs[-1].rung]
     return next((attempt.id for attempt in made if attempt.state is AttemptState.SUCCEEDED), None)
+
+
+def has_student(search_id: str, number: int, *, store: Store, settings: Settings) -> bool:
+    """Whether the files of a trial are still there.
+
+    Raises:
+        FilesUnavailable: machines share files by URL, which cannot be reached now.
+    """
+    folder = trial_folder(settings.searches_folder / search_id, number=number)
+    if settings.shared_url is None:
+        return folder.is_dir()
+    tree = find_tree(search_id, number, store=store)
+    key = folder.relative_to(settings.data_folder).as_posix()
+    return tree is not None and SharedFiles(settings.shared_url).find_tree(f"{key}/{tree}") is not None
 
 
 def bundle_request(search: SearchRecord, number: int, *, store: Store, student: Path, prepared: Path, folder: Path) -> dict[str, Any]:

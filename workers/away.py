@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from nas.bundle import TAR
+from nas.bundle import TAR, read_tar
 from nas.errors import CorpusUnavailable, NasError, NotFound, TaskUnavailable, TeacherUnavailable
 from nas.files import check_may_publish, publishing_unless
 from nas.node_cache import NodeCache
@@ -27,6 +27,7 @@ from nas.settings import Settings
 from nas.shared_files import SharedFiles, registry_key
 from nas.spec import parse_spec
 from workers.courier import carrying, sender
+from workers.folders import MODEL_TAR, OWN_BUNDLE
 from workers.liveness import beating, is_superseded
 from workers.step import RESULT, Outcome, Step, execute, failure
 
@@ -91,6 +92,8 @@ class _Away:
         match self.step.stage:
             case "prepare":
                 return self._prepare(request, stack)
+            case "distil":
+                return self._distil(request, stack)
             case "rung":
                 return self._rung({**request, "prepared": str(self._read(self.key(request["prepared"]), stack))}, stack)
             case _:
@@ -117,11 +120,12 @@ class _Away:
         """The registered things under their paths on this machine; a corpus only where it is read."""
         inputs = self.step.request["inputs"]
         teacher = {**inputs["teacher"], "path": str(self._read_teacher(inputs["teacher"], stack))}
-        tasks = [{**task, "folder": str(self._read_registered("tasks", task, stack))} for task in inputs["tasks"]]
-        corpora = inputs["corpora"]
-        if self.step.stage == "prepare":
-            corpora = [{**corpus, "files": _in_order(self._read_registered("corpora", corpus, stack))} for corpus in corpora]
-        return {**inputs, "teacher": teacher, "tasks": tasks, "corpora": corpora}
+        fetched = {**inputs, "teacher": teacher}
+        if "tasks" in inputs:
+            fetched["tasks"] = [{**task, "folder": str(self._read_registered("tasks", task, stack))} for task in inputs["tasks"]]
+        if self.step.stage in ("prepare", "distil"):
+            fetched["corpora"] = [{**corpus, "files": _in_order(self._read_registered("corpora", corpus, stack))} for corpus in inputs["corpora"]]
+        return fetched
 
     def _read_teacher(self, teacher: Mapping[str, Any], stack: ExitStack) -> Path:
         """A registered one, or the winner of a search, which lies in its bundle."""
@@ -174,8 +178,7 @@ class _Away:
         marker, wanted = folder / SOURCE, source or "nothing"
         if marker.exists() and marker.read_text(encoding="utf-8") == wanted:
             return
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _empty(folder)
         if source is not None:
             manifest = self.shared.find_tree(f"{key}/{source}")
             if manifest is None:
@@ -199,6 +202,43 @@ class _Away:
         self.shared.publish_tree({name: folder / BUNDLE / name for name in outcome.result["as_teacher"]["files"]}, key=f"{parent}/{BUNDLE}")
         self.shared.publish_file(folder / TAR, key=key)
         return replace(outcome, result={**outcome.result, "bundle": str(self.data_folder / key)})
+
+    def _distil(self, request: Mapping[str, Any], stack: ExitStack) -> Outcome:
+        key = self.key(request["folder"])
+        folder = stack.enter_context(self._work(key))
+        outcome = self._execute({**request, "folder": str(folder), **self._student(request, folder=folder, stack=stack)})
+        if not outcome.succeeded or outcome.result is None:
+            return outcome
+        tar = f"{key}/{MODEL_TAR}"
+        check_may_publish(Path(tar))
+        self.shared.publish_file(folder / MODEL_TAR, key=tar)
+        _empty(folder)
+        return replace(outcome, result={**outcome.result, "file": str(self.data_folder / tar)})
+
+    def _student(self, request: Mapping[str, Any], *, folder: Path, stack: ExitStack) -> dict[str, Any]:
+        """Where a distillation begins, in its folder on this node: a winner out of its tar, another trial as the files from which it is bundled."""
+        own = folder / OWN_BUNDLE
+        if not (own / BUNDLE).is_dir():
+            if (bundle := request["bundle"]) is not None:
+                trial = f"{self.key(bundle['trial_folder'])}/{bundle['trial_source']}"
+                local = {"prepared": str(self._read(self.key(bundle["prepared"]), stack)), "trial_folder": str(self._read(trial, stack))}
+                return {"student": None, "bundle": {**bundle, **local}}
+            self._unpack(Path(request["student"]).with_name(TAR), sha256=request["student_sha256"], folder=own)
+        return {"student": str(own / BUNDLE), "bundle": None}
+
+    def _unpack(self, tar: Path, *, sha256: str, folder: Path) -> None:
+        """The files of a winner's bundle, all of them or none."""
+        key = self.key(str(tar))
+        self.cache.make_room(2 * (self.shared.size(key) or 0))
+        with self.cache.scratch() as scratch:
+            self.shared.fetch_file(key, target=scratch / TAR, sha256=sha256)
+            read_tar(scratch / TAR, folder=scratch / OWN_BUNDLE)
+            (scratch / OWN_BUNDLE).rename(folder)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _in_order(folder: Path) -> list[str]:

@@ -18,7 +18,7 @@ from nas.errors import Conflict, NotFound
 from nas.search.layout import BUNDLE, prepared_key
 from nas.spec import parse_spec
 from nas.store.records import WORKING, ActiveSearch, AttemptRecord, AttemptState, SearchRecord, SearchState
-from nas.trial_files import bundle_request
+from nas.trial_files import bundle_request, find_tree
 from workers import metrics
 from workers.folders import OWN_BUNDLE, SearchFolder
 from workers.logs import LogKeeper, last_lines, read_tail
@@ -179,7 +179,7 @@ class Distilling:
             self.ended[attempt.id] = ended
 
     def _student(self) -> dict[str, Any]:
-        """Where its bundle is, or what that is written from.
+        """Where its bundle is, and the digest of the tar beside it, or what the bundle is written from.
 
         Raises:
             NotFound: the search is gone.
@@ -188,11 +188,13 @@ class Distilling:
         search = self._store.get_search(self.record.spec["search_id"])
         winner = winner_of(search, trial=trial)
         if winner is not None:
-            return {"student": str((settings.data_folder / winner["bundle"]).with_name(BUNDLE)), "bundle": None}
+            student = (settings.data_folder / winner["bundle"]).with_name(BUNDLE)
+            return {"student": str(student), "student_sha256": winner["bundle_sha256"], "bundle": None}
         prepared = settings.prepared_folder / prepared_key(parse_spec(json.dumps(search.spec)), inputs=search.inputs)
-        student = SearchFolder.of(search.id, settings=settings).trial(trial)
-        own = self.folder.path / OWN_BUNDLE
-        return {"student": None, "bundle": bundle_request(search, trial, store=self._store, student=student, prepared=prepared, folder=own)}
+        folder, own = SearchFolder.of(search.id, settings=settings).trial(trial), self.folder.path / OWN_BUNDLE
+        request = bundle_request(search, trial, store=self._store, student=folder, prepared=prepared, folder=own)
+        source = {} if self.folder.shared is None else {"trial_source": find_tree(search.id, trial, store=self._store)}
+        return {"student": None, "bundle": {**request, **source}}
 
     # -- the end -----------------------------------------------------------------------------------------------------------
 

@@ -113,6 +113,7 @@ class SearchFolder:
         """A full distillation has ended: what came out is in its tar."""
         for name in (MODEL, OWN_BUNDLE):
             shutil.rmtree(self.path / name, ignore_errors=True)
+            self._delete(name)
 
     def _key(self, name: str) -> str:
         return f"{self.path.parent.name}/{self.path.name}/{name}"

@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from api.app import create_app
 from api.problems import MEDIA_TYPE, PROBLEM_TYPES
+from nas.errors import FilesUnavailable
 from nas.store.records import SearchState
 from nas.store.store import Store
 
@@ -235,6 +236,19 @@ def test_a_bug_is_a_500_that_tells_nothing_of_the_inside(service: Service, monke
     assert answer.status_code == 500
     assert_problem(answer, "internal-error")
     assert "secret" not in answer.text
+
+
+def test_files_that_are_out_of_reach_are_a_503_that_tells_nothing_of_their_place(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise FilesUnavailable("s3://secret-bucket/x: expected an answer, got EndpointConnectionError")
+
+    monkeypatch.setattr(Store, "list_searches", refuse)
+
+    answer = service.client.get("/v1/searches")
+
+    body = assert_problem(answer, "not-ready")
+    assert answer.headers["retry-after"]
+    assert "secret" not in str(body)
 
 
 def test_a_database_that_is_away_is_a_503_that_says_when_to_try_again(service: Service) -> None:

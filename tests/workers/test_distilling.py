@@ -304,13 +304,10 @@ def finished(service: Service) -> tuple[Service, SearchRecord]:
     return service, service.store.change_search(search_id, to=SearchState.SUCCEEDED, expected=open_states, fence=None)
 
 
-def test_only_what_has_succeeded_is_distilled_and_only_where_machines_share_a_folder(service: Service) -> None:
+def test_only_what_has_succeeded_is_distilled(service: Service) -> None:
     search = service.store.get_search(service.submit())
 
     with pytest.raises(Conflict, match="expected the state succeeded, got queued"):
-        submit(service, search)
-    service.settings = dataclasses.replace(service.settings, shared_url="s3://bucket")
-    with pytest.raises(Conflict, match="expected machines that share a folder"):
         submit(service, search)
 
 

@@ -1,0 +1,111 @@
+"""A full distillation on machines that share nothing but S3 (moto's server): it comes to what `nas distill` comes to."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.files import find_file
+from nas.bundle import read_tar
+from nas.compress.corpus import check_corpus
+from nas.distillations import check_distillation, parse_distillation
+from nas.errors import Conflict
+from nas.full_run import distil_fully
+from nas.recipe import Recipe
+from nas.search.layout import BUNDLE
+from nas.shared_files import SharedFiles
+from nas.store.records import SearchRecord, SearchState
+from tests.workers.test_away import Deployment, make_deployment
+from tests.workers.test_away import verified_here as verified_here
+from workers.folders import MODEL, MODEL_TAR
+
+TOKENS = 4096
+RUNGS = {"first_tokens": 2048, "factor": 2, "num_trained": 1, "keep": 1.0, "keep_untrained": 1.0}
+
+
+@pytest.fixture(scope="module")
+def found(
+    tmp_path_factory: pytest.TempPathFactory, s3_server: str, register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]]
+) -> Iterator[tuple[Deployment, SearchRecord]]:
+    """A search that has succeeded, with two finalists."""
+    import s3fs
+
+    bucket = f"nas-{uuid.uuid4().hex[:12]}"
+    s3fs.S3FileSystem(use_listings_cache=False).mkdir(bucket)
+    deployment = make_deployment(tmp_path_factory.mktemp("away"), url=f"s3://{bucket}/team", register=register_tiny)
+    spec = tiny_spec(sampler={"name": "random", "max_trials": 2}, controls={"anchors": False, "num_random": 0}, rungs=RUNGS, num_finalists=2)
+    yield deployment, deployment.run(deployment.submit(spec))
+    deployment.store.close()
+
+
+def submit(deployment: Deployment, search: SearchRecord, **asked: Any) -> str:
+    body = {"search_id": search.id, "recipe": {"tokens": TOKENS, "validation_tokens": 256}, **asked}
+    plan = check_distillation(parse_distillation(json.dumps(body)), store=deployment.store, settings=deployment.settings)
+    return deployment.store.create_distillation(
+        search_id=search.id, trial=plan.trial, spec=plan.spec, inputs=plan.inputs, tokens=plan.tokens, label="", project="default"
+    ).id
+
+
+def undisturbed(deployment: Deployment, search: SearchRecord, done: SearchRecord, *, folder: Path) -> bytes:
+    """The weights that `nas distill` makes of the downloaded bundle."""
+    assert search.winner is not None
+    read_tar(find_file(search.winner["bundle"], sha256=search.winner["bundle_sha256"], settings=deployment.settings), folder=folder / "unpacked")
+    distil_fully(
+        Recipe(**done.spec["recipe"]),
+        student=folder / "unpacked" / BUNDLE,
+        teacher=Path(search.inputs["teacher"]["path"]),
+        corpora=[(check_corpus([Path(file) for file in corpus["files"]]), 1.0) for corpus in search.inputs["corpora"]],
+        out=folder / "command",
+        device="cpu",
+    )
+    return (folder / "command" / "model.safetensors").read_bytes()
+
+
+def weights(deployment: Deployment, done: SearchRecord) -> bytes:
+    """As a download has them."""
+    assert done.winner is not None, done.error
+    with tarfile.open(find_file(done.winner["file"], sha256=done.winner["sha256"], settings=deployment.settings)) as archive:
+        file = archive.extractfile(f"{MODEL}/model.safetensors")
+        assert file is not None
+        return file.read()
+
+
+def test_a_winner_is_distilled_where_its_files_are_away(found: tuple[Deployment, SearchRecord], tmp_path: Path) -> None:
+    deployment, search = found
+
+    done = deployment.run(submit(deployment, search))
+
+    assert done.state is SearchState.SUCCEEDED, done.error
+    assert list((deployment.settings.searches_folder / done.id).rglob("*.safetensors")) == [], "weights on the controller's machine"
+    assert deployment.nodes.shared is not None
+    assert deployment.nodes.shared.children(f"searches/{done.id}") == [MODEL_TAR]
+    assert weights(deployment, done) == undisturbed(deployment, search, done, folder=tmp_path)
+    left = [path for cache in deployment.nodes.caches for path in cache.folder.rglob(MODEL_TAR)]
+    assert left == [], "a node keeps what nobody reads any more"
+
+
+def test_a_trial_that_is_no_winner_is_bundled_first(found: tuple[Deployment, SearchRecord]) -> None:
+    deployment, search = found
+    verified = [trial.number for trial in deployment.store.list_trials(search.id) if (trial.confirmation or {}).get("verified")]
+    [other] = [number for number in verified if number != (search.winner or {})["trial"]]
+
+    done = deployment.run(submit(deployment, search, trial=other))
+
+    assert done.state is SearchState.SUCCEEDED, done.error
+    assert weights(deployment, done)
+
+
+def test_a_student_that_was_not_kept_is_refused_at_once(found: tuple[Deployment, SearchRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    deployment, search = found
+    monkeypatch.setattr(SharedFiles, "find_tree", lambda self, key: None)
+    verified = [trial.number for trial in deployment.store.list_trials(search.id) if (trial.confirmation or {}).get("verified")]
+    [other] = [number for number in verified if number != (search.winner or {})["trial"]]
+
+    with pytest.raises(Conflict, match="expected its student on the disk, got one that was not kept"):
+        submit(deployment, search, trial=other)
