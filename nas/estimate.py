@@ -173,9 +173,14 @@ def describe_space(space: SearchSpace) -> dict[str, Any]:
 
 
 def explain_shape(space: SearchSpace, shape: Shape) -> dict[str, Any]:
-    """Whether a shape that somebody asks about may be searched, and why not."""
+    """Whether a shape that somebody asks about may be searched, and why not; and whether the search may come to it without being told of it."""
     problems = space.explain(shape)
-    return {**_described(space, shape), "legal": not problems, "problems": [{"field": p.field, "expected": p.expected, "got": p.got} for p in problems]}
+    return {
+        **_described(space, shape),
+        "legal": not problems,
+        "proposed": space.proposes(shape),
+        "problems": [{"field": p.field, "expected": p.expected, "got": p.got} for p in problems],
+    }
 
 
 def _described(space: SearchSpace, shape: Shape) -> dict[str, Any]:

@@ -73,8 +73,8 @@ def make_formatter(format: LogFormat, *, environment: Mapping[str, str]) -> logg
 
     def mask(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
         known = find_secrets(environment)  # at every line: a token may be made after the set-up
-        # Names with an underscore are a library's own: ray adds one to every record of its process.
-        return {name: _masked(name, value, known) for name, value in event.items() if not name.startswith("_")}
+        # Names with an underscore are a library's own: ray adds one to every record of its process. uvicorn says its messages again in colours.
+        return {name: _masked(name, value, known) for name, value in event.items() if not name.startswith("_") and name != "color_message"}
 
     return ProcessorFormatter(
         foreign_pre_chain=[merge_contextvars, ExtraAdder()],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nas.errors import InvalidSpec, Problem
@@ -69,7 +69,10 @@ class Shape:
         if found is None:
             expected = "L(layers)-D(hidden)-F(MLP)-H(query heads)-K(KV heads)-E(head dim), with experts -X(experts): L4-D56-F144-H4-K4-E8"
             raise InvalidSpec(Problem(field="shape", expected=expected, got=repr(key[:200])))
-        return cls(**{field.name: int(number) for field, number in zip(fields(cls), found.groups(), strict=True) if number is not None})
+        try:
+            return cls(**{field.name: int(number) for field, number in zip(fields(cls), found.groups(), strict=True) if number is not None})
+        except InvalidSpec as invalid:
+            raise InvalidSpec(*(replace(problem, field=f"shape {key}: {problem.field}") for problem in invalid.problems)) from invalid
 
     def as_dict(self) -> dict[str, int]:
         """The numbers by name; a dense model has no `num_experts`."""

@@ -229,6 +229,10 @@ class SearchSpace:
         frame = {name: _clamp(value, self.axes[name]) for name, value in zip(FRAME_AXES, _frame_of(shape), strict=False)}
         return Choices(**frame, mlp_fill=max(fill, self.min_mlp_fill))
 
+    def proposes(self, shape: Shape) -> bool:
+        """Whether a shape is one of those that are counted, from which the search proposes; a named one need not be."""
+        return self.resolve(self.choices_of(shape)) == shape
+
     def draw(self, generator: np.random.Generator) -> Shape:
         """A legal shape: a frame uniformly, then one of its MLP widths uniformly."""
         index = int(generator.integers(len(self._frames)))

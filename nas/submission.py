@@ -120,7 +120,7 @@ def estimate_time(submission: Submission, *, speed: SpeedRecord) -> dict[str, An
 
 def ask_about(submission: Submission, shape: Shape) -> dict[str, Any]:
     """Whether the search may try a shape under one of its budgets, and why not under the one that it misses by least."""
-    return explain_shape(min(submission.spaces, key=lambda space: len(space.explain(shape))), shape)
+    return explain_shape(min(submission.spaces, key=lambda space: (len(space.explain(shape)), not space.proposes(shape))), shape)
 
 
 def _look_up(spec: SearchSpec, *, store: Store, project: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def print_json(value: Any) -> None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
-    """A list of records with the same names: a table, or JSON."""
+    """A list of records: a table with a column for every name that one of them has, or JSON."""
     if as_json:
         print_json(list(rows))
         return
@@ -76,28 +76,32 @@ def print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
         out.print("none", style="dim", highlight=False)
         return
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for index, name in enumerate(rows[0]):
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for index, name in enumerate(names):
         table.add_column(name, no_wrap=index == 0, overflow="fold")
     for row in rows:
-        table.add_row(*(shown(value, name=name) for name, value in row.items()))
+        table.add_row(*("" if row.get(name) is None else shown(row[name], name=name) for name in names))
     out.print(table)
 
 
 def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
-    """One record: a line for each name, or JSON."""
+    """One record: a line for each name that has a value, or JSON."""
     if as_json:
         print_json(facts)
         return
     for name, value in facts.items():
-        out.print(f"{name:<34} {shown(value, name=name)}", markup=False, highlight=False, soft_wrap=True)
+        if value is not None:
+            out.print(f"{name:<34} {shown(value, name=name)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def shown(value: Any, *, name: str) -> str:
     """One value as text; a digest by its first 12 characters."""
     if name == "digest":
         return str(value)[:12]
-    if isinstance(value, bool) or value is None:
-        return str(value)
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):

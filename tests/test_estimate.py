@@ -55,6 +55,11 @@ def test_what_is_no_key_of_a_shape_is_refused(text: str) -> None:
     assert len(str(refused.value)) < 500
 
 
+def test_of_several_shapes_the_impossible_one_is_named() -> None:
+    with pytest.raises(InvalidSpec, match="shape L4-D56-F144-H5-K4-E8: num_attention_heads: expected a multiple of num_key_value_heads=4, got 5"):
+        Shape.from_key("L4-D56-F144-H5-K4-E8")
+
+
 def test_the_extremes_are_the_smallest_and_the_largest_of_all_legal_shapes() -> None:
     counts = [count_parameters(ARCHITECTURE, shape).total for shape in SPACE.shapes()]
     smallest, largest = SPACE.extremes()
@@ -73,7 +78,8 @@ def test_a_shape_that_is_not_legal_is_told_every_rule_that_it_breaks() -> None:
     assert not asked["legal"]
     assert {problem["field"] for problem in asked["problems"]} >= {"num_hidden_layers", "head_dim", "hidden_size", "parameters"}
     legal = next(SPACE.shapes())
-    assert explain_shape(SPACE, legal) == {"key": legal.key, "shape": legal.as_dict(), "parameters": SPACE.parameters(legal), "legal": True, "problems": []}
+    facts = {"key": legal.key, "shape": legal.as_dict(), "parameters": SPACE.parameters(legal)}
+    assert explain_shape(SPACE, legal) == {**facts, "legal": True, "proposed": True, "problems": []}
 
 
 @given(

@@ -198,6 +198,7 @@ def test_every_line_of_a_server_parses_and_none_holds_what_a_client_showed(tmp_p
     lines = [json.loads(line) for line in written.splitlines()]
     assert sum(line["logger"] == "api.access" for line in lines) >= 3
     assert any(line["logger"].startswith("uvicorn") for line in lines)
+    assert not any("color_message" in line for line in lines)
     assert all({"time", "level", "logger", "event"} <= line.keys() for line in lines)
     assert PASSWORD not in written
     assert key.rpartition("_")[2] not in written

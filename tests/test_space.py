@@ -280,7 +280,19 @@ def test_a_named_shape_may_lie_off_the_grid():
     shape = replace(TEACHER, num_hidden_layers=2, intermediate_size=99)
 
     assert shape not in set(space().shapes())
+    assert not space().proposes(shape)
     assert space().explain(shape) == ()
+
+
+@properties
+@given(spaces(), st.data())
+def test_what_is_proposed_is_what_is_listed(found, data):
+    listed = list(found.shapes())
+    shape = data.draw(st.sampled_from(listed))
+    near = replace(shape, intermediate_size=max(1, shape.intermediate_size + data.draw(st.integers(-8, 8))))
+
+    assert found.proposes(shape)
+    assert found.proposes(near) == (near in set(listed))
 
 
 @properties

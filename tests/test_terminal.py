@@ -41,3 +41,23 @@ def test_text_of_any_language_stays() -> None:
     text = "Grüße, 世界 – ± ✓ ✗\n\té"
 
     assert without_commands(text) == text
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    shown = io.StringIO()
+    monkeypatch.setattr("nas.terminal.out", Terminal(file=shown, width=200))
+    return shown
+
+
+def test_a_table_has_a_column_for_what_only_some_of_its_records_have(printed: io.StringIO) -> None:
+    print_rows([{"rung": 0, "kl": None}, {"rung": 1, "kl": 0.5, "hellaswag": 0.25}], as_json=False)
+
+    head, first, second = (line.split() for line in printed.getvalue().splitlines())
+    assert (head, first, second) == (["rung", "kl", "hellaswag"], ["0"], ["1", "0.5", "0.25"])
+
+
+def test_what_is_not_known_takes_no_line(printed: io.StringIO) -> None:
+    print_facts({"state": "succeeded", "seconds_left": None, "paired": True}, as_json=False)
+
+    assert [line.split() for line in printed.getvalue().splitlines()] == [["state", "succeeded"], ["paired", "yes"]]

@@ -154,4 +154,5 @@ class PreviewAnswer(Answer):
     """Device seconds and wall seconds by stage on workers of the speed that was measured once for these resources; `known` is false, with the
     reason, while it was not."""
     asked: list[dict[str, Any]]
-    """For each `shape` of the query: its parameters, whether it is legal, and the rules that it breaks."""
+    """For each `shape` of the query: its parameters, whether it is legal, the rules that it breaks, and whether it is one of the shapes that are proposed
+    (one that is legal and not `proposed` is tried only where the spec names it)."""

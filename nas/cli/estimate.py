@@ -105,6 +105,8 @@ def _print(preview: Mapping[str, Any]) -> None:
         out.print()
         reasons = [f"  {problem['field']}: expected {problem['expected']}, got {problem['got']}" for problem in asked["problems"]]
         verdict = "legal" if asked["legal"] else "not legal"
+        if asked["legal"] and not asked["proposed"]:
+            verdict += ", but outside of `space` or below `budget.min_use`: tried where `shapes` names it, never proposed"
         out.print("\n".join([f"{asked['key']}  ({asked['parameters']:,} parameters): {verdict}", *reasons]), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -83,7 +83,10 @@ def compare(
         return
     for title, rows in comparison_tables(comparison).items():
         out.print(title, style="bold", highlight=False)
-        print_rows(rows, as_json=False)
+        if rows:
+            print_rows(rows, as_json=False)
+        else:
+            out.print("nothing", highlight=False)
         out.print()
 
 

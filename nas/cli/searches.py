@@ -74,7 +74,8 @@ def whoami(url: Url = None, as_json: Json = False) -> None:
         return
     print_facts({"project": project["name"], "key": project["key_id"], "scopes": project["scopes"]}, as_json=False)
     used = dict(zip(project["quotas"], project["usage"].values(), strict=True))
-    print_rows([{"quota": name, "limit": limit, "used": used[name]} for name, limit in project["quotas"].items()], as_json=False)
+    limits = {name: "no limit" if limit is None else limit for name, limit in project["quotas"].items()}
+    print_rows([{"quota": name, "limit": limit, "used": used[name]} for name, limit in limits.items()], as_json=False)
 
 
 @commands.command("list")
