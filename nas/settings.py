@@ -39,6 +39,9 @@ class Settings:
     """NAS_CACHE: this machine's copies of shared files. Default: nas in the user's cache folder."""
     cache_bytes: int | None
     """NAS_CACHE_BYTES: how large they may be together. Default: they leave a tenth of the disk free."""
+    checkpoint_seconds: float
+    """NAS_CHECKPOINT_SECONDS: with NAS_SHARED, how often a running step's checkpoint is uploaded at most, for another node to go on from should this
+    one be lost; an upload takes at most a twentieth of the time. Default: 60, as often as a step saves one."""
     num_cpus: int | None
     """NAS_NUM_CPUS: CPU cores of the local cluster. Default: those of the machine."""
     num_gpus: int | None
@@ -88,19 +91,20 @@ class Settings:
             shared_url=reader.read("NAS_SHARED", _shared_url, default=None),
             cache_folder=reader.read("NAS_CACHE", _folder, default=_user_cache(environment) / "nas"),
             cache_bytes=reader.read("NAS_CACHE_BYTES", _integer(at_least=1, at_most=2**60), default=None),
+            checkpoint_seconds=reader.read("NAS_CHECKPOINT_SECONDS", _seconds(at_most=86400), default=60.0),
             num_cpus=reader.read("NAS_NUM_CPUS", _integer(at_least=1, at_most=4096), default=None),
             num_gpus=reader.read("NAS_NUM_GPUS", _integer(at_least=0, at_most=4096), default=None),
             migrate=reader.read("NAS_MIGRATE", _switch, default=True),
             allowed_hosts=reader.read("NAS_ALLOWED_HOSTS", _host_names, default=()),
             requests_per_second=reader.read("NAS_REQUESTS_PER_SECOND", _requests_per_second, default=50.0),
-            lease_seconds=reader.read("NAS_LEASE_SECONDS", _lease_seconds, default=10.0),
+            lease_seconds=reader.read("NAS_LEASE_SECONDS", _seconds(at_most=3600), default=10.0),
             log_format=reader.read("NAS_LOG_FORMAT", _log_format, default=None),
             log_level=reader.read("NAS_LOG_LEVEL", _log_level, default="INFO"),
             metrics_port=reader.read("NAS_METRICS_PORT", _integer(at_least=1, at_most=65535), default=None),
             log_days=reader.read("NAS_LOG_DAYS", _integer(at_least=1, at_most=36500), default=30),
             max_log_bytes=reader.read("NAS_MAX_LOG_BYTES", _integer(at_least=2**20, at_most=2**50), default=2**30),
             event_days=reader.read("NAS_EVENT_DAYS", _integer(at_least=1, at_most=36500), default=365),
-            attempt_lease_seconds=reader.read("NAS_ATTEMPT_LEASE_SECONDS", _lease_seconds, default=60.0),
+            attempt_lease_seconds=reader.read("NAS_ATTEMPT_LEASE_SECONDS", _seconds(at_most=3600), default=60.0),
         )
         if reader.problems:
             raise InvalidSpec(*reader.problems)
@@ -255,12 +259,16 @@ def _integer(*, at_least: int, at_most: int) -> Callable[[str], int]:
     return parse
 
 
-def _lease_seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = float("nan")
-    # Below a second a busy machine loses its leases by being slow.
-    if not 1.0 <= seconds <= 3600.0:
-        raise _Expected("seconds from 1 to 3600")
-    return seconds
+def _seconds(*, at_most: float) -> Callable[[str], float]:
+    """From 1 on: below that a busy machine loses its leases by being slow."""
+
+    def parse(text: str) -> float:
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = float("nan")
+        if not 1.0 <= seconds <= at_most:
+            raise _Expected(f"seconds from 1 to {at_most:g}")
+        return seconds
+
+    return parse

@@ -18,8 +18,8 @@ from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from nas.errors import CorruptFile, FilesUnavailable, NotFound
-from nas.files import file_digest, publish, whole_file
+from nas.errors import CorruptFile, Fenced, FilesUnavailable, NotFound
+from nas.files import check_may_publish, file_digest, publish, whole_file
 
 MANIFEST = "manifest.json"
 TRANSFERS = 4
@@ -63,7 +63,7 @@ class Manifest:
 
 
 class SharedFiles:
-    """What is below one URL. Every method may raise FilesUnavailable: it cannot be reached, or refuses."""
+    """What is below one URL. Every method may raise FilesUnavailable: it cannot be reached, or refuses; those that write Fenced, as `nas.files.publish`."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -82,6 +82,15 @@ class SharedFiles:
             files = dict(zip(sources, pool.map(partial(self._upload, key=key, there=there), sources.values()), strict=True))
         manifest = Manifest(files=files)
         self.write_json(manifest.as_dict(), key=f"{key}/{MANIFEST}")
+        return manifest
+
+    def replace_tree(self, source: Mapping[str, Path], *, key: str) -> Manifest:
+        """Publish files as a tree that only this process publishes, in place of what it held; nothing of that stays."""
+        manifest = self.publish_tree(source, key=key)
+        kept = {MANIFEST, *(file.sha256 for file in manifest.files.values())}
+        with self._reaching(key):
+            for name in self._sizes(key).keys() - kept:
+                self._fs.rm(self._path(f"{key}/{name}"))
         return manifest
 
     def find_tree(self, key: str) -> Manifest | None:
@@ -226,6 +235,7 @@ class SharedFiles:
         """An object store shows an object when it is whole; a folder does so only after a rename."""
         path = self._path(key)
         if not self._is_local:
+            check_may_publish(Path(key))
             write(path)
             return
         temporary = f"{path}.{uuid.uuid4().hex}.partial"
@@ -242,7 +252,7 @@ class SharedFiles:
             yield
         except FileNotFoundError as absent:
             raise NotFound(f"{self.url}/{key}: no such file") from absent
-        except (NotFound, CorruptFile, FilesUnavailable):
+        except (NotFound, CorruptFile, FilesUnavailable, Fenced):
             raise
         # Broad: every file system behind fsspec raises types of its own.
         except Exception as error:

@@ -1,8 +1,9 @@
 """A step on a machine that shares no folder with the controller: its files are fetched by URL before it, and published after it.
 
-The step itself (`step.py`) sees plain folders of this machine. A trial's checkpoints are published under the attempt that made
-them, and the next step is told which attempt's to take: one that was superseded may publish, and nobody reads it. The
-outcome is published last, so that another controller finds it, and with it all that it speaks of.
+The step itself (`step.py`) sees plain folders of this machine. What a rung has left is published under the attempt that made
+it, and the next step is told which attempt's to take: one that was superseded may publish, and nobody reads it. What a step has
+trained before it ended is published too (`checkpoints.py`), and the next attempt takes the furthest. The outcome is published
+last, so that another controller finds it, and with it all that it speaks of.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from typing import Any
 
 from nas.bundle import TAR, read_tar
 from nas.errors import CorpusUnavailable, NasError, NotFound, TaskUnavailable, TeacherUnavailable
-from nas.files import check_may_publish, publishing_unless
+from nas.files import publishing_unless
 from nas.node_cache import NodeCache
-from nas.search.layout import BUNDLE, clear_below
+from nas.run_folder import CHECKPOINT, RUN, WORK
+from nas.search.layout import BUNDLE, RECONSTRUCTION, clear_below, rung_folder
 from nas.settings import Settings
 from nas.shared_files import SharedFiles, registry_key
 from nas.spec import parse_spec
+from workers.checkpoints import Checkpoint, Publisher
 from workers.courier import carrying, sender
-from workers.folders import MODEL_TAR, OWN_BUNDLE
+from workers.folders import MODEL, MODEL_TAR, OWN_BUNDLE
 from workers.liveness import beating, is_superseded
 from workers.step import RESULT, Outcome, Step, execute, failure
 
@@ -38,31 +41,30 @@ SOURCE = ".source"
 """In a trial's folder on a node: the attempt whose checkpoints it began from, or which it published."""
 
 
-def run(step: Step, *, url: str, data_folder: str, post_office: Any) -> Outcome:
+def run(step: Step, *, url: str, data_folder: str, checkpoint_seconds: float, post_office: Any) -> Outcome:
     """Run a step on this node.
 
     Args:
         url: of the shared files; a path below the controller's `data_folder` is a key below the URL.
+        checkpoint_seconds: between two uploads of what a step has trained so far, at least.
         post_office: the handle of the controller's `PostOffice`.
     """
     settings = Settings.from_environment(os.environ)
     cache = NodeCache(folder=settings.cache_folder, max_bytes=settings.cache_bytes)
     with cache.scratch() as mailbox, carrying(mailbox, send=sender(post_office, step.key), beat_seconds=step.beat_seconds):
-        return run_here(step, mailbox=mailbox, shared=_open(url), cache=cache, data_folder=Path(data_folder))
+        return run_here(step, mailbox=mailbox, shared=_open(url), cache=cache, data_folder=Path(data_folder), checkpoint_seconds=checkpoint_seconds)
 
 
-def run_here(step: Step, *, mailbox: Path, shared: SharedFiles, cache: NodeCache, data_folder: Path) -> Outcome:
+def run_here(step: Step, *, mailbox: Path, shared: SharedFiles, cache: NodeCache, data_folder: Path, checkpoint_seconds: float) -> Outcome:
     """The same, with this node's side of the step's mailbox."""
     if step.stage == "probe":
         return execute(replace(step, folder=str(mailbox)))
-    away = _Away(step=step, mailbox=mailbox, shared=shared, cache=cache, data_folder=data_folder)
+    away = _Away(step=step, mailbox=mailbox, shared=shared, cache=cache, data_folder=data_folder, checkpoint_seconds=checkpoint_seconds)
     with beating(mailbox, seconds=step.beat_seconds), publishing_unless(partial(is_superseded, mailbox)):
         try:
             with ExitStack() as stack:
                 outcome = away.run(stack)
-            key = f"{away.key(step.folder)}/{RESULT}"
-            check_may_publish(Path(key))
-            shared.write_json(outcome.as_dict(), key=key)
+            shared.write_json(outcome.as_dict(), key=f"{away.key(step.folder)}/{RESULT}")
         except (NasError, OSError) as error:
             return failure(error)
     return outcome
@@ -83,6 +85,7 @@ class _Away:
     cache: NodeCache
     data_folder: Path
     """The controller's."""
+    checkpoint_seconds: float
 
     def key(self, path: str) -> str:
         return Path(path).relative_to(self.data_folder).as_posix()
@@ -155,7 +158,6 @@ class _Away:
         folder = stack.enter_context(self._work(key))
         outcome = self._execute({**request, "prepared": str(folder)})
         if outcome.succeeded:
-            check_may_publish(Path(key))
             self.shared.publish_tree(folder, key=key)
             self.cache.keep(folder, key=key, source=self.shared)
         return outcome
@@ -164,13 +166,25 @@ class _Away:
         key = self.key(request["trial_folder"])
         folder = stack.enter_context(self._work(key))
         self._begin_from(request["trial_source"], key=key, folder=folder)
-        outcome = self._execute({**request, "trial_folder": str(folder)})
+        checkpoint = Checkpoint(folder=folder, states=rung_folder(Path(), rung=request["rung"]).as_posix(), beside=RECONSTRUCTION)
+        outcome = self._train({**request, "trial_folder": str(folder)}, checkpoint=checkpoint, parent=key)
         if outcome.succeeded:
             is_last = request["rung"] == parse_spec(json.dumps(request["spec"])).rungs.num_trained
             clear_below(folder, rung=request["rung"] + is_last)
-            check_may_publish(Path(key))
             self.shared.publish_tree(folder, key=f"{key}/{self.step.key}")
             (folder / SOURCE).write_text(self.step.key, encoding="utf-8")
+        return outcome
+
+    def _train(self, request: Mapping[str, Any], *, checkpoint: Checkpoint, parent: str) -> Outcome:
+        """Run a step that goes on from its checkpoint, wherever that was made, and publishes it as it goes and when it has to stop."""
+        publisher = Publisher(
+            checkpoint=checkpoint, parent=parent, attempt=self.step.key, shared=self.shared, cache=self.cache, seconds=self.checkpoint_seconds
+        )
+        publisher.fetch()
+        with publisher.publishing():
+            outcome = self._execute(request)
+        if not outcome.succeeded:
+            publisher.publish()
         return outcome
 
     def _begin_from(self, source: str | None, *, key: str, folder: Path) -> None:
@@ -197,7 +211,6 @@ class _Away:
             return outcome
         parent = self.key(self.step.request["bundle_folder"])
         key = f"{parent}/{TAR}"
-        check_may_publish(Path(key))
         # The model by itself, for searches whose teacher it will be.
         self.shared.publish_tree({name: folder / BUNDLE / name for name in outcome.result["as_teacher"]["files"]}, key=f"{parent}/{BUNDLE}")
         self.shared.publish_file(folder / TAR, key=key)
@@ -206,11 +219,12 @@ class _Away:
     def _distil(self, request: Mapping[str, Any], stack: ExitStack) -> Outcome:
         key = self.key(request["folder"])
         folder = stack.enter_context(self._work(key))
-        outcome = self._execute({**request, "folder": str(folder), **self._student(request, folder=folder, stack=stack)})
+        local = {"folder": str(folder), **self._student(request, folder=folder, stack=stack)}
+        checkpoint = Checkpoint(folder=folder, states=f"{MODEL}/{WORK}/{CHECKPOINT}", beside=f"{MODEL}/{WORK}/{RUN}")
+        outcome = self._train({**request, **local}, checkpoint=checkpoint, parent=f"{key}/{MODEL}")
         if not outcome.succeeded or outcome.result is None:
             return outcome
         tar = f"{key}/{MODEL_TAR}"
-        check_may_publish(Path(tar))
         self.shared.publish_file(folder / MODEL_TAR, key=tar)
         _empty(folder)
         return replace(outcome, result={**outcome.result, "file": str(self.data_folder / tar)})

@@ -14,7 +14,6 @@ trained it, attempts/ID/ has the outcome alone, and what is deleted is so a litt
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from nas.errors import FilesUnavailable
+from nas.files import link_or_copy
 from nas.search.layout import STUDENT, trial_folder
 from nas.settings import Settings
 from nas.shared_files import SharedFiles
@@ -81,7 +81,7 @@ class SearchFolder:
             return False
         target = self.trial(number)
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(source.trial(source_number), target, copy_function=_link_or_copy)
+        shutil.copytree(source.trial(source_number), target, copy_function=link_or_copy)
         return True
 
     def find_outcomes(self, attempt_ids: Collection[str]) -> dict[str, Outcome]:
@@ -161,10 +161,3 @@ def _delete_all_but(shared: SharedFiles, key: str, *, keep: Collection[str]) -> 
     except FilesUnavailable as error:
         # The end of the search, or its deletion, asks once more.
         logger.warning("not deleted: %s", error, extra={"action": "delete_failed", "key": key})
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without links
-        shutil.copy2(source, target)

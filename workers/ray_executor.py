@@ -94,7 +94,12 @@ class RayExecutor:
         if settings.shared_url is not None and work is None:
             self._post, self._files = _Post(), SharedFiles(settings.shared_url)
             self._work = "workers.away:run"
-            self._arguments = {"url": settings.shared_url, "data_folder": str(settings.data_folder), "post_office": self._post.office}
+            self._arguments = {
+                "url": settings.shared_url,
+                "data_folder": str(settings.data_folder),
+                "checkpoint_seconds": settings.checkpoint_seconds,
+                "post_office": self._post.office,
+            }
         self._on_cpu = ray.remote(num_cpus=1, max_retries=0)(on_node.run_step)
         self._on_gpu = ray.remote(num_cpus=1, num_gpus=1, max_calls=1, max_retries=0)(on_node.run_step)
         self._running: dict[Any, Step] = {}

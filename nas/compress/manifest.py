@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nas.errors import CorruptFile, NotFound
-from nas.files import file_digest, publish, temporary_for, write_json
+from nas.files import file_digest, link_or_copy, publish, temporary_for, write_json
 
 
 def save_tensors(folder: Path, *, name: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
@@ -56,3 +56,25 @@ def load_tensors(folder: Path, *, name: str) -> tuple[dict[str, torch.Tensor], d
         return load_file(weights), facts
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise CorruptFile(f"{manifest}: expected a manifest and the file it names, got {error!r}") from error
+
+
+def read_manifest(folder: Path, *, name: str) -> dict[str, Any] | None:
+    """The manifest alone: `file`, `sha256` and `facts`; None where there is none, or one that cannot be read."""
+    try:
+        content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) and {"file", "sha256", "facts"} <= content.keys() else None
+
+
+def link_tensors(folder: Path, *, name: str, into: Path) -> None:
+    """Give the pair of that name, if there is one, second names in another folder of the same disk: there it stays when the first ones are replaced."""
+    seen: dict[str, Any] | None = None
+    while (content := read_manifest(folder, name=name)) is not None and content != seen:
+        try:
+            link_or_copy(str(folder / content["file"]), str(into / content["file"]))
+        except FileNotFoundError:  # replaced since the manifest was read, or lost
+            seen = content
+            continue
+        write_json(content, target=into / f"{name}.json")
+        return

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from nas.compress.manifest import load_tensors, save_tensors
+from nas.compress.manifest import link_tensors, load_tensors, read_manifest, save_tensors
 from nas.errors import CorruptFile, NotFound
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,10 @@ class TrainState:
     """Of the last steps."""
     untrained_loss: float | None
     """Of the first step, before any update; None: no step was done."""
+
+
+STATES = ("branch", "trunk")
+"""Names in a checkpoint folder. The trunk is whole before there is a branch: who looks in this order sees no branch without its trunk."""
 
 
 def save_state(state: TrainState, *, checkpoint: Path, name: str, tokens: int) -> None:
@@ -65,13 +70,29 @@ def load_trunk(checkpoint: Path) -> TrainState:
     return load_state(checkpoint, name="trunk")
 
 
+def num_steps(checkpoint: Path) -> int:
+    """Steps that a checkpoint folder holds, 0 where it holds none; its tensors are not looked at."""
+    return max((steps_of(manifest) for name in STATES if (manifest := read_manifest(checkpoint, name=name)) is not None), default=0)
+
+
+def steps_of(manifest: Mapping[str, Any]) -> int:
+    """Steps of one state, by its manifest."""
+    return int(manifest["facts"]["step"])
+
+
+def link_states(checkpoint: Path, *, into: Path) -> None:
+    """The states as they are now, under second names in another folder of the same disk, where they stay when the training replaces its own."""
+    for name in STATES:
+        link_tensors(checkpoint, name=name, into=into)
+
+
 def sound_checkpoint(checkpoint: Path) -> Path:
     """The folder as `distil` can go on from it: a damaged state is set aside, and what was trained for it is trained again, to the same bits.
 
     Without the trunk the whole run starts again, from the checkpoint of the rung below; without the branch, the branch. The damaged files
     are in `<folder>.damaged` beside it, until others are.
     """
-    for name in ("trunk", "branch"):
+    for name in reversed(STATES):
         try:
             load_tensors(checkpoint, name=name)
         except NotFound:

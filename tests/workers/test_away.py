@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 
 from api.files import find_file
 from nas.bundle import bundle_trial
+from nas.compress import distillation
+from nas.compress.train_state import TrainState
 from nas.node_cache import NodeCache
 from nas.search import confirm
 from nas.settings import Settings
@@ -24,7 +27,9 @@ from nas.store.store import Store
 from nas.submission import check_submission
 from workers import folders
 from workers.away import run_here
+from workers.checkpoints import UNFINISHED
 from workers.controller import Controller
+from workers.folders import MODEL
 from workers.liveness import supersede
 from workers.step import Outcome, Step, execute
 
@@ -40,6 +45,7 @@ class Nodes:
         self.data_folder = data_folder
         self.steps: list[Step] = []
         self.history: list[Step] = []
+        self.checkpoint_seconds = 60.0
         self.before: Callable[[Step, Path], None] = lambda step, mailbox: None
 
     def start(self, step: Step) -> None:
@@ -55,7 +61,7 @@ class Nodes:
         cache = self.caches[len(self.history) % 2]
         with cache.scratch() as mailbox:
             self.before(step, mailbox)
-            return run_here(step, mailbox=mailbox, shared=self.shared, cache=cache, data_folder=self.data_folder)
+            return run_here(step, mailbox=mailbox, shared=self.shared, cache=cache, data_folder=self.data_folder, checkpoint_seconds=self.checkpoint_seconds)
 
     def kill(self, key: str) -> None:
         self.steps = [step for step in self.steps if step.key != key]
@@ -181,6 +187,65 @@ def test_what_was_written_is_taken_over_and_what_was_superseded_leaves_no_trace(
     assert attempts[unheard[0].key].state is AttemptState.SUCCEEDED, "its result was written, and it ran again"
     trees = list((tmp_path / "shared" / "searches" / search_id).rglob(superseded[0].key))
     assert trees == []
+
+
+class LostNode:
+    """The node of the first attempt that trains is gone, with all its files, once others can have what it had trained by then.
+
+    Every step is saved; `saved` has those of each attempt.
+    """
+
+    def __init__(self, nodes: Nodes, *, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.nodes, self.saved, self.mailbox = nodes, dict[str, list[int]](), Path()
+        nodes.checkpoint_seconds = 0.01
+        nodes.before, self._run = self._begin, nodes.run
+        nodes.run = self._run_and_lose  # type: ignore[method-assign]
+        self._save = distillation.save_state
+        monkeypatch.setattr(distillation, "save_state", self._save_and_hang)
+        monkeypatch.setitem(distillation.distil.__kwdefaults__, "checkpoint_every_seconds", 0.0)
+
+    def _begin(self, step: Step, mailbox: Path) -> None:
+        self.mailbox = mailbox
+
+    def _run_and_lose(self, step: Step) -> Outcome:
+        outcome = self._run(step)
+        if list(self.saved) == [step.key]:
+            shutil.rmtree(self.nodes.caches[len(self.nodes.history) % 2].folder)
+            return Outcome(succeeded=False, reason="preempted", message="its node went away")
+        return outcome
+
+    def _save_and_hang(self, state: TrainState, **named: Any) -> None:
+        self._save(state, **named)
+        step = self.nodes.history[-1]
+        self.saved.setdefault(step.key, []).append(state.step)
+        if len(self.saved) == 1 and state.step == 5:
+            deadline = time.monotonic() + 30
+            assert self.nodes.shared is not None
+            folder = Path(step.request.get("trial_folder") or f"{step.request['folder']}/{MODEL}").relative_to(self.nodes.data_folder)
+            while self.nodes.shared.find_tree(f"{folder}/{step.key}{UNFINISHED}") is None:
+                assert time.monotonic() < deadline, "nothing is published while it trains"
+                time.sleep(0.01)
+            supersede(self.mailbox)
+
+    def check(self) -> None:
+        """The second attempt went on from what the first had published."""
+        first, second = list(self.saved.values())[:2]
+        assert first[-1] == 5
+        assert 2 <= second[0] <= 6, "trained again from the start, or not where it had come to"
+
+
+def test_a_rung_that_is_lost_with_its_node_goes_on_on_another(
+    undisturbed: list[Any], register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = make_deployment(tmp_path, url=f"file://{tmp_path / 'shared'}", register=register_tiny)
+    lost = LostNode(deployment.nodes, monkeypatch=monkeypatch)
+
+    search = deployment.run(deployment.submit(tiny_spec(**SMALL)))
+
+    lost.check()
+    assert search.state is SearchState.SUCCEEDED, search.error
+    assert figures(deployment.store, search.id) == undisturbed
+    assert list((tmp_path / "shared" / "searches" / search.id).rglob(f"*{UNFINISHED}")) == []
 
 
 def test_a_thing_that_was_registered_before_there_was_a_url_is_asked_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tarfile
 import uuid
@@ -21,7 +22,7 @@ from nas.recipe import Recipe
 from nas.search.layout import BUNDLE
 from nas.shared_files import SharedFiles
 from nas.store.records import SearchRecord, SearchState
-from tests.workers.test_away import Deployment, make_deployment
+from tests.workers.test_away import Deployment, LostNode, Nodes, make_deployment
 from tests.workers.test_away import verified_here as verified_here
 from workers.folders import MODEL, MODEL_TAR
 
@@ -88,6 +89,20 @@ def test_a_winner_is_distilled_where_its_files_are_away(found: tuple[Deployment,
     assert weights(deployment, done) == undisturbed(deployment, search, done, folder=tmp_path)
     left = [path for cache in deployment.nodes.caches for path in cache.folder.rglob(MODEL_TAR)]
     assert left == [], "a node keeps what nobody reads any more"
+
+
+def test_one_that_is_lost_with_its_node_goes_on_on_another(found: tuple[Deployment, SearchRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deployment, search = found
+    nodes = Nodes(tmp_path, url=deployment.settings.shared_url, data_folder=deployment.settings.data_folder)
+    deployment = dataclasses.replace(deployment, nodes=nodes)
+    lost = LostNode(nodes, monkeypatch=monkeypatch)
+
+    done = deployment.run(submit(deployment, search))
+
+    lost.check()
+    assert weights(deployment, done) == undisturbed(deployment, search, done, folder=tmp_path)
+    assert nodes.shared is not None
+    assert nodes.shared.children(f"searches/{done.id}") == [MODEL_TAR], "a checkpoint that nobody reads"
 
 
 def test_a_trial_that_is_no_winner_is_bundled_first(found: tuple[Deployment, SearchRecord]) -> None:
