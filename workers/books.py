@@ -27,7 +27,6 @@ from workers.board import make_board
 from workers.family import Family
 from workers.folders import SearchFolder
 from workers.limits import Limits
-from workers.logs import read_tail
 from workers.watch import Leader
 
 logger = logging.getLogger(__name__)
@@ -66,13 +65,9 @@ class Books:
         """While confirming: the board of each budget with what was confirmed so far."""
         self._board_is_old = bool(self.run.results)
 
-    def reload(self, *, running: Collection[str]) -> None:
-        """Read the search from the store again, whatever memory says; attempts that run there, and are not among the running ones here, are lost."""
+    def reload(self) -> None:
+        """Read the search from the store again, whatever memory says."""
         self.record = self._store.get_search(self.record.id)
-        for attempt in self._store.list_attempts(self.record.id):
-            if attempt.state is AttemptState.RUNNING and attempt.id not in running:
-                log = read_tail(self.folder.attempt(attempt.id))
-                self._store.finish_attempt(attempt.id, state=AttemptState.LOST, reason="the controller does not know its step", log=log, fence=self._fence)
         self.load()
 
     # -- trials ------------------------------------------------------------------------------------------------------------

@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from nas.chain import awaited_source
-from nas.errors import Conflict, TeacherUnavailable
+from nas.errors import TeacherUnavailable
 from nas.search.layout import prepared_key
 from nas.search.results import CONTROL
 from nas.spec import dump_spec
-from nas.store.records import OVER_BUDGET, ActiveSearch, AttemptRecord, AttemptState, SearchRecord, SearchState, Stage, TrialState, all_winners
+from nas.store.records import OVER_BUDGET, ActiveSearch, AttemptRecord, SearchRecord, SearchState, Stage, TrialState, all_winners
 from nas.submission import take_teacher
 from nas.trial_files import find_tree
-from workers import metrics
 from workers.actions import Advance, LimitReason, NewTrial
 from workers.books import Books
 from workers.family import Family
-from workers.logs import LogKeeper, last_lines, read_tail
-from workers.step import Outcome, Step
-from workers.tries import BEATS_PER_LEASE, begin, find_spent, judge, num_memory_failures
-from workers.verdicts import Untrue, check_result
-from workers.watch import Leader, Running, Watch
+from workers.step import Outcome
+from workers.steps import Steps
+from workers.tries import num_memory_failures
+from workers.verdicts import check_result
+from workers.watch import Leader
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +41,7 @@ class Conductor:
         self._leader, self._store, self._fence = leader, leader.store, leader.fence
         self._books = Books(record, leader=leader)
         self.folder = self._books.folder
-        self._watch = Watch(record.id, leader=leader, folder=self.folder)
-        self.running = self._watch.running
-        self.ended: dict[str, Outcome] = {}
-        """Outcomes of steps that wait to be recorded."""
-        self._logs = LogKeeper(record.id, store=self._store, fence=self._fence, clock=leader.clock)
+        self.steps = Steps(record, leader=leader, folder=self.folder, resources=self._run.spec.resources, pauses_on_full_disk=True)
         self.prepared_key = prepared_key(self._run.spec, inputs=self._run.inputs)
 
     @property
@@ -60,17 +54,13 @@ class Conductor:
 
     @property
     def is_preparing(self) -> bool:
-        return any(running.attempt.stage == "prepare" for running in self.running.values())
+        return any(running.attempt.stage == "prepare" for running in self.steps.running.values())
 
     def reload(self) -> None:
         """Read the search from the store again, whatever memory says; attempts that run there and not here are lost."""
-        self._books.reload(running=self.running)
+        self.steps.lose_unknown()
+        self._books.reload()
         self.prepared_key = prepared_key(self._run.spec, inputs=self._run.inputs)
-
-    def resume(self, attempt: AttemptRecord, outcome: Outcome) -> None:
-        """Take over a step that ended under another controller."""
-        self._watch.add(attempt)
-        self.ended[attempt.id] = outcome
 
     def note(self, active: ActiveSearch) -> None:
         """The search as the store has it now: users pause, resume and cancel it, retry trials and extend it."""
@@ -79,24 +69,15 @@ class Conductor:
         elif active.state is not self.record.state:
             self._books.record = replace(self.record, state=active.state)
 
-    def drop(self) -> None:
-        """Its search is another controller's: end what runs of it here, and write nothing more."""
-        for key in self.running:
-            self._leader.executor.kill(key)
-        self.running.clear()
-        self.ended.clear()
-
     def advance(self, *, may_prepare: Callable[[], bool]) -> None:
         """Pass on progress, enforce limits, and start what should run next.
 
         Args:
             may_prepare: whether the search's prepared folder may be filled now.
         """
-        self._watch.follow()
-        self._logs.keep({key: running.progress.folder for key, running in self.running.items()})
+        self.steps.follow()
         self._heed_wishes()
-        for key, outcome in {**self._watch.enforce(self._run.spec.limits), **self._watch.listen(ended=self.ended)}.items():
-            self.ended.setdefault(key, outcome)
+        self.steps.enforce(self._run.spec.limits)
         self._books.save_board_in_time()
         match self.record.state:
             case SearchState.QUEUED:
@@ -110,10 +91,10 @@ class Conductor:
                 self._end(SearchState.SUCCEEDED)
             case SearchState.CONFIRMING:
                 self._confirm()
-            case SearchState.PAUSING if not self.running:
+            case SearchState.PAUSING if not self.steps.running:
                 self._books.save_board()
                 self._books.move(SearchState.PAUSED, error=self.record.error)
-            case SearchState.CANCELLING if not self.running:
+            case SearchState.CANCELLING if not self.steps.running:
                 self._books.end_trials()
                 self._books.save_board()
                 self._end(SearchState.CANCELLED)
@@ -126,13 +107,13 @@ class Conductor:
         """Ask the running steps to stop where the search is cancelled or paused, or a limit of it is reached."""
         match self.record.state:
             case SearchState.CANCELLING:
-                self._watch.stop("cancelled")
+                self.steps.watch.stop("cancelled")
             case SearchState.PAUSING:
-                self._watch.stop("paused")
+                self.steps.watch.stop("paused")
             case SearchState.PREPARING | SearchState.SEARCHING:
-                limits, running = self._books.limits, self._watch.device_seconds(self._run.spec.resources)
+                limits, running = self._books.limits, self.steps.watch.device_seconds()
                 if (reached := limits.reached(running_device_seconds=running)) is not None:
-                    self._watch.stop(reached)
+                    self.steps.watch.stop(reached)
                     self._run.stop(reached)
                 elif (over := limits.bytes_over(self.folder.path)) and self._books.free_disk(over) < over:
                     message = f"the search's folder is {over} bytes over limits.max_disk_bytes={self._run.spec.limits.max_disk_bytes}"
@@ -172,34 +153,26 @@ class Conductor:
     # -- what ended --------------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Record how steps ended; a step whose outcome cannot be recorded now stays to be recorded later."""
-        for key, outcome in list(self.ended.items()):
-            try:
-                self._settle(self.running[key], outcome)
-            except Conflict as conflict:
-                # An earlier try, or another controller, got as far as the store.
-                logger.warning("outcome not recorded: %s", conflict, extra={"action": "outcome_ignored", "search_id": self.record.id, "attempt_id": key})
-                del self.running[key], self.ended[key]
-                self.reload()
-            else:
-                del self.running[key], self.ended[key]
+        """Record how steps ended."""
+        self.steps.settle(self)
 
-    def _settle(self, running: Running, outcome: Outcome) -> None:
-        self._watch.pass_on([running])
-        attempt, log = running.attempt, read_tail(running.progress.folder)
-        seconds = self._watch.device_seconds_of(running, self._run.spec.resources)
-        if outcome.succeeded and outcome.result is not None:
-            if (lie := self._find_lie(attempt, outcome.result)) is None:
-                self._books.record_result(attempt, outcome.result, log=log, device_seconds=seconds)
-                self._count_end(running, AttemptState.SUCCEEDED, reason="", device_seconds=seconds)
-                return
-            outcome = Outcome(succeeded=False, reason="invalid_result", message=lie)
-        elif running.killed is not None:
-            outcome = running.killed
-        ending = judge(running, outcome, is_cancelling=self.record.state is SearchState.CANCELLING)
-        self._store.finish_attempt(attempt.id, state=ending.state, reason=ending.text, log=log, device_seconds=seconds, fence=self._fence)
-        self._count_end(running, ending.state, reason=ending.reason, device_seconds=seconds)
-        ending.log(attempt)
+    def check_result(self, attempt: AttemptRecord, result: dict[str, Any]) -> None:
+        """Refuse what no step can have come to.
+
+        Raises:
+            Untrue
+        """
+        run, trial = self._run, None if attempt.trial is None else self._run.trials[attempt.trial]
+        check_result(result, attempt=attempt, spec=run.spec, architecture=run.runs[0].space.architecture, trial=trial, folders=self.folder)
+
+    def keep_result(self, attempt: AttemptRecord, result: dict[str, Any], *, log: str | None, device_seconds: float) -> None:
+        """Store a result, and its attempt's success."""
+        self._books.record_result(attempt, result, log=log, device_seconds=device_seconds)
+        self._books.limits.count(device_seconds)
+
+    def note_failure(self, attempt: AttemptRecord, outcome: Outcome, *, device_seconds: float) -> None:
+        """An attempt, of which the store knows the end, came to nothing."""
+        self._books.limits.count(device_seconds)
         if attempt.trial is not None:
             self._books.refresh_trial(attempt.trial)
         if outcome.reason == "disk_full":
@@ -207,36 +180,17 @@ class Conductor:
         elif attempt.stage in ("rung", "confirm"):  # the others end the search when they are spent: that waits until all is settled
             self._give_up_if_spent(attempt.stage, trial=attempt.trial, rung=attempt.rung)
 
-    def _count_end(self, running: Running, state: AttemptState, *, reason: str, device_seconds: float) -> None:
-        stage = running.attempt.stage
-        self._books.limits.count(device_seconds)
-        metrics.ATTEMPTS_ENDED.labels(stage=stage, state=state, reason=reason).inc()
-        metrics.DEVICE_SECONDS.labels(stage=stage).inc(device_seconds)
-
-    def _find_lie(self, attempt: AttemptRecord, result: dict[str, Any]) -> str | None:
-        """Why a result cannot be true, None where it can."""
-        run, trial = self._run, None if attempt.trial is None else self._run.trials[attempt.trial]
-        try:
-            check_result(result, attempt=attempt, spec=run.spec, architecture=run.runs[0].space.architecture, trial=trial, folders=self.folder)
-        except Untrue as untrue:
-            return str(untrue)
-        return None
-
     # -- what failed -------------------------------------------------------------------------------------------------------
 
     def _give_up_if_spent(self, stage: Stage, *, trial: int | None, rung: int | None) -> bool:
         """Give a step up that may not be tried again. Asked after a failure, and before every start: a crash may have come between."""
         attempts = self._books.attempts_of(stage, trial=trial, rung=rung)
-        spent = find_spent(attempts, limits=self._run.spec.limits, mailbox=self.folder.attempt)
+        spent = self.steps.find_spent(attempts, limits=self._run.spec.limits)
         if spent is None:
             return False
-        log = self._last_lines(spent.last)
+        log = self.steps.last_lines(spent.last)
         self._give_up(stage, trial=trial, rung=rung, reason=spent.reason, message=spent.message, tries=spent.num_tries, log=log)
         return True
-
-    def _last_lines(self, attempt: AttemptRecord) -> str:
-        log = self._store.read_log(attempt.id)
-        return last_lines(log.text if log else None)
 
     def _give_up(self, stage: Stage, *, trial: int | None, rung: int | None, reason: str, message: str, tries: int, log: str) -> None:
         """A step failed for good: a rung fails its trial, a confirmation leaves its trial unverified, the others fail the search."""
@@ -265,7 +219,7 @@ class Conductor:
                 self._name_weak_tasks(prepared)
             self._run.scales(prepared)  # refuses a search without a task on which the teacher is better than random weights
             self._books.move(SearchState.SEARCHING)
-        elif self.running:
+        elif self.steps.running:
             return
         elif self._run.stopped:
             self.fail(reason=self._run.stopped, message=f"{self._books.limits.message(self._run.stopped)}; no trial was begun")
@@ -287,7 +241,7 @@ class Conductor:
             self._books.save_board()
             self.fail(reason="too_many_failed_trials", message=f"{len(failed)} trials failed ({reasons})")
             return
-        while len(self.running) < run.spec.resources.max_parallel_trials:
+        while len(self.steps.running) < run.spec.resources.max_parallel_trials:
             action = run.next_action()
             if isinstance(action, NewTrial):
                 self._books.add_trial(action)
@@ -295,7 +249,7 @@ class Conductor:
                 self._start_rung(action)
             else:
                 break
-        if self.running:
+        if self.steps.running:
             return
         if run.stopped:
             self._books.end_trials(failure={"reason": run.stopped, "message": self._books.limits.message(run.stopped), "attempts": 0})
@@ -335,15 +289,15 @@ class Conductor:
     def _confirm(self) -> None:
         """Confirm every finalist and what the board compares with, then bundle the winner of each budget that has one."""
         run, boards = self._run, self._books.final_boards()
-        busy = {running.attempt.trial for running in self.running.values()}
+        busy = {running.attempt.trial for running in self.steps.running.values()}
         for number in run.to_confirm(boards):
-            if len(self.running) >= run.spec.resources.max_parallel_trials:
+            if len(self.steps.running) >= run.spec.resources.max_parallel_trials:
                 return
             if number not in self._books.confirmations and number not in busy:
                 trial = run.trials[number]
                 request = {"shape": trial.shape, "trial_folder": str(self.folder.trial(number)), "with_reload": trial.origin != CONTROL}
                 self._start("confirm", trial=number, request=request)
-        if self.running:
+        if self.steps.running:
             return
         self._books.save_board()
         bundled = {winner["budget"] for winner in all_winners(self.record)}
@@ -376,24 +330,11 @@ class Conductor:
             return
         run = self._run
         halvings = num_memory_failures(self._books.attempts_of(stage, trial=trial, rung=rung))
-        attempt = self._store.start_attempt(run.id, stage=stage, trial=trial, rung=rung, fence=self._fence)
-        prepared = self._leader.settings.prepared_folder / self.prepared_key
-        step = Step(
-            key=attempt.id,
-            stage=stage,
-            folder=str(self.folder.attempt(attempt.id)),
-            request={"spec": self.record.spec, "inputs": run.inputs, "prepared": str(prepared), "num_halvings": halvings, **self._source_of(trial), **request},
-            cpus=run.spec.resources.cpus,
-            gpus=run.spec.resources.gpus,
-            beat_seconds=self._leader.settings.attempt_lease_seconds / BEATS_PER_LEASE,
-            context={"search_id": run.id, "trial": trial, "rung": rung},
-            traceparent=self.record.traceparent,
-        )
+        prepared = str(self._leader.settings.prepared_folder / self.prepared_key)
+        request = {"spec": self.record.spec, "inputs": run.inputs, "prepared": prepared, "num_halvings": halvings, **self._source_of(trial), **request}
+        self.steps.start(stage, request=request, trial=trial, rung=rung)
         if trial is not None and rung is not None:
             run.add_start(trial, rung=rung)
-        self._watch.add(attempt)
-        if (ended := begin(step, executor=self._leader.executor)) is not None:
-            self.ended[attempt.id] = ended
 
     def _source_of(self, trial: int | None) -> dict[str, Any]:
         """Which attempt's files a step of a trial begins with, where each attempt has its own."""
@@ -405,16 +346,9 @@ class Conductor:
 
     def _end(self, to: SearchState, *, error: dict[str, Any] | None = None) -> None:
         """The search is over: nothing of it runs or waits, and its files go, before its state says so."""
-        for key in self.running:
-            with suppress(Conflict):  # it may have been settled half-way
-                log = read_tail(self.folder.attempt(key))
-                self._store.finish_attempt(key, state=AttemptState.CANCELLED, reason="the search ended", log=log, fence=self._fence)
-            self._leader.executor.kill(key)
-        self.running.clear()
-        self.ended.clear()
+        failed = self.steps.end_all("the search ended")
         for trial in self._store.list_trials(self.record.id):
             self._run.set_trial(trial)
         self._books.end_trials()
-        failed = [attempt.id for attempt in self._store.list_attempts(self.record.id) if attempt.state is AttemptState.FAILED]
         self.folder.clear(keep_attempts=failed, keep_trials=self._books.students_to_keep())
         self._books.move(to, error=error)

@@ -108,7 +108,7 @@ class Controller:
             self._take_in(key, outcome)
         with metrics.TICK_SECONDS.time():
             self._go_round()
-        steps = ((running.attempt.stage, running.tokens_per_second) for conductor in self._conductors.values() for running in conductor.running.values())
+        steps = ((running.attempt.stage, running.tokens_per_second) for conductor in self._conductors.values() for running in conductor.steps.running.values())
         metrics.note_running(steps, num_searches=len(self._conductors))
 
     def _go_round(self) -> None:
@@ -132,9 +132,9 @@ class Controller:
         return self._is_alone_over
 
     def _take_in(self, key: str, outcome: Outcome) -> None:
-        conductor = next((conductor for conductor in self._conductors.values() if key in conductor.running), None)
+        conductor = next((conductor for conductor in self._conductors.values() if key in conductor.steps.running), None)
         if conductor is not None:
-            conductor.ended[key] = outcome
+            conductor.steps.ended[key] = outcome
         elif not self._probes.take_in(key, outcome):
             logger.info("outcome of a step that nobody waits for", extra={"action": "outcome_ignored", "attempt_id": key})
 
@@ -157,7 +157,7 @@ class Controller:
         if name == PROBES:
             self._probes.drop()
         elif (conductor := self._conductors.pop(name, None)) is not None:
-            conductor.drop()
+            conductor.steps.drop()
 
     def _let_go(self, name: str) -> None:
         """Release what is not needed any more: a search that ended or was paused, a prepared folder that nobody fills."""
@@ -166,7 +166,7 @@ class Controller:
             if any(conductor.is_preparing and conductor.prepared_key == key for conductor in self._conductors.values()):
                 return
         if (conductor := self._conductors.pop(name, None)) is not None:
-            conductor.drop()
+            conductor.steps.drop()
         self._troubles.pop(name, None)
         self._membership.release(name)
 
@@ -187,7 +187,7 @@ class Controller:
         try:
             conductor = self._conduct(search_id, active)
             conductor.settle()
-            if self._membership.num_to_hand_back and not conductor.running:
+            if self._membership.num_to_hand_back and not conductor.steps.running:
                 self._conductors.pop(search_id)
                 self._membership.hand_back(search_id)
             else:
@@ -271,7 +271,7 @@ class Controller:
             outcomes = conductor.folder.find_outcomes([attempt.id for attempt in running])
             for attempt in running:
                 if attempt.id in outcomes:
-                    conductor.resume(attempt, outcomes[attempt.id])
+                    conductor.steps.resume(attempt, outcomes[attempt.id])
             conductor.settle()
         except Fenced:
             raise

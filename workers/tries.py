@@ -70,10 +70,13 @@ class Ending:
         logger.log(level, "attempt %s: %s", what, self.reason, extra=extra)
 
 
-def judge(running: Running, outcome: Outcome, *, is_cancelling: bool) -> Ending:
+def judge(running: Running, outcome: Outcome, *, is_cancelling: bool, pauses_on_full_disk: bool) -> Ending:
     """What the end of a step that did not succeed counts as; from here on nothing of the step is published.
 
     An outcome that its executor made up is kept, so that the next controller sees that no retry helps.
+
+    Args:
+        pauses_on_full_disk: the search pauses then. What goes on may not try for ever: there it counts as a failure.
     """
     # Whoever says that a step died, or was killed, may only have lost sight of it.
     supersede(running.progress.folder)
@@ -85,7 +88,7 @@ def judge(running: Running, outcome: Outcome, *, is_cancelling: bool) -> Ending:
         state = AttemptState.CANCELLED
     elif is_asked:
         state, reason = AttemptState.LOST, str(running.stop_reason)
-    elif reason in _NOT_ITS_FAULT:
+    elif reason in _NOT_ITS_FAULT and (pauses_on_full_disk or reason != "disk_full"):
         state = AttemptState.LOST
     return Ending(state=state, reason=reason, text=reason if is_asked else f"{reason}: {outcome.message}"[:4000], is_asked=is_asked)
 

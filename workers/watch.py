@@ -1,6 +1,6 @@
 """The steps of one search that are in flight: what they report, and what becomes of one that is asked to stop, or takes too long.
 
-It tells steps to stop and kills them; what their ends mean is the conductor's to say. All times are of the leader's clock.
+It tells steps to stop and kills them; their ends are recorded in `steps.py`. All times are of the leader's clock.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nas.settings import Settings
-from nas.spec import LimitSpec, ResourceSpec
+from nas.spec import LimitSpec
 from nas.store.records import AttemptRecord, Fence
 from nas.store.store import Store
 from workers import metrics
@@ -87,7 +87,13 @@ class Running:
 class Watch:
     """Follows the running steps of one search."""
 
-    def __init__(self, search_id: str, *, leader: Leader, folder: SearchFolder) -> None:
+    def __init__(self, search_id: str, *, leader: Leader, folder: SearchFolder, num_devices: float) -> None:
+        """Nothing runs yet.
+
+        Args:
+            folder: of the search. num_devices: of each step, its GPUs, or CPU cores where it has none.
+        """
+        self._num_devices = num_devices
         self._search_id, self._leader, self._clock, self._folder = search_id, leader, leader.clock, folder
         self.running: dict[str, Running] = {}
         """By attempt."""
@@ -100,17 +106,13 @@ class Watch:
         self.running[attempt.id] = running
         return running
 
-    def device_seconds(self, resources: ResourceSpec) -> float:
+    def device_seconds(self) -> float:
         """Of all that run, from their first sign of life."""
-        return sum(self.device_seconds_of(running, resources) for running in self.running.values())
+        return sum(self.device_seconds_of(running) for running in self.running.values())
 
-    def device_seconds_of(self, running: Running, resources: ResourceSpec) -> float:
-        """Of one of them: wall seconds times its GPUs, or CPU cores where it has none."""
-        return self.seconds_of(running) * (resources.gpus or resources.cpus)
-
-    def seconds_of(self, running: Running) -> float:
-        """Since the first sign of life of one of them."""
-        return 0.0 if running.began is None else self._clock() - running.began
+    def device_seconds_of(self, running: Running) -> float:
+        """Of one of them: wall seconds times its devices."""
+        return 0.0 if running.began is None else (self._clock() - running.began) * self._num_devices
 
     # -- what they report --------------------------------------------------------------------------------------------------
 
