@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from nas.cli.options import Json, SearchId, Url
-from nas.cli.searches import exit_unless_well, make_client, tell_break
-from nas.client import Client
-from nas.errors import InvalidSpec, Problem
-from nas.terminal import duration, event_line, out, print_facts, print_json, print_rows, say
+from nas.cli.following import exit_unless_well, follow, print_events, tell_break
+from nas.cli.options import Json, SearchId, Url, read_pairs
+from nas.cli.searches import make_client
+from nas.terminal import duration, print_facts, print_json, print_rows, say, write
 
 commands = typer.Typer(help="Full distillations of students that searches found.", no_args_is_help=True)
 
@@ -60,10 +57,7 @@ def submit(
 def _read_recipe(texts: list[str]) -> dict[str, Any]:
     """NAME=VALUE each; a value is JSON, or a bare word."""
     recipe: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise InvalidSpec(Problem(field="--recipe", expected="NAME=VALUE", got=repr(text)))
+    for name, value in read_pairs(texts, option="--recipe").items():
         try:
             recipe[name] = json.loads(value)
         except ValueError:
@@ -106,25 +100,14 @@ def watch(distillation_id: DistillationId, url: Url = None, as_json: Json = Fals
     """Follow a distillation until it ends; exit code 1 if it did not succeed. With --json: its events, one per line."""
     with make_client(url) as client:
         if as_json:
-            for event in client.follow_distillation(distillation_id):
-                sys.stdout.write(json.dumps(event) + "\n")
-                sys.stdout.flush()
+            print_events(client.follow_distillation(distillation_id))
         else:
-            _follow(client, distillation_id, shown=out)
+            follow(
+                client.follow_distillation(distillation_id, on_break=tell_break),
+                status_line=lambda: _status_line(client.distillation(distillation_id)),
+            )
         state = client.distillation(distillation_id)["state"]
     exit_unless_well(state)
-
-
-def _follow(client: Client, distillation_id: str, *, shown: Console) -> None:
-    """Print its events; on a terminal the last line says where the training is."""
-    looked = 0.0
-    with shown.status("", spinner="dots") as status:
-        for event in client.follow_distillation(distillation_id, on_break=tell_break):
-            if line := event_line(event):
-                shown.print(line, markup=False, highlight=False, soft_wrap=True)
-            if shown.is_terminal and time.monotonic() - looked > 1.0:
-                status.update(_status_line(client.distillation(distillation_id)))
-                looked = time.monotonic()
 
 
 def _status_line(found: dict[str, Any]) -> str:
@@ -141,7 +124,7 @@ def logs(
 ) -> None:
     """The end of what its latest attempt said."""
     with make_client(url) as client:
-        sys.stdout.write(client.distillation_log(distillation_id, attempt=attempt))
+        write(client.distillation_log(distillation_id, attempt=attempt))
 
 
 @commands.command()

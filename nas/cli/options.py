@@ -17,16 +17,16 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: 
 Labels = Annotated[list[str] | None, typer.Option("--label", help="NAME=VALUE; may be repeated.")]
 
 
-def read_labels(texts: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE each.
+def read_pairs(texts: Sequence[str], *, option: str) -> dict[str, str]:
+    """NAME=VALUE each; of one name that is given twice, the last.
 
     Raises:
-        InvalidSpec: one has no `=`.
+        InvalidSpec: one has no name, or no `=`.
     """
-    labels: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise InvalidSpec(Problem(field="--label", expected="NAME=VALUE", got=repr(text)))
-        labels[name] = value
-    return labels
+            raise InvalidSpec(Problem(field=option, expected="NAME=VALUE", got=repr(text)))
+        pairs[name] = value
+    return pairs

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nas.cli.options import Json, Labels, SearchId, Url, read_labels
+from nas.cli.options import Json, Labels, SearchId, Url, read_pairs
 from nas.cli.searches import make_client
 from nas.errors import InvalidSpec, Problem
 from nas.terminal import print_facts, say
@@ -57,7 +57,7 @@ def extend(
     if (max_trials, max_parallel_trials, label) == (None, None, None):
         raise InvalidSpec(Problem(field="extend", expected="--max-trials, --max-parallel-trials or --label", got="none of them"))
     with make_client(url) as client:
-        labels = None if label is None else read_labels(label)
+        labels = None if label is None else read_pairs(label, option="--label")
         search = client.update(search_id, max_trials=max_trials, max_parallel_trials=max_parallel_trials, labels=labels)
     spec = search["spec"]
     facts = {"max_trials": spec["sampler"]["max_trials"], "max_parallel_trials": spec["resources"]["max_parallel_trials"], "labels": search["labels"]}

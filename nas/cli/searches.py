@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nas.cli.errors import FAILED
-from nas.cli.options import Json, Labels, SearchId, Url, read_labels
-from nas.client import TERMINAL_STATES, Client, read_api_key
-from nas.connection import ApiError
+from nas.cli.following import exit_unless_well, follow, print_events, tell_break
+from nas.cli.options import Json, Labels, SearchId, Url, read_pairs
+from nas.client import Client, read_api_key
 from nas.errors import InvalidSpec, Problem
 from nas.settings import Settings
-from nas.terminal import Terminal, event_line, out, print_facts, print_json, print_rows, say, status_line
+from nas.terminal import Terminal, out, print_facts, print_json, print_rows, say, status_line
 
 commands = typer.Typer()
 
@@ -89,7 +85,7 @@ def list_searches(
 ) -> None:
     """Searches, newest first."""
     with make_client(url) as client:
-        searches = client.searches(state=state, labels=read_labels(label or ()), created_after=created_after, created_before=created_before)
+        searches = client.searches(state=state, labels=read_pairs(label or (), option="--label"), created_after=created_after, created_before=created_before)
     if as_json:
         print_json(searches)
         return
@@ -129,9 +125,7 @@ def watch(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
     """Follow a search until it ends; exit code 1 if it did not succeed. With --json: its events, one per line."""
     with make_client(url) as client:
         if as_json:
-            for event in client.follow(search_id):
-                sys.stdout.write(json.dumps(event) + "\n")
-                sys.stdout.flush()
+            print_events(client.follow(search_id))
         state = client.search(search_id)["state"] if as_json else _follow(client, search_id, show=True)
     exit_unless_well(state)
 
@@ -147,26 +141,6 @@ def wait(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
 
 def _follow(client: Client, search_id: str, *, show: bool) -> str:
     """Wait for the end of a search; returns its state. On a terminal its last line says where the search stands."""
-    shown = out if show else Terminal(quiet=True)
-    looked = 0.0
-    with shown.status("", spinner="dots") as status:
-        for event in client.follow(search_id, on_break=tell_break if show else None):
-            if line := event_line(event):
-                shown.print(line, markup=False, highlight=False, soft_wrap=True)
-            if shown.is_terminal and time.monotonic() - looked > 1.0:
-                # Between two events the service may be away: the stream waits for it, and so does this line.
-                with contextlib.suppress(ApiError):
-                    status.update(status_line(client.search(search_id)))
-                looked = time.monotonic()
+    events = client.follow(search_id, on_break=tell_break if show else None)
+    follow(events, status_line=lambda: status_line(client.search(search_id)), shown=out if show else Terminal(quiet=True))
     return str(client.search(search_id)["state"])
-
-
-def tell_break(error: ApiError) -> None:
-    """The service is away."""
-    say(f"{error}; it is asked again until it answers")
-
-
-def exit_unless_well(state: str) -> None:
-    """Exit code 1 after the end of what did not succeed."""
-    if state in TERMINAL_STATES and state != "succeeded":
-        raise typer.Exit(FAILED)
