@@ -22,8 +22,6 @@ class Principal:
     scopes: frozenset[str]
     key_id: str | None
     """The visible part of its key; None in single-user mode."""
-    is_session: bool = False
-    """Whether it came in by a browser's cookie."""
 
 
 LOCAL_USER = Principal(project=DEFAULT_PROJECT, scopes=frozenset(SCOPES), key_id=None)

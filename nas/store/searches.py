@@ -124,17 +124,13 @@ class Searches(Database):
         with self.read() as connection:
             return [SearchName(**row) for row in connection.execute(query).mappings()]
 
-    def active_states(self) -> dict[str, SearchState]:
-        """Ids and states of those for which there may be something to do, neither ended nor paused, oldest first; distillations among them."""
-        return {search_id: active.state for search_id, active in self.active_searches().items()}
-
     def search_ids(self) -> set[str]:
         """Of all searches and distillations there are."""
         with self.read() as connection:
             return set(connection.execute(select(searches.c.id)).scalars())
 
     def active_searches(self) -> dict[str, ActiveSearch]:
-        """Of the same searches all that a controller looks at in every tick."""
+        """What a controller looks at in every tick: those for which there may be something to do, neither ended nor paused, oldest first, distillations too."""
         query = select(searches.c.id, searches.c.state, searches.c.num_requests).where(searches.c.state.in_(_ACTIVE)).order_by(searches.c.id)
         with self.read() as connection:
             return {row.id: ActiveSearch(state=SearchState(row.state), num_requests=row.num_requests) for row in connection.execute(query)}

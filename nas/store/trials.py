@@ -194,18 +194,6 @@ class Trials(Database):
             found = [_attempt(row) for row in connection.execute(query).mappings()]
         return found if limit is None else found[::-1]
 
-    def counted_attempts(self, search_id: str, *, stage: Stage, trial: int | None, rung: int | None) -> int:
-        """Attempts of one step that failed since its trial was last retried; lost and cancelled ones do not count."""
-        query = _of_search(attempts, search_id, None).where(
-            attempts.c.stage == stage,
-            attempts.c.trial.is_not_distinct_from(trial),
-            attempts.c.rung.is_not_distinct_from(rung),
-            attempts.c.state == AttemptState.FAILED,
-            attempts.c.counts,
-        )
-        with self.read() as connection:
-            return connection.execute(select(func.count()).select_from(query.subquery())).scalar_one()
-
     def record_rung(
         self,
         attempt_id: str,

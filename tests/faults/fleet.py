@@ -75,7 +75,7 @@ class Fleet:
         wait_until(lambda: self.num_rungs() >= wanted or self.have_ended(), what="results come in")
 
     def have_ended(self) -> bool:
-        return not self.store.active_states()
+        return not self.store.active_searches()
 
     def can_write(self) -> bool:
         if not self.store.is_sqlite:

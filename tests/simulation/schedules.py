@@ -240,7 +240,7 @@ class World(Fleet):
         for _ in range(num_members):
             self.join()
         while self.round():
-            assert self.clock.seconds < MAX_SECONDS, f"not ended after {MAX_SECONDS:g} s: {self.store.active_states()}"
+            assert self.clock.seconds < MAX_SECONDS, f"not ended after {MAX_SECONDS:g} s: {self.store.active_searches()}"
         self.dangers, self._away_until = Dangers(), 0.0
         for _ in range(4):  # those who led a search without knowing that it ended hear of it
             self.round()

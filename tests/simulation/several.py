@@ -148,7 +148,7 @@ class Fleet:
 
     def _note_led(self) -> bool:
         """How long a search was led by nobody who could act."""
-        active, now = self.store.active_states(), self.clock.seconds
+        active, now = self.store.active_searches(), self.clock.seconds
         led = {search for member in self.members if now >= member.frozen_until for search in member.searches}
         for search in active:
             if search in led:

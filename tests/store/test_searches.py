@@ -163,7 +163,8 @@ class TestLists:
 
         for state, search in searches.items():
             assert store.list_searches(state=state) == [search]
-        assert store.active_states() == {search.id: search.state for search in searches.values() if not (search.state.is_terminal or search.state is S.PAUSED)}
+        active = {search_id: found.state for search_id, found in store.active_searches().items()}
+        assert active == {search.id: search.state for search in searches.values() if not (search.state.is_terminal or search.state is S.PAUSED)}
 
 
 class TestEvents:

@@ -146,18 +146,6 @@ class TestAttempts:
         with pytest.raises(NotFound, match="attempt: expected the id of one, got 'att_x'"):
             store.finish_attempt("att_x", state=AttemptState.FAILED, reason=None, fence=None)
 
-    def test_only_failed_attempts_of_the_same_step_count(self, store: Store, search: SearchRecord, trial: TrialRecord) -> None:
-        for rung, state in [(0, AttemptState.FAILED), (0, AttemptState.LOST), (0, AttemptState.CANCELLED), (0, AttemptState.FAILED), (1, AttemptState.FAILED)]:
-            attempt = store.start_attempt(search.id, stage="rung", trial=0, rung=rung, fence=None)
-            store.finish_attempt(attempt.id, state=state, reason=None, fence=None)
-        prepare = store.start_attempt(search.id, stage="prepare", trial=None, rung=None, fence=None)
-        store.finish_attempt(prepare.id, state=AttemptState.FAILED, reason="disk", fence=None)
-
-        assert store.counted_attempts(search.id, stage="rung", trial=0, rung=0) == 2
-        assert store.counted_attempts(search.id, stage="rung", trial=0, rung=1) == 1
-        assert store.counted_attempts(search.id, stage="rung", trial=0, rung=2) == 0
-        assert store.counted_attempts(search.id, stage="prepare", trial=None, rung=None) == 1
-
     def test_a_restart_loses_what_runs_and_nothing_else(
         self, store: Store, new_search: Callable[..., SearchRecord], new_trial: NewTrial, finish_rung: FinishRung
     ) -> None:
@@ -176,7 +164,6 @@ class TestAttempts:
         for search in searches:
             assert [trial.state for trial in store.list_trials(search.id)] == [TrialState.WAITING] * 2
             assert [attempt.state for attempt in store.list_attempts(search.id, trial=0)] == [AttemptState.SUCCEEDED]
-            assert store.counted_attempts(search.id, stage="rung", trial=1, rung=0) == 0
             assert store.lose_running_attempts(search.id, fence=None) == []
 
 

@@ -79,10 +79,6 @@ def deployment(tmp_path: Path, s3_url: str, register_tiny: Callable[..., None]) 
         store.close()
 
 
-ENDLESS = {"rungs": {"first_tokens": 2**30, "factor": 2, "num_trained": 1, "keep": 0.5}}
-"""A rung that would train for hours on blocks that would not fit: with the corpus repeated."""
-
-
 def test_a_search_ends_with_its_bundle_on_s3_and_no_node_needs_another(deployment: Deployment, tiny_spec: Callable[..., dict[str, Any]], s3_url: str) -> None:
     search_id = deployment.submit(tiny_spec(resources={"max_parallel_trials": 2}))
 
