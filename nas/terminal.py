@@ -120,7 +120,7 @@ def status_line(search: Mapping[str, Any]) -> str:
     lead = f"  best: trial {best['trial']}, score {plus_minus(best['score'], best['standard_error'])}" if best else ""
     left = f"  about {duration(progress['seconds_left'])} left" if progress.get("seconds_left") else ""
     waits = f"  waits for {search['waits_for']}" if search.get("waits_for") else ""
-    return f"{search['state']}{waits}  trials {progress['settled']}/{progress['planned']}  {rungs}{lead}{left}"
+    return f"{search['state']}{waits}  {progress['settled']} of {progress['planned']} trials settled  {rungs}{lead}{left}"
 
 
 def duration(seconds: float) -> str:

@@ -378,8 +378,8 @@ def test_the_status_line_says_where_a_search_stands() -> None:
         "rungs": [{"rung": 0, "finished": 3, "running": 1}, {"rung": 1, "finished": 2, "running": 0}],
         "best": {"trial": 1, "score": 0.5, "standard_error": 0.1},
     }
-    assert terminal.status_line(search) == "searching  trials 2/5  rung 0: 3+1  rung 1: 2  best: trial 1, score 0.500 ± 0.100"
-    assert terminal.status_line(search | {"state": "queued", "waits_for": "srch_1"}).startswith("queued  waits for srch_1  trials 2/5")
+    assert terminal.status_line(search) == "searching  2 of 5 trials settled  rung 0: 3+1  rung 1: 2  best: trial 1, score 0.500 ± 0.100"
+    assert terminal.status_line(search | {"state": "queued", "waits_for": "srch_1"}).startswith("queued  waits for srch_1  2 of 5 trials settled")
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:

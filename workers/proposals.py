@@ -151,8 +151,9 @@ class Proposals:
 
     # -- what teaches the sampler ------------------------------------------------------------------------------------------
 
-    def observations(self) -> list[Observation]:
-        """What the sampler learns from: the deepest trained rung with num_startup_trials results, else the first, never a mixture of rungs.
+    def observations(self, *, at_least: int = 0) -> list[Observation]:
+        """What the sampler learns from: the deepest trained rung with num_startup_trials results (or `at_least`, where that is more), else the first,
+        never a mixture of rungs.
 
         The value is -log KL on the held-out blocks, projected. A shape that failed or is over a measured ceiling counts as the worst seen: told as a failure,
         TPE asks for it again and again.
@@ -162,7 +163,7 @@ class Proposals:
         for rung in reversed(range(1, self._spec.rungs.num_trained + 1)):
             told = self._told[rung]
             remembered = self._remembered(rung, without=told)
-            if len(remembered) + len(told) >= self._spec.sampler.num_startup_trials:
+            if len(remembered) + len(told) >= max(self._spec.sampler.num_startup_trials, at_least):
                 break
         known = [*remembered, *told.values()]
         out = {number: choices for number in sorted(self._out) if self.is_searched(number) and (choices := self._choices_of_trial(number)) is not None}

@@ -18,7 +18,7 @@ from nas.search.leaderboard import Board
 from nas.search.objective import TaskScale, make_scales
 from nas.search.ranking import CompletedTrial, rank
 from nas.search.results import RungResult
-from nas.search.study import Observation
+from nas.search.study import MIN_FOR_IMPORTANCE, Observation
 from nas.search.task_signals import TaskSignal, read_signals
 from nas.shape import Shape
 from nas.space import build_space
@@ -199,8 +199,8 @@ class SearchRun:
         return replace(known, result=replace(known.result, costs=self.evidence.closed_costs(known.shape)))
 
     def observations(self, *, most: int) -> list[Observation]:
-        """What the sampler was last told, evenly thinned out to at most so many."""
-        told = self.proposals.observations()
+        """What says which choices mattered: as the sampler is told, of a rung with enough results; evenly thinned out to at most so many."""
+        told = self.proposals.observations(at_least=MIN_FOR_IMPORTANCE)
         step = -(-len(told) // most) or 1
         return told[::step]
 

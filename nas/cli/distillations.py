@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,8 +92,21 @@ def show(distillation_id: DistillationId, url: Url = None, as_json: Json = False
         print_json(found)
         return
     names = ("id", "state", "search", "trial", "label", "tokens_done", "tokens", "created_at", "updated_at")
-    optional = {name: found[name] for name in ("result", "error") if found[name]}
-    print_facts({**{name: found[name] for name in names}, "attempts": len(found["attempts"]), **optional}, as_json=False)
+    error = {"error": found["error"]} if found["error"] else {}
+    print_facts({**{name: found[name] for name in names}, "attempts": len(found["attempts"]), **_result_facts(found["result"]), **error}, as_json=False)
+
+
+def _result_facts(result: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What came out: the held-out likelihood before and after, and the file."""
+    if not result:
+        return {}
+    held_out = {
+        f"held-out {title} {when}": f"{measured[name]:.4g} ± {measured[f'{name}_standard_error']:.2g}"
+        for name, title in (("kl", "KL"), ("loss", "loss"))
+        for when in ("before", "after")
+        if (measured := result[f"held_out_{when}"])
+    }
+    return {**held_out, "seconds": result["seconds"], "bytes": result["bytes"], "sha256": result["sha256"]}
 
 
 @commands.command()
@@ -100,7 +114,7 @@ def watch(distillation_id: DistillationId, url: Url = None, as_json: Json = Fals
     """Follow a distillation until it ends; exit code 1 if it did not succeed. With --json: its events, one per line."""
     with make_client(url) as client:
         if as_json:
-            print_events(client.follow_distillation(distillation_id))
+            print_events(client.follow_distillation(distillation_id), as_json=True)
         else:
             follow(
                 client.follow_distillation(distillation_id, on_break=tell_break),
@@ -129,10 +143,9 @@ def logs(
 
 @commands.command()
 def events(distillation_id: DistillationId, url: Url = None, as_json: Json = False) -> None:
-    """What happened, in order."""
+    """What happened so far; `nas distillations watch` goes on with what happens. With --json: all events, one per line."""
     with make_client(url) as client:
-        found = client.distillation_events(distillation_id)
-    print_rows([{name: event[name] for name in ("sequence", "created_at", "type", "data")} for event in found], as_json=as_json)
+        print_events(client.distillation_events(distillation_id), as_json=as_json)
 
 
 @commands.command()

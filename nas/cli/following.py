@@ -35,11 +35,14 @@ def follow(events: Iterable[dict[str, Any]], *, status_line: Callable[[], str], 
                 looked = time.monotonic()
 
 
-def print_events(events: Iterable[dict[str, Any]]) -> None:
-    """Events to the last, one JSON document per line."""
+def print_events(events: Iterable[dict[str, Any]], *, as_json: bool) -> None:
+    """Events to the last: one JSON document per line, or lines for people."""
     for event in events:
-        sys.stdout.write(json.dumps(event) + "\n")
-        sys.stdout.flush()
+        if as_json:
+            sys.stdout.write(json.dumps(event) + "\n")
+            sys.stdout.flush()
+        elif line := event_line(event):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def tell_break(error: ApiError) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nas.cli.following import print_events
 from nas.cli.options import Json, SearchId, Url
 from nas.cli.searches import make_client
 from nas.errors import InvalidSpec, Problem
 from nas.shape import Shape
-from nas.terminal import board_facts, comparison_tables, event_line, leaderboard_table, out, plus_minus, print_facts, print_json, print_rows, say, write
+from nas.terminal import board_facts, comparison_tables, leaderboard_table, out, plus_minus, print_facts, print_json, print_rows, say, write
 
 if TYPE_CHECKING:
     from nas.search.study import ExportedTrial
@@ -198,8 +197,9 @@ def importances(search_id: SearchId, budget: BudgetIndex = 0, url: Url = None, a
     """Which choices mattered: the share of the spread of log KL that each one explains."""
     with make_client(url) as client:
         found = client.importances(search_id, budget=budget)
+        has_winner = as_json or bool(found) or client.search(search_id)["state"] == "succeeded"
     if not found and not as_json:
-        say("not known before the search has its winner, nor from few shapes")
+        say("too few shapes were trained to tell" if has_winner else "told of a search that has its winner")
     print_facts(found, as_json=as_json)
 
 
@@ -212,11 +212,7 @@ def events(
 ) -> None:
     """What happened in a search so far; `nas watch` goes on with what happens. With --json: all events, one per line."""
     with make_client(url) as client:
-        for event in client.events(search_id, after=after):
-            if as_json:
-                sys.stdout.write(json.dumps(event) + "\n")
-            elif line := event_line(event):
-                out.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_events(client.events(search_id, after=after), as_json=as_json)
 
 
 @commands.command()

@@ -93,7 +93,7 @@ def list_searches(
         {
             "id": search["id"],
             "state": search["state"],
-            "trials": f"{search['progress']['settled']}/{search['progress']['planned']}",
+            "settled": f"{search['progress']['settled']}/{search['progress']['planned']}",
             "created": search["created_at"][:16].replace("T", " "),
             "teacher": search["teacher"],
             "label": " ".join(filter(None, (search["label"], *(f"{name}={value}" for name, value in search["labels"].items())))),
@@ -125,7 +125,7 @@ def watch(search_id: SearchId, url: Url = None, as_json: Json = False) -> None:
     """Follow a search until it ends; exit code 1 if it did not succeed. With --json: its events, one per line."""
     with make_client(url) as client:
         if as_json:
-            print_events(client.follow(search_id))
+            print_events(client.follow(search_id), as_json=True)
         state = client.search(search_id)["state"] if as_json else _follow(client, search_id, show=True)
     exit_unless_well(state)
 

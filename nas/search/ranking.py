@@ -186,7 +186,7 @@ def _row(
         tokens=result.tokens,
         score=score.value if score else None,
         standard_error=score.standard_error if score else None,
-        difference=None if best is None else _difference(result, best.deepest, scales=scales),
+        difference=None if best is None else _NO_DIFFERENCE if trial.number == best.number else _difference(result, best.deepest, scales=scales),
         kl=result.kl.value,
         kl_standard_error=result.kl.standard_error,
         kl_by_rung=tuple(trial.results[rung].kl.value for rung in sorted(trial.results)),
@@ -198,6 +198,10 @@ def _row(
         verified=confirmation.verified if confirmation and (confirmation.reloaded or not confirmation.verified) else None,
         probability_best=probabilities.get(trial.number),
     )
+
+
+_NO_DIFFERENCE = Difference(value=0.0, standard_error=0.0, low=0.0, high=0.0)
+"""Of the best to itself: one student, so no seeds between."""
 
 
 def _difference(result: RungResult, best: RungResult, *, scales: Sequence[TaskScale]) -> Difference:

@@ -204,6 +204,7 @@ def test_the_command_reaches_every_operation(
     nas("distillations", "download", distilled, tmp_path / "none.tar", code=4)
     nas("distillations", "delete", distilled, "--yes")
     assert "a line" in nas("distillations", "logs", live.distilled)
+    assert "held-out KL after" in nas("distillations", "show", live.distilled)
     assert "distilled" in nas("distillations", "events", live.distilled)
     assert "succeeded" in nas("distillations", "watch", live.distilled)
     nas("distillations", "download", live.distilled, tmp_path / "model.tar")

@@ -284,6 +284,7 @@ def test_a_score_that_another_seed_could_swap_is_tied() -> None:
     assert [row.rank for row in unsure.rows] == [1, 1, 1, 1]
     assert [row.standard_error for row in unsure.rows] == pytest.approx([unsure.seed_error] * 4)
     assert unsure.rows[3].difference.standard_error == pytest.approx(math.sqrt(2) * unsure.seed_error)
+    assert unsure.rows[0].difference.standard_error == 0.0, "to itself, whose seed is its own"
 
 
 def test_a_paired_difference_cancels_the_spread_between_documents():

@@ -541,6 +541,16 @@ def test_the_sampler_never_sees_a_mixture_of_rungs_nor_a_control(parallel: int, 
         assert any(told <= values for values in by_rung)
 
 
+def test_what_mattered_is_asked_of_a_rung_with_enough_results() -> None:
+    """The last rung has enough to teach the sampler, and too few to say which choices mattered."""
+    rungs = {"keep": 0.2, "num_trained": 2}
+    simulation = Simulation(make_record(rungs=rungs, sampler={"name": "random", "max_trials": 24, "num_startup_trials": 1}, controls={"anchors": False}))
+    simulation.to_end()
+
+    assert 1 <= len(simulation.run.proposals.observations()) < study.MIN_FOR_IMPORTANCE
+    assert study.MIN_FOR_IMPORTANCE <= len(simulation.run.observations(most=100)) <= 24
+
+
 def test_a_failed_shape_is_told_as_the_worst_seen() -> None:
     simulation = Simulation(
         make_record(sampler={"name": "random", "max_trials": 6, "num_startup_trials": 1}, controls={"anchors": False}, rungs={"num_trained": 1})
