@@ -12,7 +12,7 @@ from fastapi import Depends, Header, Request, Response
 from api.bodies import RawBodyDep
 from api.principal import PrincipalDep
 from api.routes.dependencies import StoreDep
-from nas.store.records import OnceRequest, SearchRecord, TrialRecord
+from nas.store.records import BundleRecord, OnceRequest, SearchRecord, TrialRecord
 from nas.store.store import Store
 
 REPLAYED_HEADER = "Idempotency-Replayed"
@@ -38,6 +38,12 @@ class Once:
         trial, is_new = self.store.once(self.request, effect, search_of=lambda trial: trial.search_id, again=again)
         self._tell(is_new)
         return trial
+
+    def bundle(self, effect: Callable[[], BundleRecord], *, again: Callable[[], BundleRecord]) -> BundleRecord:
+        """The bundle that the effect asks for; `again` reads it as it is now."""
+        bundle, is_new = self.store.once(self.request, effect, search_of=lambda bundle: bundle.search_id, again=lambda _: again())
+        self._tell(is_new)
+        return bundle
 
     def _tell(self, is_new: bool) -> None:
         if not is_new:

@@ -25,7 +25,7 @@ from api.routes.distillations import DistillationDep
 from api.routes.leaderboard import Sort, get_query
 from api.routes.results import compare_searches
 from api.schemas.trials import AttemptAnswer
-from api.summary import best_row, describe_rung, describe_search, describe_trial, summarise_search
+from api.summary import best_row, describe_bundle, describe_rung, describe_search, describe_trial, summarise_search
 from api.views import (
     Drawn,
     board_row,
@@ -43,8 +43,10 @@ from api.views import (
     score_figure,
     task_columns,
 )
-from nas.store.records import BoardPage, TrialState, utc_now
+from nas.store.records import BoardPage, BundleState, TrialState, utc_now
 from nas.store.store import Store
+from nas.trial_bundles import find_bundle
+from nas.trial_files import is_verified
 
 SEARCHES_PER_PAGE = 50
 ROWS_PER_PAGE = 50
@@ -161,12 +163,15 @@ def trial_page(search: SearchDep, number: TrialNumber, store: StoreDep) -> HTMLR
     points = store.list_points(search.id, trial=number)
     stored = {} if search.board_version is None else store.board_rows(search.id, version=search.board_version, numbers=[number])
     row = board_row(stored[number], board=of_budget(search, trial.budget).board or {}, state=trial.state) if stored else None
-    answer = describe_trial(trial)
+    answer, bundle = describe_trial(trial), find_bundle(search, number, store=store)
     is_active = not trial.state.is_terminal and not search.state.is_terminal
     return render(
         "trial.html",
         search=summarise_search(search, counts=store.trial_counts([search.id])[search.id]),
         trial=answer,
+        bundle=None if bundle is None else describe_bundle(bundle),
+        may_be_bundled=search.state.is_terminal and is_verified(trial),
+        is_packing=bundle is not None and bundle.state is BundleState.WAITING,
         has_winner=search.winner is not None,
         row=row,
         is_active=is_active,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from api.schemas.results import BundleAnswer
 from api.schemas.searches import Best, Cost, Input, Progress, RungProgress, SearchAnswer, SearchSummary
 from api.schemas.trials import MetricAnswer, RungAnswer, TrialAnswer
 from nas.chain import is_stand_in
 from nas.shape import Shape
-from nas.store.records import PointRecord, RungRecord, SearchRecord, SearchState, TrialCounts, TrialRecord
+from nas.store.records import BundleRecord, PointRecord, RungRecord, SearchRecord, SearchState, TrialCounts, TrialRecord
 
 
 def summarise_search(search: SearchRecord, *, counts: TrialCounts) -> SearchSummary:
@@ -110,6 +111,20 @@ def describe_trial(trial: TrialRecord) -> TrialAnswer:
         confirmation=trial.confirmation,
         created_at=trial.created_at,
         updated_at=trial.updated_at,
+    )
+
+
+def describe_bundle(bundle: BundleRecord) -> BundleAnswer:
+    return BundleAnswer(
+        search=bundle.search_id,
+        trial=bundle.trial,
+        state=bundle.state,
+        requested_at=bundle.requested_at,
+        finished_at=bundle.finished_at,
+        sha256=bundle.sha256,
+        bytes=bundle.num_bytes,
+        bundle_url=None if bundle.path is None else f"/v1/searches/{bundle.search_id}/trials/{bundle.trial}/bundle",
+        error=None if bundle.path is not None else bundle.error,
     )
 
 

@@ -18,7 +18,6 @@ import platform
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,11 @@ from nas.compress.second_moments import load_moments
 from nas.compress.sorting import load_sorting
 from nas.compress.teacher import check_teacher, write_checkpoint
 from nas.cost import count_parameters
-from nas.errors import Conflict, NotFound
 from nas.files import check_may_publish, temporary_for, whole_file, write_json
-from nas.node_cache import NodeCache
 from nas.recipe import Recipe, full_recipe
-from nas.search.layout import BUNDLE, CORRECTED, MOMENTS, RECONSTRUCTION, SORTED, STUDENT, prepared_key, trial_folder
-from nas.settings import Settings
+from nas.search.layout import BUNDLE, CORRECTED, MOMENTS, RECONSTRUCTION, SORTED, STUDENT
 from nas.shape import Shape
-from nas.shared_files import SharedFiles
-from nas.spec import SearchSpec, parse_spec
-from nas.store.records import SearchRecord
-from nas.store.store import Store
-from nas.trial_files import bundle_request, find_tree
+from nas.spec import SearchSpec
 
 TAR = "bundle.tar"
 PACKAGES = ("torch", "transformers", "lm-eval", "optuna", "ray", "safetensors", "nas")
@@ -97,45 +89,6 @@ def write_bundle(request: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, A
         "bundle_bytes": tar.stat().st_size,
         "as_teacher": {"digest": as_teacher.digest, "config": as_teacher.config, "files": list(as_teacher.files)},
     }
-
-
-def bundle_trial(search_id: str, number: int, *, store: Store, settings: Settings, folder: Path) -> dict[str, Any]:
-    """Bundle a trial that is not the winner, of the Pareto front for instance: any whose file the confirm step verified, also after its search has ended.
-
-    Args:
-        folder: where `bundle/` and `bundle.tar` are written.
-    Returns:
-        what `write_bundle` returns; for the winner the same bundle, digest and all.
-    Raises:
-        NotFound: no such search or trial.
-        Conflict: the trial was not verified, or its student, or what its search prepared, is no longer on the disk.
-    """
-    search, trial = store.get_search(search_id), store.get_trial(search_id, number)
-    confirmation = trial.confirmation or {}
-    if not (confirmation.get("verified") and confirmation.get("reloaded", True)):
-        got = confirmation.get("reason") or ("one that was counted, but not reloaded" if confirmation else "one that was not confirmed")
-        raise Conflict(f"trial {number} of search {search_id}: expected one that the confirm step verified, got {got}")
-    spec = parse_spec(json.dumps(search.spec))
-    with ExitStack() as stack:
-        student, prepared = _files_of(search, number, spec=spec, store=store, settings=settings, stack=stack)
-        return write_bundle(bundle_request(search, number, store=store, student=student, prepared=prepared, folder=folder), spec=spec)
-
-
-def _files_of(search: SearchRecord, number: int, *, spec: SearchSpec, store: Store, settings: Settings, stack: ExitStack) -> tuple[Path, Path]:
-    """A trial's folder and what its search prepared: in the data folder, or fetched from where machines share files by URL."""
-    student = trial_folder(settings.searches_folder / search.id, number=number)
-    prepared = settings.prepared_folder / prepared_key(spec, inputs=search.inputs)
-    if settings.shared_url is not None:
-        shared, cache = SharedFiles(settings.shared_url), NodeCache(folder=settings.cache_folder, max_bytes=settings.cache_bytes)
-        keys = [path.relative_to(settings.data_folder).as_posix() for path in (student / str(find_tree(search.id, number, store=store)), prepared)]
-        try:
-            student, prepared = (stack.enter_context(cache.reading(key, source=shared)) for key in keys)
-        except NotFound as gone:
-            raise Conflict(f"trial {number} of search {search.id}: expected its files, got none: {gone}") from gone
-    for path in (student / STUDENT, prepared / SORTED):
-        if not path.is_dir():
-            raise Conflict(f"trial {number} of search {search.id}: expected its files on the disk, got no {path}")
-    return student, prepared
 
 
 def _copy_corrected(source: Path, *, target: Path) -> Correction:

@@ -22,6 +22,8 @@ _BOARD_PAGE = 500
 """Rows of a leaderboard asked for at once."""
 RECONNECT_SECONDS = (0.2, 0.5, 1.0, *(2.0 for _ in range(45)))
 """Waits between the tries of `follow` to take a broken stream up again: a restart of the service takes a few of them."""
+BUNDLE_SECONDS = 1.0
+"""Between two looks at a bundle that is being packed."""
 UPDATE_TRIES = 5
 """A search at work changes all the time: so often its change is tried on the version that was just read."""
 
@@ -206,6 +208,25 @@ class Client(Connection):
         """
         expected = self.winner(search_id, budget=budget)["bundle_sha256"]
         return self._download(f"/v1/searches/{search_id}/winner/bundle", sha256=expected, target=target, budget=budget)
+
+    def request_bundle(self, search_id: str, number: int) -> dict[str, Any]:
+        """Have the bundle of a verified trial packed; again is no error, and one that failed is tried again."""
+        return self._act(f"/v1/searches/{search_id}/trials/{number}/bundle")
+
+    def download_trial_bundle(self, search_id: str, number: int, *, target: Path) -> Path:
+        """Save a verified trial's bundle (a tar file), packed first where it is not yet, and check its digest. Raises as `download_bundle` does.
+
+        Raises:
+            ApiError: the trial was not verified, its student was not kept, or it could not be packed.
+        """
+        bundle = self.request_bundle(search_id, number)
+        while bundle["state"] == "waiting":
+            time.sleep(BUNDLE_SECONDS)
+            bundle = self.trial(search_id, number)["bundle"]
+        path = f"/v1/searches/{search_id}/trials/{number}/bundle"
+        if bundle["state"] == "failed":
+            self._send("GET", path)  # which is refused, and says why
+        return self._download(path, sha256=bundle["sha256"], target=target)
 
     def download(self, sha256: str, *, target: Path) -> Path:
         """Save a file by its digest, which is checked. Raises as `download_bundle` does."""

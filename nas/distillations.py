@@ -16,7 +16,7 @@ from nas.spec import Count, LimitSpec, SearchSpec, Seconds, parse_spec
 from nas.store.records import DEFAULT_PROJECT, SearchRecord, SearchState, all_winners
 from nas.store.store import Store
 from nas.strict_json import read_object, validate
-from nas.trial_files import has_student
+from nas.trial_files import check_student
 
 _value = checked_dataclass(
     frozen=True, slots=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -170,12 +170,8 @@ def _find_trial(asked: DistillationRequest, *, search: SearchRecord, store: Stor
         trial = store.get_trial(search.id, asked.trial)
     except NotFound:
         raise InvalidSpec(Problem(field="trial", expected=f"the number of a trial of search {search.id}", got=str(asked.trial))) from None
-    confirmation = trial.confirmation or {}
     if winner_of(search, trial=asked.trial) is None:
-        if not (confirmation.get("verified") and confirmation.get("reloaded", True)):
-            raise Conflict(f"trial {asked.trial} of search {search.id}: expected one that the confirm step verified, got one that it did not")
-        if not has_student(search.id, asked.trial, store=store, settings=settings):
-            raise Conflict(f"trial {asked.trial} of search {search.id}: expected its student on the disk, got one that was not kept (`retention.students`)")
+        check_student(search, trial, store=store, settings=settings)
     return asked.trial
 
 

@@ -95,6 +95,7 @@ ROWS = (
     "nas.warm_start",
     "nas.submission",
     "nas.distillations",
+    "nas.trial_bundles",
     "nas.bundle",
     "nas.registration",
     "nas.connection",

@@ -29,6 +29,7 @@ from workers.folders import SearchFolder
 from workers.liveness import supersede
 from workers.logs import read_tail
 from workers.membership import Membership
+from workers.packing import Packing
 from workers.probes import PROBES, Probes
 from workers.step import Outcome
 from workers.watch import Leader
@@ -69,6 +70,7 @@ class Controller:
         self._conductors: dict[str, Conductor | Distilling] = {}
         self._troubles: dict[str, _Trouble] = {}
         self._probes = Probes(store=store, executor=executor, settings=settings, clock=clock)
+        self._packing = Packing(store=store, executor=executor, settings=settings, clock=clock)
         self._cleaning = Cleaning(store=store, settings=settings, clock=clock)
         self._stopping = False
         self.pulse = metrics.Pulse()
@@ -119,7 +121,7 @@ class Controller:
             self._drop(name)
         for name in self._membership.fences.keys() - active.keys() - {PROBES}:
             self._let_go(name)
-        self._probe()
+        self._do_what_is_of_no_search()
         for search_id, found in active.items():
             if search_id in self._membership.fences:
                 with about(search_id=search_id):
@@ -135,13 +137,16 @@ class Controller:
         conductor = next((conductor for conductor in self._conductors.values() if key in conductor.steps.running), None)
         if conductor is not None:
             conductor.steps.ended[key] = outcome
-        elif not self._probes.take_in(key, outcome):
+        elif not (self._probes.take_in(key, outcome) or self._packing.take_in(key, outcome)):
             logger.info("outcome of a step that nobody waits for", extra={"action": "outcome_ignored", "attempt_id": key})
 
-    def _probe(self) -> None:
+    def _do_what_is_of_no_search(self) -> None:
+        """Measure, pack and clean up: one controller does, under one lease."""
         if self._membership.hold(PROBES):
+            fence = self._membership.fences[PROBES]
             try:
-                self._probes.go_on(fence=self._membership.fences[PROBES])
+                self._probes.go_on(fence=fence)
+                self._packing.go_on(fence=fence)
                 self._cleaning.go_on()
             except Fenced:
                 self._drop(PROBES)
@@ -156,6 +161,7 @@ class Controller:
         self._troubles.pop(name, None)
         if name == PROBES:
             self._probes.drop()
+            self._packing.drop()
         elif (conductor := self._conductors.pop(name, None)) is not None:
             conductor.steps.drop()
 

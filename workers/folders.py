@@ -1,11 +1,12 @@
 """Where the files of a search are, and when they go. It deletes; but for students that are taken over it writes nothing.
 
 trials/N/          a trial's checkpoints and its student, until the trial or the search has ended; that of a verified finalist stays, to
-                   be bundled (`nas bundle`), and for searches that start from this one
+                   be bundled when somebody asks, and for searches that start from this one
 attempts/ID/       an attempt's mailbox (see step.py), until the search has ended; that of a failed attempt stays, for its log
 model.tar          of a full distillation, what came out; model/ (its checkpoints among it) and student/ (the bundle that it
                    starts from, where the search has none) until it has ended
 winner/            the bundle; those of further budgets beside it: winner-1/, ...
+bundles/N/         that of another trial, packed when it was asked for (see packing.py)
 
 Where the nodes share files by URL (NAS_SHARED) the same paths are keys below it. There a trial has a tree for each attempt that
 trained it, attempts/ID/ has the outcome alone, and what is deleted is so a little later, by a thread of its own.

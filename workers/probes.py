@@ -16,7 +16,7 @@ from workers.step import Outcome, Step
 logger = logging.getLogger(__name__)
 
 PROBES = "probes"
-"""Name of the lease of whoever measures."""
+"""Name of the lease of whoever measures, packs and cleans up."""
 LOOK_SECONDS = 1.0
 """How often the store is asked for wishes."""
 

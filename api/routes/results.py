@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import yaml
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.responses import Response
 
+from api.bodies import read_no_body
 from api.files import IMMUTABLE, find_file, send_file
 from api.leaderboards import of_budget
-from api.openapi import file_answers, problems, winner_answers
+from api.once import OnceDep
+from api.openapi import accepted_answer, file_answers, problems, winner_answers
 from api.principal import PrincipalDep
-from api.routes.dependencies import BudgetIndex, OtherDep, SearchDep, SettingsDep, StoreDep
-from api.schemas.results import ComparisonAnswer, ImportancesAnswer, WinnerAnswer
-from api.summary import describe_cost
+from api.routes.dependencies import BudgetIndex, OtherDep, SearchDep, SettingsDep, StoreDep, TrialNumber
+from api.schemas.results import BundleAnswer, ComparisonAnswer, ImportancesAnswer, WinnerAnswer
+from api.summary import describe_bundle, describe_cost
 from nas.errors import Conflict, NotFound
 from nas.search.comparison import Side, compare, comparison_as_dict
 from nas.search.confirmed import Confirmation
 from nas.search.results import RungResult
-from nas.store.records import SearchRecord, all_winners
+from nas.store.records import BundleRecord, BundleState, SearchRecord, all_winners
 from nas.store.store import Store
+from nas.trial_bundles import find_bundle, request_bundle
 
 router = APIRouter(tags=["results"])
 
@@ -97,6 +101,49 @@ def download_bundle(search: SearchDep, request: Request, settings: SettingsDep, 
     winner = _winner(search, budget=budget)
     path = find_file(winner["bundle"], sha256=winner["bundle_sha256"], settings=settings)
     return send_file(path, sha256=winner["bundle_sha256"], name=f"{search.id}.tar", request=request)
+
+
+@router.post(
+    "/searches/{search_id}/trials/{number}/bundle",
+    operation_id="request_trial_bundle",
+    summary="Ask for a trial's bundle",
+    status_code=202,
+    responses={**accepted_answer(), **problems(404, 409, 413, 422)},
+    dependencies=[Depends(read_no_body)],
+)
+def request_trial_bundle(search: SearchDep, number: TrialNumber, store: StoreDep, settings: SettingsDep, once: OnceDep) -> BundleAnswer:
+    """Have the bundle of a verified trial packed, of a member of the Pareto front for instance; a controller does it, and the trial tells when it is there.
+
+    Again is no error, and one that failed is tried again. 409 while the search goes on, and where the trial was not verified or its student not kept.
+    """
+    wanted = partial(request_bundle, search, number, store=store, settings=settings)
+    return describe_bundle(once.bundle(wanted, again=lambda: find_bundle(search, number, store=store) or wanted()))
+
+
+@router.get(
+    "/searches/{search_id}/trials/{number}/bundle",
+    operation_id="download_trial_bundle",
+    summary="Download a trial's bundle",
+    response_class=FileResponse,
+    responses={**file_answers(), **problems(404, 409, 422)},
+)
+def download_trial_bundle(search: SearchDep, number: TrialNumber, request: Request, store: StoreDep, settings: SettingsDep) -> Response:
+    """The trial as one tar file, like the winner's. 409 until it is packed, which the winner's is by itself and any other once it is asked for (POST)."""
+    bundle = find_bundle(search, number, store=store)
+    if bundle is None or bundle.path is None or bundle.sha256 is None:
+        raise Conflict(f"trial {number} of search {search.id}: expected a bundle that is packed, got {_state_of(bundle)}")
+    path = find_file(bundle.path, sha256=bundle.sha256, settings=settings)
+    return send_file(path, sha256=bundle.sha256, name=f"{search.id}-trial-{number}.tar", request=request)
+
+
+def _state_of(bundle: BundleRecord | None) -> str:
+    """Why there is no file."""
+    if bundle is None:
+        return "one that nobody asked for; POST to this address asks for it"
+    if bundle.state is BundleState.WAITING:
+        return "one that is being packed"
+    error = bundle.error or {}
+    return f"one that could not be packed ({error.get('reason')}: {error.get('message')}); POST to this address tries again"
 
 
 @router.get(

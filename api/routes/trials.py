@@ -16,9 +16,10 @@ from api.openapi import accepted_answer, problems, versioned_answer
 from api.routes.dependencies import MAX_INTEGER, SearchDep, StoreDep, TrialNumber
 from api.schemas.common import Page
 from api.schemas.trials import AttemptAnswer, CurveAnswer, PointAnswer, TrialAnswer, TrialDetail
-from api.summary import describe_rung, describe_trial, thin
+from api.summary import describe_bundle, describe_rung, describe_trial, thin
 from nas.store.listing import TrialOrder, trial_place
 from nas.store.records import TrialState
+from nas.trial_bundles import find_bundle
 
 router = APIRouter(tags=["trials"])
 
@@ -52,12 +53,13 @@ def list_trials(
 )
 def read_trial(search: SearchDep, number: TrialNumber, store: StoreDep, request: Request, response: Response) -> Any:
     """One trial: its results by rung, attempts and learning curve."""
-    trial = store.get_trial(search.id, number)
+    trial, bundle = store.get_trial(search.id, number), find_bundle(search, number, store=store)
     detail = TrialDetail(
         **dict(describe_trial(trial)),
         rungs=[describe_rung(record) for record in store.list_rungs(search.id, trial=number, with_documents=False)],
         attempts=[AttemptAnswer.model_validate(record) for record in store.list_attempts(search.id, trial=number)],
         points=[PointAnswer.model_validate(record) for record in store.list_points(search.id, trial=number)],
+        bundle=None if bundle is None else describe_bundle(bundle),
     )
     # No row counts what happens to a trial and its curve: the version is the content.
     etag = etag_of(hashlib.sha256(detail.model_dump_json().encode()).hexdigest()[:32])

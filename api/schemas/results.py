@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import ConfigDict
@@ -9,7 +10,7 @@ from pydantic import ConfigDict
 from api.schemas.common import Answer
 from api.schemas.searches import Cost
 from nas.shape import Shape
-from nas.store.records import SearchState
+from nas.store.records import BundleState, SearchState
 
 
 class GapAnswer(Answer):
@@ -85,3 +86,24 @@ class WinnerAnswer(Answer):
     bundle_url: str
     """Where the bundle (a tar file) is downloaded."""
     bundle_sha256: str
+
+
+class BundleAnswer(Answer):
+    """The bundle of one trial: the winner's own, or one that was asked for."""
+
+    object: Literal["bundle"] = "bundle"
+    search: str
+    trial: int
+    state: BundleState
+    """waiting: for a controller to pack it; packed; failed: asked for again, it is tried again."""
+    requested_at: datetime | None
+    """Null of a winner's, which nobody has to ask for."""
+    finished_at: datetime | None
+    sha256: str | None
+    """Of the tar file, as the two below null until it is packed; also `/v1/artifacts/{sha256}`."""
+    bytes: int | None
+    """Null also of a winner of an earlier version."""
+    bundle_url: str | None
+    """Where the tar file is downloaded."""
+    error: dict[str, Any] | None
+    """Why the last try failed: reason, message, the last lines of its log; else null."""

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from api.schemas.common import Answer
+from api.schemas.results import BundleAnswer
 from nas.shape import Shape
 from nas.store.records import AttemptState, TrialState
 
@@ -101,3 +102,5 @@ class TrialDetail(TrialAnswer):
     rungs: list[RungAnswer]
     attempts: list[AttemptAnswer]
     points: list[PointAnswer]
+    bundle: BundleAnswer | None
+    """The winner's own, or the one that was asked for (`POST .../bundle`); null where nobody asked."""

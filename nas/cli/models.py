@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nas.cli.errors import FAILED, INTERRUPTED
-from nas.cli.options import Device, Json, SearchId, Threads
+from nas.cli.options import Device, Json, Threads
 from nas.cli.registry import open_store
 from nas.errors import InvalidSpec, Problem
 from nas.settings import Settings
@@ -26,22 +26,6 @@ if TYPE_CHECKING:
     from nas.recipe import RecipeCorpus
 
 commands = typer.Typer()
-
-
-@commands.command()
-def bundle(
-    search_id: SearchId,
-    trial: Annotated[int, typer.Option(min=0, help="Number of a trial that the confirm step verified, of the Pareto front for instance.")],
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder in which bundle/ and bundle.tar are written.")],
-    as_json: Json = False,
-) -> None:
-    """Bundle a verified trial that is not the winner; works on the store and the data folder, not over HTTP."""
-    from nas.bundle import bundle_trial
-
-    with open_store() as (store, settings):
-        written = bundle_trial(search_id, trial, store=store, settings=settings, folder=out_folder)
-    facts = {"trial": written["trial"], **written["shape"], "parameters": written["parameters"], "bundle": written["bundle"]}
-    print_facts({**facts, "bundle_sha256": written["bundle_sha256"]}, as_json=as_json)
 
 
 @commands.command()

@@ -105,7 +105,7 @@ def winner(
             return
         document = client.winner(search_id, budget=budget)
         if bundle is not None:
-            saved = client.download_bundle(search_id, target=bundle / "bundle.tar" if bundle.is_dir() else bundle, budget=budget)
+            saved = client.download_bundle(search_id, target=_tar_in(bundle), budget=budget)
             say(f"saved {saved}")
     if as_json:
         print_json(document)
@@ -147,20 +147,36 @@ def trials(
 
 
 @commands.command()
-def trial(search_id: SearchId, number: TrialNumber, url: Url = None, as_json: Json = False) -> None:
-    """One trial: its shape, what each rung measured, its attempts."""
+def trial(
+    search_id: SearchId,
+    number: TrialNumber,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Save the bundle of a verified trial (a tar file) here, or as bundle.tar in this folder; packed first, once.")
+    ] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """One trial: its shape, what each rung measured, its attempts; and its bundle, of a member of the Pareto front for instance."""
     with make_client(url) as client:
+        if bundle is not None:
+            say(f"saved {client.download_trial_bundle(search_id, number, target=_tar_in(bundle))}")
         found = client.trial(search_id, number)
     if as_json:
         print_json(found)
         return
     failure = {"failure": f"{found['failure']['reason']}: {found['failure'].get('message')}"} if found["failure"] else {}
-    print_facts({**{name: found[name] for name in ("number", "state", "origin", "parameters")}, **found["shape"], **failure}, as_json=False)
+    sha256 = (found.get("bundle") or {}).get("sha256")  # a service of an earlier version says nothing of bundles
+    packed = {"bundle_sha256": sha256} if sha256 else {}
+    print_facts({**{name: found[name] for name in ("number", "state", "origin", "parameters")}, **found["shape"], **failure, **packed}, as_json=False)
     for name, rows in (("rungs", [_rung_row(rung) for rung in found["rungs"]]), ("attempts", [_attempt_row(attempt) for attempt in found["attempts"]])):
         if rows:
             out.print()
             out.print(name, style="bold", highlight=False)
             print_rows(rows, as_json=False)
+
+
+def _tar_in(place: Path) -> Path:
+    return place / "bundle.tar" if place.is_dir() else place
 
 
 def _rung_row(rung: Mapping[str, Any]) -> dict[str, Any]:

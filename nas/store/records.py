@@ -401,6 +401,36 @@ class ArtifactRecord:
     """Below the data folder."""
 
 
+class BundleState(StrEnum):
+    """Where the bundle of a trial stands that somebody asked for."""
+
+    WAITING = "waiting"
+    """For a controller to pack it, or to have packed it."""
+    PACKED = "packed"
+    FAILED = "failed"
+    """Asked for again, it is tried again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleRecord:
+    """The bundle of one trial of a search that has ended."""
+
+    search_id: str
+    trial: int
+    state: BundleState
+    requested_at: datetime | None
+    """None of a winner's, which nobody has to ask for."""
+    finished_at: datetime | None
+    num_failures: int
+    """Since it was asked for."""
+    error: Json | None
+    """Of one that failed: reason, message, the last lines of its log."""
+    path: str | None
+    """Of the tar file, below the data folder; None until it is packed, as the two below."""
+    sha256: str | None
+    num_bytes: int | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RungRecord:
     """The result of one trial at one rung: `RungResult.as_dict()`."""

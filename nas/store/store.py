@@ -1,13 +1,14 @@
 """Store: the one place where the service's state is, on SQLite or PostgreSQL. Rows go in and records come out.
 
 It keeps and it guards (states, fences, idempotency, gap-free events); it decides nothing about searching. The methods are
-in ten parts, by what they keep; all of them are short transactions, and all may be called from any thread.
+in parts, by what they keep; all of them are short transactions, and all may be called from any thread.
 """
 
 from __future__ import annotations
 
 from nas.store.access import Access
 from nas.store.boards import Boards
+from nas.store.bundles import Bundles
 from nas.store.counts import Counts
 from nas.store.distillations import Distillations
 from nas.store.figures import Figures
@@ -24,9 +25,11 @@ from nas.store.speeds import Speeds
 from nas.store.trials import Trials
 
 
-class Store(Registry, Searches, Distillations, Requests, Idempotency, Trials, Listing, Counts, Boards, Leases, Speeds, Nodes, Access, Logs, Retention, Figures):
-    """Registry, searches and events, distillations, requests of users, each done once, trials, results and their numbers, leaderboards, leases, speeds, nodes,
-    projects and keys, logs, figures of all; over one engine."""
+class Store(
+    Registry, Searches, Distillations, Requests, Idempotency, Trials, Bundles, Listing, Counts, Boards, Leases, Speeds, Nodes, Access, Logs, Retention, Figures
+):
+    """Registry, searches and events, distillations, requests of users, each done once, trials, results, their bundles and numbers, leaderboards, leases,
+    speeds, nodes, projects and keys, logs, figures of all; over one engine."""
 
     @classmethod
     def open(cls, url: str, *, migrate: bool = False) -> Store:

@@ -319,6 +319,24 @@ artifacts = Table(
     Column("path", Text, nullable=False),
 )
 
+bundles = Table(
+    "bundles",
+    metadata,
+    # Of trials that are no winners, each packed once it is asked for. A winner's is with its search.
+    _search_id(primary_key=True),
+    Column("trial", Integer, primary_key=True, autoincrement=False),
+    Column("state", String(16), nullable=False),
+    Column("requested_at", UtcDateTime, nullable=False),
+    Column("finished_at", UtcDateTime),
+    Column("num_failures", Integer, nullable=False),
+    Column("error", _JSON),
+    Column("path", Text),
+    Column("sha256", String(64)),
+    Column("num_bytes", BigInteger),
+    ForeignKeyConstraint(["search_id", "trial"], ["trials.search_id", "trials.number"]),
+    Index(None, "state", "requested_at"),
+)
+
 attempts = Table(
     "attempts",
     metadata,

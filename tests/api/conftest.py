@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from api.app import create_app
 from nas.distillations import check_distillation, parse_distillation
+from nas.search.layout import SORTED, STUDENT, prepared_key, trial_folder
 from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
 from nas.store.records import AttemptState, CorpusRecord, PointRecord, SearchRecord, SearchState, TaskRecord, TeacherRecord, TrialState, utc_now
@@ -159,6 +160,21 @@ class Service:
         self.store.save_winner(search.id, {"trial": 1, "config": {"hidden_size": 48}}, fence=None)
         self.move(search, SearchState.SUCCEEDED)
         return self.store.get_search(search.id)
+
+    def verify_trial(self, search: SearchRecord, number: int) -> None:
+        """A trial that the confirm step verified, with its student and what its search prepared on the disk."""
+        self.store.save_confirmation(None, search_id=search.id, trial=number, confirmation={"verified": True, "reloaded": True, "reason": None}, fence=None)
+        (trial_folder(self.settings.searches_folder / search.id, number=number) / STUDENT).mkdir(parents=True)
+        key = prepared_key(parse_spec(json.dumps(search.spec)), inputs=search.inputs)
+        (self.settings.prepared_folder / key / SORTED).mkdir(parents=True, exist_ok=True)
+
+    def pack(self, search: SearchRecord, number: int, *, content: bytes = b"a bundle" * 1000) -> None:
+        """As a controller does that packs what was asked for."""
+        path = f"searches/{search.id}/bundles/{number}/t/bundle.tar"
+        (self.settings.data_folder / path).parent.mkdir(parents=True)
+        (self.settings.data_folder / path).write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        self.store.save_bundle(search.id, number, path=path, sha256=digest, num_bytes=len(content), device_seconds=1.0, fence=None)
 
     def distil(self, search: SearchRecord, **asked: Any) -> SearchRecord:
         """A distillation of the winner of a search that has succeeded."""

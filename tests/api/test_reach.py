@@ -130,6 +130,8 @@ def test_the_client_reaches_every_operation(live: Live, service: Service, tmp_pa
         assert "hidden_size" in client.winner_as(live.done, format="hf-config")
         for saved in (client.download_bundle(live.done, target=tmp_path / "a.tar"), client.download(live.digest, target=tmp_path / "b.tar")):
             assert hashlib.sha256(saved.read_bytes()).hexdigest() == live.digest
+        assert client.request_bundle(live.done, 1)["state"] == "packed"
+        assert client.download_trial_bundle(live.done, 1, target=tmp_path / "c.tar").read_bytes() == (tmp_path / "a.tar").read_bytes()
         request = json.dumps({"search_id": live.done}).encode()
         distilled, again = (client.distil(request, idempotency_key="d") for _ in range(2))
         assert distilled["id"] == again["id"] == client.distillations(search=live.done, state="queued")[0]["id"]
@@ -195,6 +197,9 @@ def test_the_command_reaches_every_operation(
     assert json.loads(nas("winner", live.done, "--format", "hf-config")) == {"hidden_size": 48}
     nas("winner", live.done, "--bundle", tmp_path / "a.tar")
     nas("download", live.digest, tmp_path / "b.tar")
+    assert live.digest in nas("trial", live.done, 1, "--bundle", tmp_path / "c.tar")
+    nas("trial", live.done, 0, "--bundle", tmp_path / "none.tar", code=4)
+    assert (tmp_path / "c.tar").read_bytes() == (tmp_path / "a.tar").read_bytes()
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
     distilled = nas("distillations", "submit", live.done, "--recipe", "tokens=4096", "--recipe", "optimizer=muon").strip()
     assert "4,096" in nas("distillations", "show", distilled)

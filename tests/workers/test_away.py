@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from api.files import find_file
-from nas.bundle import bundle_trial
 from nas.compress import distillation
 from nas.compress.train_state import TrainState
 from nas.node_cache import NodeCache
@@ -22,7 +21,7 @@ from nas.search import confirm
 from nas.settings import Settings
 from nas.shared_files import SharedFiles
 from nas.spec import dump_spec, parse_spec
-from nas.store.records import AttemptState, SearchRecord, SearchState
+from nas.store.records import AttemptState, BundleRecord, SearchRecord, SearchState
 from nas.store.store import Store
 from nas.submission import check_submission
 from workers import folders
@@ -98,6 +97,16 @@ class Deployment:
         folders._remover().submit(lambda: None).result()  # all that was to be deleted is
         return self.store.get_search(search_id)
 
+    def pack(self, search: SearchRecord, number: int) -> BundleRecord:
+        """A controller, until the bundle of a trial is packed or given up."""
+        self.store.request_bundle(search.id, number)
+        controller = Controller(store=self.store, executor=self.nodes, settings=self.settings)
+        while self.store.waiting_bundles(limit=1):
+            controller.tick(timeout_seconds=0.0)
+        bundle = self.store.find_bundle(search.id, number)
+        assert bundle is not None
+        return bundle
+
 
 def make_deployment(folder: Path, *, url: str | None, register: Callable[..., None]) -> Deployment:
     settings = Settings.from_environment({"NAS_DATA": str(folder / "data"), "NAS_SHARED": url or "", "NAS_LEASE_SECONDS": "1"})
@@ -142,9 +151,9 @@ def test_a_search_over_s3_is_the_search_in_a_folder(
     assert (
         find_file(search.winner["bundle"], sha256=search.winner["bundle_sha256"], settings=deployment.settings).stat().st_size == search.winner["bundle_bytes"]
     )
-    elsewhere = dataclasses.replace(deployment.settings, cache_folder=tmp_path / "operator")
-    again = bundle_trial(search.id, search.winner["trial"], store=deployment.store, settings=elsewhere, folder=tmp_path / "again")
-    assert again["bundle_sha256"] == search.winner["bundle_sha256"]
+    again = deployment.pack(search, search.winner["trial"])
+    assert (again.sha256, again.error) == (search.winner["bundle_sha256"], None)
+    assert find_file(str(again.path), sha256=str(again.sha256), settings=deployment.settings).stat().st_size == again.num_bytes
 
 
 class Killed(BaseException):

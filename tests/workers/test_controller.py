@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from nas.bundle import bundle_trial
 from nas.compress.teacher import check_teacher
-from nas.errors import Conflict, StoreUnavailable
+from nas.errors import StoreUnavailable
 from nas.search import confirm
 from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
@@ -198,23 +197,6 @@ def test_an_ended_search_leaves_its_bundle_and_the_students_that_were_verified(s
     assert sorted(path.name for path in service.folder(search_id).iterdir() if path.is_file() or any(path.iterdir())) == ["trials", "winner"]
     kept = {int(path.name) for path in (service.folder(search_id) / "trials").iterdir()}
     assert kept == {trial.number for trial in service.store.list_trials(search_id) if trial.confirmation and trial.confirmation["verified"]}
-
-
-def test_a_verified_trial_is_bundled_long_after_its_search(service: Service, tmp_path: Path) -> None:
-    search = service.run(service.submit(sampler={"name": "random", "max_trials": 2}, controls={"anchors": False, "num_random": 1}))
-    assert search.winner is not None
-    board = service.board(search)
-    others = [row["number"] for row in board["rows"] if row["number"] != search.winner["trial"] and not row["verified"]]
-
-    bundled = bundle_trial(search.id, search.winner["trial"], store=service.store, settings=service.settings, folder=tmp_path / "again")
-
-    assert (tmp_path / "again" / "bundle.tar").is_file()
-    facts = bundled.keys() - {"bundle"}
-    assert {name: bundled[name] for name in facts} == {name: search.winner[name] for name in facts}
-    for number in others:
-        with pytest.raises(Conflict, match=f"trial {number} of search {search.id}: expected one that the confirm step verified, got"):
-            bundle_trial(search.id, number, store=service.store, settings=service.settings, folder=tmp_path / "other")
-    assert others
 
 
 def test_a_cancelled_search_ends_with_every_trial_cancelled_or_finished(service: Service) -> None:
