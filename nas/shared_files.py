@@ -78,7 +78,7 @@ class SharedFiles:
         """
         sources = _regular_files(source) if isinstance(source, Path) else source
         with self._reaching(key), ThreadPoolExecutor(TRANSFERS) as pool:
-            there = self._sizes(key)
+            there = self.sizes(key)
             files = dict(zip(sources, pool.map(partial(self._upload, key=key, there=there), sources.values()), strict=True))
         manifest = Manifest(files=files)
         self.write_json(manifest.as_dict(), key=f"{key}/{MANIFEST}")
@@ -89,7 +89,7 @@ class SharedFiles:
         manifest = self.publish_tree(source, key=key)
         kept = {MANIFEST, *(file.sha256 for file in manifest.files.values())}
         with self._reaching(key):
-            for name in self._sizes(key).keys() - kept:
+            for name in self.sizes(key).keys() - kept:
                 self._fs.rm(self._path(f"{key}/{name}"))
         return manifest
 
@@ -117,7 +117,7 @@ class SharedFiles:
         if manifest is None:
             return False
         with self._reaching(source):
-            there = self._sizes(to)
+            there = self.sizes(to)
             for file in manifest.files.values():
                 if there.get(file.sha256) != file.bytes:
                     self._write(f"{to}/{file.sha256}", partial(self._fs.copy, self._path(f"{source}/{file.sha256}")))
@@ -129,6 +129,12 @@ class SharedFiles:
         with self._reaching(key):
             path = self._path(key)
             return sorted(PurePosixPath(name).name for name in self._fs.ls(path, detail=False)) if self._fs.exists(path) else []
+
+    def sizes(self, key: str) -> dict[str, int]:
+        """Bytes of every file below a key, by its path there, of trees that are whole or not. On S3 one request for a thousand."""
+        with self._reaching(key):
+            path = self._path(key)
+            return {PurePosixPath(name).relative_to(path).as_posix(): int(info["size"]) for name, info in self._fs.find(path, detail=True).items()}
 
     def delete(self, key: str) -> None:
         """Remove all below a key, manifest first; what is not there is no error."""
@@ -205,11 +211,6 @@ class SharedFiles:
 
     def _path(self, key: str) -> str:
         return f"{self.url.removeprefix('file://') if self._is_local else self.url.split('://')[1]}/{key}"
-
-    def _sizes(self, key: str) -> dict[str, int]:
-        """Names and bytes of the objects of a tree, whole or not."""
-        path = self._path(key)
-        return {PurePosixPath(name).name: int(info["size"]) for name, info in self._fs.find(path, detail=True).items()} if self._fs.exists(path) else {}
 
     def _upload(self, path: Path, *, key: str, there: Mapping[str, int]) -> File:
         file = File(sha256=file_digest(path), bytes=path.stat().st_size)

@@ -32,7 +32,7 @@ def read(folder: Path) -> dict[str, bytes]:
 
 
 def objects(shared: SharedFiles, key: str) -> list[str]:
-    return sorted(shared._sizes(key))
+    return sorted(shared.sizes(key))
 
 
 def test_a_tree_comes_back_as_it_was(shared: SharedFiles, folder: Path, tmp_path: Path) -> None:

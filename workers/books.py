@@ -14,7 +14,6 @@ from typing import Any
 
 from nas.budget import measured_excess
 from nas.errors import Conflict
-from nas.files import folder_bytes
 from nas.search.confirmed import Confirmation
 from nas.search.layout import clear_below
 from nas.search.leaderboard import Board
@@ -26,7 +25,7 @@ from workers.actions import LIMIT_REASONS, Advance, NewTrial
 from workers.board import make_board
 from workers.family import Family
 from workers.folders import SearchFolder
-from workers.limits import Limits
+from workers.limits import Excess, Limits
 from workers.watch import Leader
 
 logger = logging.getLogger(__name__)
@@ -219,15 +218,15 @@ class Books:
             case "none":
                 return set()
 
-    def free_disk(self, num_bytes: int) -> int:
-        """Drop checkpoints of trials that wait, the worst first, until so many bytes are free; returns how many are. Promoted again, they start anew."""
+    def free_disk(self, excess: Excess) -> int:
+        """Drop checkpoints of trials that wait, the worst first, until the excess is gone; returns how many bytes are. Promoted again, they start anew."""
         waiting = [number for number, trial in self.run.trials.items() if trial.state is TrialState.WAITING and trial.rung]
         waiting.sort(key=lambda number: -self.run.results[number][max(self.run.results[number])].kl.value)
         freed = 0
         for number in waiting:
-            if freed >= num_bytes:
+            if freed >= excess.num_bytes:
                 break
-            freed += folder_bytes(self.folder.trial(number))
+            freed += excess.use.of_trial(number)
             self.folder.drop_trial(number)
             logger.info("checkpoints dropped for the disk budget", extra={"action": "checkpoints_dropped", "search_id": self.record.id, "trial_number": number})
         return freed

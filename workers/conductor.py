@@ -115,8 +115,8 @@ class Conductor:
                 if (reached := limits.reached(running_device_seconds=running)) is not None:
                     self.steps.watch.stop(reached)
                     self._run.stop(reached)
-                elif (over := limits.bytes_over(self.folder.path)) and self._books.free_disk(over) < over:
-                    message = f"the search's folder is {over} bytes over limits.max_disk_bytes={self._run.spec.limits.max_disk_bytes}"
+                elif (excess := limits.disk_excess(self.folder)) is not None and self._books.free_disk(excess) < excess.num_bytes:
+                    message = f"the search's folder is {excess.num_bytes} bytes over limits.max_disk_bytes={self._run.spec.limits.max_disk_bytes}"
                     self._pause("disk_budget", message=f"{message}, with no checkpoint left that could go")
 
     def _pause(self, reason: str, *, message: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nas.errors import Conflict, Fenced, InvalidSpec, StoreUnavailable
+from nas.errors import Conflict, Fenced, FilesUnavailable, InvalidSpec, StoreUnavailable
 from nas.logs import about
 from nas.search.layout import prepared_lease
 from nas.settings import Settings
@@ -220,11 +220,11 @@ class Controller:
         return conductor
 
     def _troubled(self, search_id: str, trouble: _Trouble, error: Exception) -> None:
-        """The search is read from the store again and tried again. A store that is away, however often, is nothing that the search did."""
+        """The search is read from the store again and tried again. What is away, however often, is nothing that the search did."""
         trouble.is_doubtful = True
         trouble.retry_at = self._clock() + TROUBLE_SECONDS
-        if isinstance(error, StoreUnavailable):
-            logger.warning("a search waits for the store", extra={"action": "search_troubled", "search_id": search_id, "count": trouble.count})
+        if isinstance(error, StoreUnavailable | FilesUnavailable):
+            logger.warning("a search waits: %s", error, extra={"action": "search_troubled", "search_id": search_id, "count": trouble.count})
             return
         trouble.count += 1
         logger.exception("advancing a search failed", extra={"action": "search_troubled", "search_id": search_id, "count": trouble.count})

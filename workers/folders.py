@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from nas.errors import FilesUnavailable
-from nas.files import link_or_copy
+from nas.files import folder_bytes, link_or_copy
 from nas.search.layout import STUDENT, trial_folder
 from nas.settings import Settings
 from nas.shared_files import SharedFiles
@@ -35,6 +37,17 @@ from workers.step import RESULT, Outcome, read_outcome
 logger = logging.getLogger(__name__)
 
 MODEL, MODEL_TAR, OWN_BUNDLE = "model", "model.tar", "student"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskUse:
+    """The bytes of one search."""
+
+    num_bytes: int
+    of_trial: Callable[[int], int]
+    """Those of one trial."""
+    seconds: float
+    """That counting them took."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +107,16 @@ class SearchFolder:
                     found[attempt_id] = Outcome.from_dict(values)
         return found
 
+    def measure(self) -> Future[DiskUse]:
+        """Count the search's bytes: at once in a folder; by URL in the remover's thread, after all that was to be deleted."""
+        if self.shared is not None:
+            return _remover().submit(_measure, self.shared, self._key("").rstrip("/"))
+        measured, began = Future[DiskUse](), time.perf_counter()
+        num_bytes = folder_bytes(self.path)
+        use = DiskUse(num_bytes=num_bytes, of_trial=lambda number: folder_bytes(self.trial(number)), seconds=time.perf_counter() - began)
+        measured.set_result(use)
+        return measured
+
     def clear(self, *, keep_attempts: Collection[str], keep_trials: Collection[int]) -> None:
         """The search has ended: its bundle holds the winner, and the store what was measured of the others."""
         trials = self.path / "trials"
@@ -150,6 +173,16 @@ def _sweep(shared: SharedFiles, store: Store) -> None:
     # Broad: nobody waits for this thread; the next sweep asks once more.
     except Exception:
         logger.exception("files of deleted searches not removed", extra={"action": "sweep_failed"})
+
+
+def _measure(shared: SharedFiles, key: str) -> DiskUse:
+    began, trials = time.perf_counter(), Counter[str]()
+    sizes = shared.sizes(key)
+    for path, num_bytes in sizes.items():
+        top, _, below = path.partition("/")
+        if top == "trials":
+            trials[below.partition("/")[0]] += num_bytes
+    return DiskUse(num_bytes=sum(sizes.values()), of_trial=lambda number: trials[str(number)], seconds=time.perf_counter() - began)
 
 
 def _delete_all_but(shared: SharedFiles, key: str, *, keep: Collection[str]) -> None:

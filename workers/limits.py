@@ -5,19 +5,32 @@ Times are the store's, taken once when the search is read, and go on by the lead
 
 from __future__ import annotations
 
-import time
+import logging
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from concurrent.futures import Future
+from dataclasses import dataclass
 
-from nas.files import folder_bytes
+from nas.errors import FilesUnavailable
 from nas.spec import LimitSpec
 from nas.store.records import AttemptRecord, SearchTimes
 from workers.actions import LimitReason
+from workers.folders import DiskUse, SearchFolder
+
+logger = logging.getLogger(__name__)
 
 DISK_SECONDS = 20.0
 """Between two measurements of the search's folder."""
 DISK_SHARE = 0.01
 """And at most this share of the time is spent on them: a folder of ten thousand trials on a shared disk takes a while."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Excess:
+    """More bytes on disk than a search may have."""
+
+    num_bytes: int
+    """Over the limit."""
+    use: DiskUse
 
 
 class Limits:
@@ -28,6 +41,7 @@ class Limits:
         self._read = clock()
         self._device_seconds = sum(attempt.device_seconds or 0.0 for attempt in attempts)
         self._measure_at = self._read
+        self._measuring: Future[DiskUse] | None = None
 
     def count(self, device_seconds: float) -> None:
         """A step has ended after so many device seconds."""
@@ -62,11 +76,20 @@ class Limits:
             return None
         return f"it waited longer than limits.max_queued_seconds={longest:g} for a controller"
 
-    def bytes_over(self, folder: Path) -> int:
-        """By how many bytes the search's folder is over its limit; 0 where it is not, and between two measurements."""
-        if self._limits.max_disk_bytes is None or self._clock() < self._measure_at:
-            return 0
-        began = time.perf_counter()
-        over = folder_bytes(folder) - self._limits.max_disk_bytes
-        self._measure_at = self._clock() + max(DISK_SECONDS, (time.perf_counter() - began) / DISK_SHARE)
-        return max(over, 0)
+    def disk_excess(self, folder: SearchFolder) -> Excess | None:
+        """By how much the search's files are over their limit; None where they are not, and between two measurements."""
+        most = self._limits.max_disk_bytes
+        if most is None:
+            return None
+        if self._measuring is None and self._clock() >= self._measure_at:
+            self._measuring = folder.measure()
+        if self._measuring is None or not self._measuring.done():
+            return None
+        measured, self._measuring, self._measure_at = self._measuring, None, self._clock() + DISK_SECONDS
+        try:
+            use = measured.result()
+        except FilesUnavailable as error:
+            logger.warning("bytes of a search not counted: %s", error, extra={"action": "measure_failed", "folder": folder.path.name})
+            return None
+        self._measure_at = self._clock() + max(DISK_SECONDS, use.seconds / DISK_SHARE)
+        return Excess(num_bytes=use.num_bytes - most, use=use) if use.num_bytes > most else None

@@ -160,7 +160,8 @@ def test_for_the_disk_budget_the_checkpoints_of_the_worst_waiting_trial_go_first
     results, numbers = simulation.run.results, waiting()
     worst = max(numbers, key=lambda number: results[number][max(results[number])].kl.value)
 
-    assert simulation.conductor._books.free_disk(1) >= 1000
+    use = simulation.conductor.folder.measure().result()
+    assert simulation.conductor._books.free_disk(limits.Excess(num_bytes=1, use=use)) >= 1000
 
     assert {number for number in numbers if not simulation.conductor.folder.trial(number).exists()} == {worst}
     assert go_on(simulation).state is SearchState.SUCCEEDED

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 
+from nas.errors import FilesUnavailable
 from nas.settings import Settings
 from nas.shared_files import SharedFiles
+from nas.spec import LimitSpec
+from nas.store.records import SearchTimes
 from workers import folders
 from workers.folders import SearchFolder, sweep_by_url
+from workers.limits import Excess, Limits
 
 
 @pytest.fixture
@@ -64,3 +68,35 @@ def test_of_a_search_that_was_deleted_nothing_stays(settings: Settings, shared: 
     wait()
 
     assert shared.children("searches") == ["srch_2"]
+
+
+def test_the_bytes_of_a_search_are_counted_behind_the_url(settings: Settings, shared: SharedFiles) -> None:
+    use = SearchFolder.of("srch_1", settings=settings).measure().result()
+
+    assert use.num_bytes == 4 * len('{"files": {}}') + len("{}")
+    assert use.of_trial(1) == 2 * len('{"files": {}}')
+    assert use.of_trial(7) == 0
+
+
+def test_a_disk_budget_counts_them_and_a_url_that_is_away_is_no_reason_to_pause(
+    settings: Settings, shared: SharedFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, now = SearchFolder.of("srch_1", settings=settings), [0.0]
+    limits = Limits(LimitSpec(max_disk_bytes=50), attempts=(), times=SearchTimes(at_work_seconds=0.0, in_state_seconds=0.0), clock=lambda: now[0])
+
+    def look() -> Excess | None:
+        limits.disk_excess(folder)  # begins to count, which nobody waits for
+        wait()
+        return limits.disk_excess(folder)
+
+    excess = look()
+    assert excess is not None
+    assert (excess.num_bytes, excess.use.of_trial(0)) == (4, 26)
+    assert look() is None, "counted again at once"
+    now[0] += 1e6
+    monkeypatch.setattr(SharedFiles, "sizes", _refuse)
+    assert look() is None
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise FilesUnavailable("away")
