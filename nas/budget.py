@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nas.architecture import Architecture
 from nas.cost import ELEMENT_BYTES, Workload, count_costs, sum_costs
 from nas.errors import InvalidSpec, Problem
-from nas.families import Architecture, Axis
+from nas.families import Axis
 from nas.shape import Shape
 from nas.spec import BudgetSpec, LatencySpec, WorkloadSpec
 

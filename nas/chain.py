@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nas.architecture import read_architecture
 from nas.errors import InvalidSpec, NotFound, Problem, TeacherUnavailable
-from nas.families import read_architecture
 from nas.shape import Shape
 from nas.spec import SearchSpec
 from nas.store.records import Json, SearchRecord, SearchState, all_winners

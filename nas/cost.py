@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nas.architecture import Architecture
 from nas.errors import InvalidSpec, Problem
-from nas.families import Architecture, Axis
+from nas.families import Axis
 from nas.shape import Shape
 
 SignalKind = Literal["exact", "top_k"]

@@ -15,9 +15,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from nas.architecture import Architecture
 from nas.cost import flops_per_token
 from nas.errors import InvalidSpec, Problem
-from nas.families import Architecture
 from nas.shape import Shape
 from nas.space import SearchSpace
 from nas.spec import RungSpec, SearchSpec

@@ -15,7 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from nas.compress.corpus import Corpus, Part, build_blocks, load_blocks
+from nas.compress.blocks import Part, build_blocks, load_blocks
+from nas.compress.corpus import Corpus
 from nas.compress.distillation import Diverged, Progress, distil
 from nas.compress.distributed import Spread, Spreading, World, shard_teacher
 from nas.compress.fitting import Fitted, check_disk_fits, fit_run

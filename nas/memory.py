@@ -20,9 +20,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from nas.architecture import Architecture
 from nas.cost import count_parameters
 from nas.errors import DoesNotFit
-from nas.families import Architecture, Axis
+from nas.families import Axis
 from nas.shape import Shape
 
 Moments = Literal["float32", "offloaded", "bfloat16"]

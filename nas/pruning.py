@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nas.compress.corpus import Corpus, Part, build_blocks, check_corpus
+from nas.compress.blocks import Part, build_blocks
+from nas.compress.corpus import Corpus, check_corpus
 from nas.compress.depth import DepthMethod, choose_layers
 from nas.compress.importance import Method, measure_importance
 from nas.compress.reconstruction import Reconstruction, kept_of, reconstruct_student, split_calibration

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.architecture import Architecture, read_architecture
 from nas.budget import UNITS, Budget
 from nas.cost import count_parameters, sum_costs
 from nas.deployability import heads_divide
 from nas.errors import BudgetInfeasible, InvalidSpec, Problem
-from nas.families import Architecture, Axis, read_architecture
+from nas.families import Axis
 from nas.shape import Shape
 from nas.spec import AxisSpec, BudgetSpec, SearchSpec, SpaceSpec
 

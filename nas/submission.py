@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nas.architecture import Architecture, read_architecture
 from nas.budget import limits
 from nas.chain import ID_PREFIX, find_source, take_winner
 from nas.compress.train_plan import trunk_rate
@@ -18,7 +19,6 @@ from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem
 from nas.estimate import Speed, describe_space, estimate_seconds, explain_shape, planned_work, task_work, total_work, with_first_tokens
 from nas.evaluate.scores import FORMS_BY_KIND
-from nas.families import Architecture, read_architecture
 from nas.memory import TeacherMemory, Training, inference_memory, least_training_memory, preparation_disk, rung_disk, training_memory
 from nas.shape import Shape
 from nas.space import SearchSpace, build_spaces, forced_anchors

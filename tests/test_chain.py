@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from nas.architecture import read_architecture
 from nas.chain import awaited_source, is_stand_in
 from nas.errors import InvalidSpec, TeacherUnavailable
-from nas.families import read_architecture
 from nas.settings import Settings
 from nas.shape import Shape
 from nas.spec import dump_spec, parse_spec

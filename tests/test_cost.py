@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from nas.architecture import Architecture, read_architecture
 from nas.compress.experts import by_file_names
 from nas.compress.teacher import checkpoint_weights
 from nas.cost import SignalChoice, Workload, choose_signals, count_costs, count_parameters, flops_per_token, signal_bytes_per_token, weight_bytes
 from nas.errors import InvalidSpec
-from nas.families import FAMILIES, Architecture, read_architecture
+from nas.families import FAMILIES
 from nas.shape import Shape
 
 STORIES_260K = {

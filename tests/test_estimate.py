@@ -7,10 +7,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from nas.architecture import Architecture
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec
 from nas.estimate import Speed, TaskWork, describe_space, estimate_seconds, explain_shape, likely_tokens, rung_work, task_work, with_first_tokens
-from nas.families import Architecture
 from nas.shape import Shape
 from nas.space import SearchSpace
 from nas.spec import BudgetSpec, ControlSpec, CorpusPart, CorpusSpec, DistillationSpec, EvaluationSpec, ResourceSpec, RungSpec, SearchSpec, SpaceSpec, TaskSpec

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nas import full_run, pruning, run_folder
-from nas.compress.corpus import check_corpus, load_blocks
+from nas.compress.blocks import load_blocks
+from nas.compress.corpus import check_corpus
 from nas.compress.distillation import Diverged, Stopped
 from nas.compress.held_out import HeldOut
 from nas.compress.teacher import check_teacher, write_checkpoint

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nas.families import read_architecture
+from nas.architecture import read_architecture
 from nas.search.results import Metric
 from tests.benchmarks import ground_truth, reproduce, truth
 from tests.benchmarks.ground_truth import GRIDS, Cell, Row

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nas.architecture import Architecture, read_architecture
 from nas.cost import count_parameters
 from nas.errors import DoesNotFit
-from nas.families import FAMILIES, Architecture, read_architecture
+from nas.families import FAMILIES
 from nas.memory import Capacity, TeacherMemory, Training, fit_training, kept_per_token, least_training_memory, training_memory
 from nas.shape import Shape
 from tests.test_cost import LLAMA_31_8B

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from nas.architecture import Architecture, read_architecture
 from nas.budget import measured_excess, read_workload
 from nas.cost import count_costs, count_parameters
 from nas.errors import BudgetInfeasible, InvalidSpec
-from nas.families import FAMILIES, Architecture, read_architecture
+from nas.families import FAMILIES
 from nas.shape import Shape
 from nas.space import Choices, SearchSpace
 from nas.spec import AxisSpec, BudgetSpec, LatencySpec, SpaceSpec, WorkloadSpec

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from nas.architecture import read_architecture
 from nas.cli.estimate import budget_facts
 from nas.cost import count_parameters
 from nas.errors import BudgetInfeasible, InvalidSpec
-from nas.families import read_architecture
 from nas.settings import Settings
 from nas.shape import Shape
 from nas.spec import dump_spec, parse_spec

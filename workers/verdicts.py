@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nas.architecture import Architecture
 from nas.cost import count_parameters
-from nas.families import Architecture
 from nas.search.confirmed import Confirmation
 from nas.search.layout import STUDENT
 from nas.search.results import Metric, RungResult

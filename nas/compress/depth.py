@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nas.architecture import Architecture, read_architecture
 from nas.compress.importance import Importance, layer_modules
 from nas.compress.losses import Head, final_hidden, forward_kl, head_of, token_chunks
 from nas.errors import InvalidSpec, Problem
-from nas.families import Architecture, Axis, read_architecture
+from nas.families import Axis
 
 DepthMethod = Literal["bridged_damage", "damage", "contiguous", "block_influence", "task"]
 

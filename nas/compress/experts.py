@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nas.families import Architecture, Weight
+from nas.architecture import Architecture
+from nas.families import Weight
 
 
 def by_file_names(state: Mapping[str, Tensor], *, architecture: Architecture) -> dict[str, Tensor]:

@@ -10,11 +10,11 @@ from typing import get_args
 
 import torch
 
+from nas.architecture import Architecture
 from nas.compress.device import capacity, free_disk, multiplies_bfloat16
 from nas.compress.distributed import Spreading, World
 from nas.compress.train_plan import TrainPlan
 from nas.errors import DoesNotFit, InvalidSpec, Problem
-from nas.families import Architecture
 from nas.memory import Capacity, Moments, TeacherMemory, Training, explain, fit_training, inference_memory, table, written
 from nas.shape import Shape
 

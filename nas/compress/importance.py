@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nas.architecture import Architecture, read_architecture
 from nas.compress.experts import by_file_names, expert_modules, run_experts
 from nas.compress.teacher import checkpoint_sources, checkpoint_weights
 from nas.errors import InvalidSpec, Problem, TeacherUnavailable
-from nas.families import Architecture, Axis, Source, read_architecture
+from nas.families import Axis, Source
 
 Method = Literal["energy", "l2_mean", "mean_mean", "second_moment"]
 

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nas.architecture import Architecture
 from nas.compress.experts import expert_modules, run_experts
 from nas.compress.importance import layer_modules
 from nas.compress.manifest import load_tensors, save_tensors
 from nas.compress.sorting import Sorting
 from nas.compress.teacher import checkpoint_sources
 from nas.errors import TeacherUnavailable
-from nas.families import Architecture, Axis, Source
+from nas.families import Axis, Source
 from nas.files import withdraw
 
 MOMENTS = "moments"

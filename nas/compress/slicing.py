@@ -20,12 +20,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from nas.architecture import Architecture, read_architecture
 from nas.compress.experts import fuse_experts
 from nas.compress.sorting import Sorting
 from nas.compress.teacher import WEIGHTS_FILE, checkpoint_weights, resolve_dtype
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem
-from nas.families import Architecture, Axis, Side, Weight, read_architecture
+from nas.families import Axis, Side, Weight
 from nas.shape import Shape
 
 

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nas.architecture import Architecture, read_architecture
 from nas.compress.experts import by_file_names
 from nas.compress.importance import Importance
 from nas.compress.manifest import load_tensors, save_tensors
 from nas.compress.teacher import WEIGHTS_FILE, checkpoint_weights, write_checkpoint
 from nas.compress.untrusted import CONFIG_FILE
 from nas.errors import CorruptFile
-from nas.families import Architecture, Axis, Side, read_architecture
+from nas.families import Axis, Side
 from nas.files import file_digest, withdraw
 from nas.shape import Shape
 

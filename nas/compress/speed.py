@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nas.architecture import read_architecture
 from nas.compress.distillation import distil
 from nas.compress.held_out import evaluate_kl
 from nas.compress.objective import NextToken
 from nas.compress.train_plan import TrainPlan
 from nas.cost import flops_per_token
-from nas.families import read_architecture
 
 HIDDEN_SIZES = {"cpu": (64, 192, 512), "cuda": (256, 1024, 2048)}
 """Small models are slow for their arithmetic; an estimate interpolates between these."""

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from nas.architecture import Architecture, read_architecture
 from nas.compress.experts import by_file_names
 from nas.compress.untrusted import (
     CONFIG_FILE,
@@ -37,7 +38,7 @@ from nas.compress.untrusted import (
 )
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem, TeacherUnavailable
-from nas.families import Architecture, Source, Weight, read_architecture
+from nas.families import Source, Weight
 from nas.files import file_digest, whole_file, write_json
 
 WEIGHTS_FILE = "model.safetensors"

@@ -19,8 +19,9 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
+from nas.architecture import Architecture
 from nas.errors import TeacherUnavailable
-from nas.families import FAMILIES, Architecture
+from nas.families import FAMILIES
 
 CONFIG_FILE = "config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"

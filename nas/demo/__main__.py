@@ -29,7 +29,7 @@ from rich.table import Table
 
 from nas.client import Client
 from nas.compress import corpus, data_order, distillation, losses, objective, train_plan
-from nas.compress.corpus import Blocks, load_blocks
+from nas.compress.blocks import Blocks, load_blocks
 from nas.compress.teacher import load_model
 from nas.demo import language, teacher
 from nas.registration import register_corpus, register_tasks, register_teacher

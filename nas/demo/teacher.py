@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nas.compress.corpus import Part, build_blocks
+from nas.compress.blocks import Part, build_blocks
 from nas.compress.distillation import Progress, distil
 from nas.compress.objective import NextToken
 from nas.compress.teacher import write_checkpoint

@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from nas.architecture import read_architecture
 from nas.compress.manifest import load_tensors
 from nas.compress.teacher import WEIGHTS_FILE, load_model, resolve_dtype
 from nas.compress.untrusted import CONFIG_FILE
@@ -23,7 +24,6 @@ from nas.cost import count_parameters
 from nas.deployability import deployability
 from nas.errors import CorruptFile, TeacherUnavailable
 from nas.evaluate.latency import measure_latency
-from nas.families import read_architecture
 from nas.search.layout import PROBE, STUDENT
 from nas.search.shared import teacher_dtype
 from nas.search.trial import Clock, measure

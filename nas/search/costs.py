@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from nas.architecture import read_architecture
 from nas.budget import read_workload
 from nas.compress.teacher import resolve_dtype
 from nas.cost import COSTS, count_costs
 from nas.evaluate.latency import measure_latency
-from nas.families import read_architecture
 from nas.spec import LatencySpec, WorkloadSpec
 
 REPEATS = 5

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nas.families import read_architecture
+from nas.architecture import read_architecture
 from nas.space import build_spaces
 from nas.spec import SearchSpec, dump_spec, objective_metrics
 

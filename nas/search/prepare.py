@@ -23,7 +23,9 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from nas.compress.corpus import Blocks, Part, build_blocks, check_corpus, load_blocks
+from nas.architecture import Architecture, read_architecture
+from nas.compress.blocks import Blocks, Part, build_blocks, load_blocks
+from nas.compress.corpus import check_corpus
 from nas.compress.correction import RATE_SHARE, Correction, correct_teacher, load_correction
 from nas.compress.depth import Damage, choose_layers
 from nas.compress.fitting import check_disk_fits, check_host_fits, check_teacher_fits, fit_plan
@@ -36,7 +38,6 @@ from nas.compress.train_plan import make_plan
 from nas.cost import weight_bytes
 from nas.errors import CorpusUnavailable, CorruptFile, NotFound, TeacherUnavailable
 from nas.evaluate.tasks import load_tasks, split_documents
-from nas.families import Architecture, read_architecture
 from nas.files import write_json
 from nas.memory import TeacherMemory, preparation_disk
 from nas.search.layout import BLOCKS, CORRECTED, MOMENTS, PREPARED, SORTED, SPLITS, searched_depths

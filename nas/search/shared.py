@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nas.compress.corpus import load_blocks
+from nas.compress.blocks import load_blocks
 from nas.compress.hidden_states import TeacherStates
 from nas.compress.manifest import load_tensors
 from nas.compress.objective import Objective, TeacherLogits

@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.torch import save_file
 
+from nas.architecture import Architecture, read_architecture
 from nas.compress.distillation import distil
 from nas.compress.held_out import evaluate_kl
 from nas.compress.train_plan import TrainPlan, trunk_rate
 from nas.compress.train_state import load_trunk
-from nas.families import Architecture, read_architecture
 from nas.shape import Shape
 from nas.space import SearchSpace
 from nas.spec import AxisSpec, BudgetSpec, SpaceSpec

@@ -20,10 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nas.architecture import read_architecture
 from nas.compress.distillation import distil
 from nas.compress.objective import NextToken, TeacherLogits
 from nas.compress.train_plan import TrainPlan
-from nas.families import read_architecture
 from nas.memory import Moments, TeacherMemory, Training, training_memory
 from nas.search.prepare import random_model
 

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from nas.architecture import read_architecture
 from nas.compress.distillation import distil
 from nas.compress.objective import Objective, TeacherLogits
 from nas.compress.signals import StoredSignals, StoredTeacher, StoredTopK, build_signals
 from nas.compress.train_plan import TrainPlan
 from nas.cost import SignalKind
-from nas.families import read_architecture
 from nas.search.prepare import random_model
 from tests.benchmarks.training_speed import SEQUENCE_LENGTH, TEACHERS
 

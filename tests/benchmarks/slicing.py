@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nas.architecture import read_architecture
 from nas.compress.distillation import distil
 from nas.compress.importance import measure_importance
 from nas.compress.objective import TeacherLogits
@@ -31,7 +32,6 @@ from nas.compress.slicing import build_student
 from nas.compress.sorting import Sorting, load_sorting, make_order, save_sorted, sort_teacher
 from nas.compress.teacher import WEIGHTS_FILE, load_model
 from nas.compress.train_plan import TrainPlan
-from nas.families import read_architecture
 from nas.search.prepare import random_model
 from tests.benchmarks.training_speed import SEQUENCE_LENGTH, TEACHERS
 

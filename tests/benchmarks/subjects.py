@@ -11,7 +11,8 @@ from typing import Literal, TypeVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nas.compress.corpus import Blocks, Part, build_blocks, load_blocks
+from nas.architecture import read_architecture
+from nas.compress.blocks import Blocks, Part, build_blocks, load_blocks
 from nas.compress.depth import DepthMethod, choose_layers
 from nas.compress.importance import Method, measure_importance
 from nas.compress.reconstruction import split_calibration
@@ -22,7 +23,6 @@ from nas.compress.teacher import load_model, load_tokenizer
 from nas.compress.teacher_outputs import RunningTeacher, TeacherOutputs
 from nas.compress.untrusted import CONFIG_FILE
 from nas.errors import NotFound
-from nas.families import read_architecture
 from tests.benchmarks.reference import reference_folder
 
 SEQUENCE_LENGTH = 128

@@ -26,12 +26,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from nas.architecture import read_architecture
 from nas.compress.data_order import DataOrder
 from nas.compress.distillation import distil
 from nas.compress.objective import Objective, TeacherLogits
 from nas.compress.signals import StoredSignals, StoredTeacher, build_signals
 from nas.compress.train_plan import TrainPlan
-from nas.families import read_architecture
 from nas.search.prepare import random_model
 
 GOAL = 1.3

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from nas.architecture import read_architecture
 from nas.compress.experts import by_file_names
-from nas.families import read_architecture
 
 VOCAB_SIZE = 61
 

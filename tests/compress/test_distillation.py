@@ -449,7 +449,7 @@ def test_on_the_real_teacher_the_held_out_kl_falls(tmp_path: Path) -> None:
         pytest.skip("needs the reference material: set NAS_REFERENCE")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nas.compress.corpus import Part, build_blocks
+    from nas.compress.blocks import Part, build_blocks
 
     reference = Path(os.environ["NAS_REFERENCE"])
     folder = reference / "models" / "stories260K"

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nas.architecture import read_architecture
 from nas.compress.experts import by_file_names, expert_modules, fuse_experts, run_experts
 from nas.compress.importance import measure_importance
 from nas.compress.sorting import make_order
-from nas.families import read_architecture
 from tests.compress.family_models import KINDS, file_weights, random_model
 
 EXPERTS = [kind for kind in KINDS if "num_experts_per_tok" in KINDS[kind]]

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nas.architecture import Architecture
 from nas.compress.depth import bridged_damage, layer_damage
 from nas.compress.experts import fuse_experts
 from nas.compress.slicing import build_student, slice_student
@@ -30,7 +31,7 @@ from nas.compress.sorting import Sorting
 from nas.compress.teacher import check_teacher, load_model, write_checkpoint
 from nas.cost import count_parameters
 from nas.errors import TeacherUnavailable
-from nas.families import FAMILIES, Architecture
+from nas.families import FAMILIES
 from nas.shape import Shape
 from tests.compress.family_models import KINDS, PLAIN, random_model
 

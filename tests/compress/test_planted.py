@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nas.architecture import Architecture, read_architecture
 from nas.compress.slicing import build_student
 from nas.compress.sorting import Sorting
 from nas.compress.teacher import checkpoint_weights
-from nas.families import FAMILIES, Architecture, Axis, Side, Weight, read_architecture
+from nas.families import FAMILIES, Axis, Side, Weight
 from nas.shape import Shape
 from tests.compress.family_models import KINDS, PLAIN, file_weights, random_model
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nas.architecture import read_architecture
 from nas.compress.reconstruction import NormGains, Reconstruction, kept_of, rebuild_student, reconstruct, reconstruct_student, split_calibration, stream_map
 from nas.compress.second_moments import SecondMoments, load_moments, measure_moments
 from nas.compress.slicing import build_student, model_of, slice_student
 from nas.compress.sorting import Sorting
 from nas.compress.teacher import checkpoint_weights, load_model
-from nas.families import FAMILIES, Axis, Source, read_architecture
+from nas.families import FAMILIES, Axis, Source
 from nas.shape import Shape
 from tests.compress.family_models import KINDS, PLAIN, SIZES, file_weights, random_model
 

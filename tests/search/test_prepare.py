@@ -17,7 +17,7 @@ from safetensors import safe_open
 from nas.compress import depth as depth_module
 from nas.compress import fitting
 from nas.compress import signals as signals_module
-from nas.compress.corpus import load_blocks
+from nas.compress.blocks import load_blocks
 from nas.compress.distillation import Stopped
 from nas.errors import CorpusUnavailable, DoesNotFit, InvalidSpec, TeacherUnavailable
 from nas.memory import Capacity

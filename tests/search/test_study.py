@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nas.architecture import Architecture
 from nas.errors import Conflict
-from nas.families import Architecture
 from nas.search import study
 from nas.search.pareto import best_first
 from nas.search.study import ExportedTrial, Observation, Proposal, choose_sampler, dimension_importances, export_study, propose

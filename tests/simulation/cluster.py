@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from nas.architecture import Architecture, read_architecture
 from nas.cost import count_parameters
-from nas.families import Architecture, read_architecture
 from nas.search.layout import STUDENT
 from nas.search.results import Metric, RungResult
 from nas.shape import Shape

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nas.families import read_architecture
+from nas.architecture import read_architecture
 from nas.search.layout import STUDENT
 from nas.shape import Shape
 from nas.spec import parse_spec
