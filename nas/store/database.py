@@ -1,4 +1,4 @@
-"""Connections and transactions: engine, SQLite's settings, the fence check, migrations. It knows no table but leases.
+"""Connections and transactions: engine, SQLite's settings, the fence check, migrations. It knows no tables but leases and boots.
 
 SQLite: WAL, so that readers never wait; BEGIN IMMEDIATE for writes, so that a transaction cannot fail half-way for want of
 the lock; synchronous=FULL, so that an acknowledged write survives a power cut and not only a killed process.
@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, DontWrapMixin, InterfaceEr
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from nas.errors import Conflict, Fenced, InvalidSpec, Problem, StoreUnavailable
+from nas.store.host_clock import read_boot_id, seconds_since_boot
 from nas.store.records import Fence, utc_now
-from nas.store.tables import leases
+from nas.store.tables import boots, leases
 
 VERSION_TABLE = "nas_alembic_version"
 """Own name: Optuna keeps its `alembic_version` in whatever database it is given."""
@@ -102,6 +103,22 @@ class Database:
         now = connection.execute(select(func.clock_timestamp())).scalar_one()
         assert isinstance(now, datetime)
         return now
+
+    def steady_time(self, connection: Connection, *, is_kept: bool = False) -> datetime:
+        """The time from which durations are told: by the database's clock; on SQLite by the seconds since boot, which no setting of the host's calendar moves.
+
+        There it is the calendar's time when this boot was first asked about, and goes on from there; only between two boots nothing but the calendar tells.
+
+        Args:
+            is_kept: it is about to be stored, in a transaction that writes.
+        """
+        if not self.is_sqlite or (boot := read_boot_id()) is None:
+            return self.wall_time(connection)
+        now, since_boot = self.wall_time(connection), timedelta(seconds=seconds_since_boot())
+        if is_kept:
+            connection.execute(self.insert_if_new(boots).values(id=boot, began_at=now - since_boot))
+        began_at = connection.execute(select(boots.c.began_at).where(boots.c.id == boot)).scalar()
+        return now if began_at is None else began_at + since_boot
 
     def insert_if_new(self, table: Table) -> Insert:
         """An INSERT that does nothing where a unique key is taken; what it returns tells, its rowcount does not."""

@@ -55,7 +55,7 @@ class Distillations(Database):
             search, student = get_search(connection, search_id), get_trial(connection, search_id, trial)
             if search.state is not SearchState.SUCCEEDED:
                 raise Conflict(f"search {search_id}: expected the state succeeded, got {search.state}; there is nothing to distil")
-            connection.execute(insert(searches).values(**row, state_since=self.wall_time(connection)))
+            connection.execute(insert(searches).values(**row, state_since=self.steady_time(connection, is_kept=True)))
             kept = {"origin": student.origin, "shape": student.shape, "shape_key": Shape.from_dict(student.shape).key, "parameters": student.parameters}
             numbered = {"search_id": distillation_id, "number": trial, "state": TrialState.COMPLETED, "created_at": now, "updated_at": now}
             connection.execute(insert(trials).values(**kept, **numbered))

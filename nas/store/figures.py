@@ -48,7 +48,7 @@ class Figures(Database):
             tries = {(stage, AttemptState(state), why): count for stage, state, why, count in connection.execute(grouped)}
             since = func.coalesce(searches.c.state_since, searches.c.updated_at)
             waiting_since = connection.execute(select(func.min(since)).where(searches.c.state == SearchState.QUEUED)).scalar()
-            waited = (self.wall_time(connection) - waiting_since).total_seconds() if waiting_since is not None else 0.0
+            waited = (self.steady_time(connection) - waiting_since).total_seconds() if waiting_since is not None else 0.0
         return ServiceFigures(
             searches={state: states.get(state, 0) for state in SearchState},
             trials={state: counts.get(state, 0) for state in TrialState},

@@ -9,17 +9,14 @@ calendar may be set at any moment; the seconds since boot are the same for all i
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 
 from sqlalchemy import ColumnElement, Connection, Table, and_, delete, extract, func, insert, or_, select, update
 
 from nas.store.database import Database
+from nas.store.host_clock import seconds_since_boot
 from nas.store.records import ControllerRecord, Fence, LeaseRecord, utc_now
 from nas.store.tables import controllers, leadership, leases
-
-_HOST_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""Goes on while the machine sleeps, where there is such a clock."""
 
 
 class Leases(Database):
@@ -98,7 +95,7 @@ class Leases(Database):
 
     def _now(self, connection: Connection) -> float:
         if self.is_sqlite:
-            return time.clock_gettime(_HOST_CLOCK)
+            return seconds_since_boot()
         return float(connection.execute(select(extract("epoch", func.clock_timestamp()))).scalar_one())
 
 

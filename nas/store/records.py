@@ -221,7 +221,7 @@ class SearchRecord:
     labels: dict[str, str] = field(default_factory=dict)
     """The user's own names and values, to filter lists by."""
     active_seconds: float = 0.0
-    """Time at work before `active_since`: neither the queue's nor that of pauses. By the database's clock, as the two below."""
+    """Time at work before `active_since`: neither the queue's nor that of pauses. By `Database.steady_time`, as the two below."""
     active_since: datetime | None = None
     """Since when it works; None while it does not."""
     state_since: datetime | None = None
@@ -243,7 +243,7 @@ class SearchRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchTimes:
-    """How long a search has taken so far, by the database's clock."""
+    """How long a search has taken so far, whatever the calendar did meanwhile."""
 
     at_work_seconds: float
     """Neither in the queue nor paused."""

@@ -147,7 +147,7 @@ class Requests(Database):
 
     def _move(self, connection: Connection, search: SearchRecord, *, to: SearchState, event: str | None = None) -> SearchRecord:
         values = {"num_requests": search.num_requests + 1}
-        return move_search(connection, search, now=self.wall_time(connection), to=to, event=event, values=values)
+        return move_search(connection, search, now=self.steady_time(connection, is_kept=True), to=to, event=event, values=values)
 
 
 def _get_open(connection: Connection, search_id: str) -> SearchRecord:

@@ -72,7 +72,7 @@ class Searches(Database):
         }
         with self.write(fence=None) as connection:
             quotas = lock_project(connection, project)
-            connection.execute(insert(searches).values(**row, state_since=self.wall_time(connection)))
+            connection.execute(insert(searches).values(**row, state_since=self.steady_time(connection, is_kept=True)))
             num_trials, tokens = plan.get("max_trials", 0), plan.get("max_distillation_tokens", 0)
             charge(connection, project, quotas=quotas, num_searches=1, num_trials=num_trials, tokens=tokens)
             write_event(connection, search_id, "search.created", {"label": label})
@@ -142,7 +142,7 @@ class Searches(Database):
             row = connection.execute(query.where(searches.c.id == search_id)).one_or_none()
             if row is None:
                 raise not_found(search_id)
-            now = self.wall_time(connection)
+            now = self.steady_time(connection)
         working = 0.0 if row.active_since is None else max((now - row.active_since).total_seconds(), 0.0)
         in_state = (now - (row.state_since or row.updated_at)).total_seconds()
         return SearchTimes(at_work_seconds=row.active_seconds + working, in_state_seconds=max(in_state, 0.0))
@@ -183,7 +183,7 @@ class Searches(Database):
             return move_search(
                 connection,
                 search,
-                now=self.wall_time(connection),
+                now=self.steady_time(connection, is_kept=True),
                 to=to,
                 error=error,
                 data=data,
@@ -284,7 +284,7 @@ def move_search(
     """Change the state of a search that is locked, and write the event `search.<to>`, or the one that is named.
 
     Args:
-        now: by the database's clock.
+        now: `Database.steady_time`.
         error: why it failed, or why it is paused; it goes when the search leaves that state.
         values: further columns.
     """

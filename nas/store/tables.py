@@ -448,6 +448,15 @@ leases = Table(
     Index(None, "owner"),
 )
 
+boots = Table(
+    "boots",
+    metadata,
+    # Of the machine of an SQLite file, see `Database.steady_time`.
+    Column("id", String(64), primary_key=True),
+    # By the calendar, when this boot was first asked about.
+    Column("began_at", UtcDateTime, nullable=False),
+)
+
 controllers = Table(
     "controllers",
     metadata,

@@ -29,7 +29,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
         simulation.cluster.trouble = trouble or simulation.cluster.trouble
         start = simulation.store.get_search(simulation.search_id).created_at
         # The database's clock is the simulated one.
-        simulation.store.wall_time = lambda _: start + timedelta(seconds=simulation.cluster.clock())  # type: ignore[method-assign]
+        simulation.store.steady_time = lambda _, *, is_kept=False: start + timedelta(seconds=simulation.cluster.clock())  # type: ignore[method-assign]
         made.append(simulation)
         return simulation
 
