@@ -5,6 +5,7 @@
     reproduce   a few random cells of those two tables' data and of the ground truth, computed again (with NAS_REFERENCE)
     proxies     what parameters, loss, KL and task scores after few tokens say of the final result, on the ground truth
     replay      whole searches replayed on the ground truth: regret and tokens of ours, random, the largest, zero-shot and Minitron's
+    samplers    GP, TPE, NSGA-II and random proposals in searches of a large space, replayed on a model of the ground truth (with NAS_REFERENCE)
     training    tokens per second of our training loop against the loop that one writes with the transformers Trainer
     losses      peak memory of the loss and its way back at a large vocabulary
     signals     distillation from stored teacher signals against the teacher in the loop, beside the ceiling
@@ -34,6 +35,7 @@ SECTIONS = {
     "reproduce": "reproduce",
     "proxies": "proxies",
     "replay": "replay",
+    "samplers": "samplers",
     "training": "training_speed",
     "losses": "losses",
     "signals": "signals",

@@ -70,6 +70,10 @@ class Grid:
     width_multiple: int
     more: tuple[tuple[int, int, int, int], ...] = ()
     """(layers, hidden, query heads, KV heads) of single frames."""
+    num_drawn: int = 0
+    """Shapes drawn from the fine space beside the grid, on which the surrogate is checked (surrogate.py)."""
+    fine: tuple[str, ...] = ()
+    """Keys of single shapes of the fine space."""
 
     def shapes(self) -> list[Shape]:
         """In a fixed order."""
@@ -79,6 +83,20 @@ class Grid:
             widest[shape.num_hidden_layers, shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads] = shape
         frames = [(layers, hidden, *heads) for layers, hidden, heads in product(self.layers, self.hidden, self.heads)]
         return [widest[frame] for frame in [*frames, *self.more] if frame in widest]
+
+    def off_grid(self) -> list[Shape]:
+        """The drawn and the single shapes that are not of the grid, in a fixed order."""
+        generator, space = np.random.default_rng(0), self.fine_space()
+        drawn = [space.draw(generator) for _ in range(self.num_drawn)]
+        found = {shape.key: shape for shape in (*drawn, *map(Shape.from_key, self.fine))}
+        return [shape for shape in found.values() if shape not in self.shapes()]
+
+    def fine_space(self) -> SearchSpace:
+        """The default ranges in steps of 2: every legal shape, and no longer only the widest of a frame."""
+        steps = AxisSpec(multiple=2)
+        return SearchSpace(
+            teacher_architecture(self.teacher), space=SpaceSpec(hidden_size=steps, intermediate_size=steps), budget=BudgetSpec(max_fraction=self.max_fraction)
+        )
 
     def space(self) -> SearchSpace:
         """The legal shapes among which the grid is."""
@@ -107,6 +125,7 @@ GRIDS = (
         heads=((2, 2), (4, 2), (4, 4), (8, 4)),
         width_multiple=4,
         more=((2, 64, 8, 4),),
+        num_drawn=32,
     ),
     Grid(
         teacher="stories260K",
@@ -116,6 +135,7 @@ GRIDS = (
         heads=((4, 2), (8, 4)),
         width_multiple=4,
         more=((5, 32, 8, 4), (3, 48, 4, 4)),
+        num_drawn=12,
     ),
     Grid(teacher="tales4M", max_fraction=0.6, layers=(4, 6, 8), hidden=(144, 168, 192), heads=((4, 2), (6, 3)), width_multiple=16),
 )
@@ -164,19 +184,13 @@ def teacher_architecture(teacher: str) -> Architecture:
     return read_architecture(json.loads((reference_folder() / "models" / teacher / "config.json").read_text(encoding="utf-8")))
 
 
-def shape_of(cell: Cell) -> Shape:
-    """The shape whose key the cell has."""
-    grid = next(grid for grid in GRIDS if (grid.teacher, grid.max_fraction) == (cell.teacher, cell.max_fraction))
-    return next(shape for shape in grid.shapes() if shape.key == cell.shape)
-
-
 def compute(cell: Cell, *, points: Sequence[int], folder: Path, work: Path) -> Row:
     """Train a cell through the points (ascending, 0 first), in this process on one thread; what `folder` holds of it is not computed again."""
     torch.set_num_threads(1)
     own = folder / "ground_truth" / cell.key
     own.mkdir(parents=True, exist_ok=True)
     subject = load_subject(cell.teacher, choices="ours", train_tokens=TRAIN_TOKENS[cell.teacher], cache=work)
-    shape, method = shape_of(cell), METHODS[METHOD]
+    shape, method = Shape.from_key(cell.shape), METHODS[METHOD]
     start = method.start(subject, shape, cell.seed)
     rate, follows = trunk_rate(None, teacher_hidden_size=subject.sorting.architecture.shape.hidden_size)
     for before, tokens in pairwise((None, *points)):
@@ -251,9 +265,10 @@ def cells(teacher: str, *, full: bool) -> Iterator[tuple[Cell, tuple[int, ...]]]
     points = tuple(tokens for tokens in POINTS[teacher] if full or tokens <= FIRST_TOKENS[teacher])
     for grid in GRIDS:
         if grid.teacher == teacher:
-            yield from ((Cell(teacher=teacher, max_fraction=grid.max_fraction, shape=shape.key), points) for shape in grid.shapes())
-    first = [row for row in read_rows() if (row.cell.teacher, row.cell.max_fraction, row.cell.seed) == (teacher, 0.6, 0) and row.tokens[-1] >= points[-1]]
-    shapes = next(grid for grid in GRIDS if grid.teacher == teacher).shapes()
+            yield from ((Cell(teacher=teacher, max_fraction=grid.max_fraction, shape=shape.key), points) for shape in [*grid.shapes(), *grid.off_grid()])
+    shapes = {shape.key for shape in next(grid for grid in GRIDS if grid.teacher == teacher).shapes()}
+    known = [row for row in read_rows() if (row.cell.teacher, row.cell.max_fraction, row.cell.seed) == (teacher, 0.6, 0) and row.tokens[-1] >= points[-1]]
+    first = [row for row in known if row.cell.shape in shapes]
     if teacher == "stories260K" and len(first) == len(shapes):
         for row in sorted(first, key=lambda row: row.final_kl[row.tokens.index(points[-1])])[:BEST]:
             yield from ((Cell(teacher=teacher, max_fraction=0.6, shape=row.cell.shape, seed=seed), points) for seed in (1, 2))

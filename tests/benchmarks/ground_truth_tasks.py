@@ -33,8 +33,9 @@ from nas.search.results import Metric
 from nas.search.task_scoring import CPU_BATCH_TOKENS
 from nas.search.task_signals import WEAK_Z, standard_errors_apart
 from nas.search.trial import paired_metric
+from nas.shape import Shape
 from tests.benchmarks.campaign import WORK
-from tests.benchmarks.ground_truth import METHOD, Cell, read_rows, shape_of, teacher_architecture
+from tests.benchmarks.ground_truth import METHOD, Cell, read_rows, teacher_architecture
 from tests.benchmarks.reference import reference_folder, write_tasks
 from tests.benchmarks.task_rows import ACCURACIES, NAMED, TaskRow, Values, read_task_rows, write_task_rows
 
@@ -111,7 +112,7 @@ def score_cell(cell: Cell, *, points: Sequence[int], clear: Values, cards: tuple
     torch.set_num_threads(1)
     packed = _packed(cell.teacher, cards)
     # The config is that of slicing: a student of another width has another eps in its norms.
-    student = build_student(load_sorting(folder / cell.teacher / METHOD), shape_of(cell), dtype="float32", device="cpu")
+    student = build_student(load_sorting(folder / cell.teacher / METHOD), Shape.from_key(cell.shape), dtype="float32", device="cpu")
     rows = []
     for tokens in points:
         student.load_state_dict(load_file(folder / "ground_truth" / cell.key / f"{tokens}.safetensors"))

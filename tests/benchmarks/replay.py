@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import numpy as np
@@ -41,6 +41,19 @@ MINITRON_SHAPES = 10
 """NVIDIA's search takes the ten legal shapes closest to the budget."""
 
 console = Console(width=160)
+
+
+class Answers(Protocol):
+    """What answers instead of training."""
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]: ...
+    @property
+    def parameters(self) -> NDArray[np.int64]: ...
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Of the points, the last one that of the final result."""
+        ...
 
 
 class GridSpace(SearchSpace):
@@ -127,13 +140,13 @@ def ladder(truth: Truth, *, num_trained: int | None = None, factor: int | None =
 class Replay:
     """One search, driven as the controller drives it, with the table's results."""
 
-    def __init__(self, truth: Truth, *, space: SearchSpace, spec: Mapping[str, Any], chance: Chance) -> None:
-        self.truth, self.chance = truth, chance
+    def __init__(self, table: Answers, *, space: SearchSpace, spec: Mapping[str, Any], chance: Chance) -> None:
+        self.table, self.chance = table, chance
         self.generator = np.random.default_rng([chance.seed, 8])
-        self.index = {shape.key: index for index, shape in enumerate(truth.shapes)}
+        self.index = {shape.key: index for index, shape in enumerate(table.shapes)}
         with patch.object(search_run, "build_space", lambda *_, **__: space):
-            self.run = SearchRun(_record({**spec, "seed": chance.seed}, truth=truth), trials=[], rungs=[], attempts=[])
-        self.points = [truth.tokens.index(self.run.spec.rungs.tokens(rung)) for rung in range(self.run.last_rung + 1)]
+            self.run = SearchRun(_record({**spec, "seed": chance.seed}), trials=[], rungs=[], attempts=[])
+        self.points = [table.tokens.index(self.run.spec.rungs.tokens(rung)) for rung in range(self.run.last_rung + 1)]
         self.running: list[Advance] = []
 
     def to_end(self) -> Ending:
@@ -163,7 +176,7 @@ class Replay:
             origin=new.origin,
             shape=new.shape.as_dict(),
             choices=new.choices.as_dict() if new.choices else None,
-            parameters=int(self.truth.parameters[self.index[new.shape.key]]),
+            parameters=int(self.table.parameters[self.index[new.shape.key]]),
             state=TrialState.WAITING,
             rung=None,
             failure=None,
@@ -188,7 +201,7 @@ class Replay:
             kl=kl,
             loss=kl,
             tasks={},
-            parameters=int(self.truth.parameters[index]),
+            parameters=int(self.table.parameters[index]),
             seconds={},
             details={},
         )
@@ -204,7 +217,7 @@ class Replay:
         return Ending(shape=self.index[self.run.shape_of(winner).key], tokens=tokens)
 
 
-def _record(spec: Mapping[str, Any], *, truth: Truth) -> SearchRecord:
+def _record(spec: Mapping[str, Any]) -> SearchRecord:
     now = utc_now()
     nothing: dict[str, Any] = dict.fromkeys(("board", "winner", "error", "started_at", "finished_at"))
     return SearchRecord(

@@ -116,7 +116,8 @@ def make_truth(grid: Grid, *, rows: Sequence[Row], blocks: Mapping[str, NDArray[
     A shape that has not come as far is left out; so is a further seed.
     """
     rows = [row for row in rows if (row.cell.teacher, row.cell.max_fraction) == (grid.teacher, grid.max_fraction)]
-    first = [row for row in rows if row.cell.seed == 0]
+    keys = {shape.key for shape in grid.shapes()}
+    first = [row for row in rows if row.cell.seed == 0 and row.cell.shape in keys]
     if not first:
         return None
     final = _common_end(first)
