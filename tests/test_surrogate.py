@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nas.families import read_architecture
+from nas.architecture import read_architecture
 from nas.shape import Shape
 from nas.space import SearchSpace
 from nas.spec import BudgetSpec, SpaceSpec
