@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from api.app import create_app
 from nas.client import ApiError, Client, read_api_key
@@ -18,6 +14,7 @@ from nas.errors import InvalidSpec
 from nas.settings import Settings
 from nas.store.quotas import Quotas
 from nas.store.store import Store
+from tests.served import served
 from tests.test_cli import Nas, nas
 
 __all__ = ["nas"]
@@ -114,16 +111,8 @@ def address(tmp_path: Path) -> Iterator[str]:
     """A service in this process, on the database of `nas`."""
     settings = Settings.from_environment({"NAS_DATA": str(tmp_path / "data"), "NAS_REQUESTS_PER_SECOND": "2"})
     store = Store.open(settings.database_url, migrate=True)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(store=store, settings=settings), log_level="warning", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(timeout=10)
+    with served(create_app(store=store, settings=settings)) as address:
+        yield address
     store.close()
 
 

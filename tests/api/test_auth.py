@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +10,6 @@ from typing import Any
 
 import httpx2
 import pytest
-import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
@@ -27,6 +24,7 @@ from nas.store.records import SearchState, utc_now
 from nas.store.store import Store
 from tests.api.conftest import Service
 from tests.api.test_problems import assert_problem
+from tests.served import served
 
 SCOPES = ("read", "submit", "admin")
 
@@ -258,16 +256,8 @@ def test_a_key_is_told_its_project_its_scopes_and_what_is_left(tenants: Tenants)
 @pytest.fixture
 def address(service: Service) -> Iterator[str]:
     """The application behind a real server: the test client cannot read a stream that does not end."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(service.client.app, log_level="warning", timeout_graceful_shutdown=1))  # type: ignore[arg-type]
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(timeout=10)
+    with served(service.client.app) as address:
+        yield address
 
 
 class TestOpenStreams:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
 import pytest
-import uvicorn
 
 from nas import cli
+from tests.served import served
 
 if TYPE_CHECKING:
     from tests.api.conftest import Service
@@ -22,16 +19,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def url(service: Service) -> Iterator[str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(service.client.app, log_level="warning"))  # type: ignore[arg-type]
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(timeout=10)
+    with served(service.client.app) as address:
+        yield address
 
 
 def test_a_search_becomes_a_study_with_its_scores_shapes_and_rungs(service: Service, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

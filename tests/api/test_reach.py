@@ -6,19 +6,17 @@ import hashlib
 import json
 import re
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import uvicorn
 
 from nas import cli
 from nas.client import Client
 from nas.store.records import SearchState
+from tests.served import served
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -85,23 +83,16 @@ def live(service: Service) -> Iterator[Live]:
     service.move(done, SearchState.SUCCEEDED)
     distilled = service.finish_distillation(service.distil(done))
     recorder = Recorder(service.client.app, templates)
-    server = uvicorn.Server(uvicorn.Config(recorder, port=0, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield Live(
-        url=f"http://127.0.0.1:{port}",
-        recorder=recorder,
-        done=done.id,
-        ranked=ranked.id,
-        fresh=lambda: service.submit().id,
-        digest=digest,
-        distilled=distilled.id,
-    )
-    server.should_exit = True
-    thread.join()
+    with served(recorder) as url:
+        yield Live(
+            url=url,
+            recorder=recorder,
+            done=done.id,
+            ranked=ranked.id,
+            fresh=lambda: service.submit().id,
+            digest=digest,
+            distilled=distilled.id,
+        )
 
 
 def test_the_client_reaches_every_operation(live: Live, service: Service, tmp_path: Path) -> None:

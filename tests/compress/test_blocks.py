@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nas.compress.blocks import Blocks, Part, build_blocks, load_blocks, split_of
 from nas.errors import CorpusUnavailable, CorruptFile
+from tests.compress.text_files import stories, write_jsonl
 
 BOS, EOS = 256, 257
 
@@ -28,16 +27,6 @@ def byte_tokenizer(*, adds_bos: bool = True) -> PreTrainedTokenizerFast:
     if adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>" if adds_bos else None, eos_token="</s>")
-
-
-def stories(count: int, *, seed: int = 0) -> list[str]:
-    generator = random.Random(seed)
-    return [f"{seed}.{index} " + " ".join(generator.choices(["cat", "dog", "sun", "tree", "ran"], k=20)) for index in range(count)]
-
-
-def write_jsonl(path: Path, documents: Sequence[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
-    return path
 
 
 def build(folder: Path, *parts: Part, train: int = 2000, calibration: int = 200, validation: int = 200, seed: int = 0, adds_bos: bool = True) -> Blocks:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import random
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,16 +13,7 @@ from hypothesis import strategies as st
 
 from nas.compress.corpus import check_corpus, fetch_corpus, read_documents
 from nas.errors import CorpusUnavailable
-
-
-def stories(count: int, *, seed: int = 0) -> list[str]:
-    generator = random.Random(seed)
-    return [f"{seed}.{index} " + " ".join(generator.choices(["cat", "dog", "sun", "tree", "ran"], k=20)) for index in range(count)]
-
-
-def write_jsonl(path: Path, documents: Sequence[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
-    return path
+from tests.compress.text_files import stories, write_jsonl
 
 
 def test_the_three_kinds_of_file_hold_the_same_documents(tmp_path: Path) -> None:

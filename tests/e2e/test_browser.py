@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import uvicorn
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as DriverService
 from selenium.webdriver.common.by import By
@@ -26,6 +22,7 @@ from nas.spec import dump_spec, parse_spec
 from nas.store.records import CorpusRecord, PointRecord, SearchRecord, SearchState, TaskRecord, TeacherRecord, TrialState, utc_now
 from nas.store.store import Store
 from nas.submission import check_submission
+from tests.served import served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -100,17 +97,8 @@ def site(tmp_path: Path) -> Iterator[Site]:
     submission = check_submission(spec, store=store)
     search = store.create_search(spec=dump_spec(spec), inputs=submission.inputs, plan=submission.plan, label=spec.label)
     store.change_search(search.id, to=SearchState.SEARCHING, expected=[SearchState.QUEUED], fence=None)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(create_app(store=store, settings=settings), log_level="warning", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield Site(store=store, search=search, address=f"http://127.0.0.1:{listener.getsockname()[1]}")
-        server.should_exit = True
-        thread.join(timeout=10)
+    with served(create_app(store=store, settings=settings)) as address:
+        yield Site(store=store, search=search, address=address)
     store.close()
 
 

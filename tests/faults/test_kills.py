@@ -32,6 +32,7 @@ from nas.spec import dump_spec, parse_spec
 from nas.store.records import AttemptState, TrialState
 from nas.store.store import Store
 from nas.submission import check_submission
+from tests.faults.fleet import wait_until
 from tests.faults.history import History
 from tests.faults.summary import RecordProperty, record
 from workers.controller import Controller
@@ -42,14 +43,6 @@ pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
 SECONDS = 120.0
 """How long anything may take on a busy machine."""
-
-
-def wait_until(condition: Callable[[], Any], *, what: str, seconds: float = SECONDS) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
-        time.sleep(0.02)
-    return value
 
 
 def is_alive(process: psutil.Process) -> bool:
