@@ -10,7 +10,7 @@ NasError
 ├─ StoreUnavailable               the database does not answer                       503
 ├─ KeyRefused                     an API key that is unknown, revoked or expired     401
 ├─ QuotaExceeded                  the project has used up what it may                429
-├─ Outdated                       a page of something that has changed since           410
+├─ Outdated                       a page of something that has changed since         410
 ├─ Fenced                         another controller leads; this write is too late   the controller stops
 ├─ TeacherUnavailable             cannot be loaded, or its family is unknown         job fails, reason kept
 ├─ CorpusUnavailable              cannot be read, or is too small for the spec       job fails, reason kept

@@ -56,7 +56,7 @@ def read_yaml(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]
     try:
         config = yaml.load(path.read_bytes(), Loader=Loader)
     except (OSError, yaml.YAMLError) as fault:
-        raise TaskUnavailable(f"{path}: expected a readable YAML file: {fault}") from fault
+        raise TaskUnavailable(f"{path}: expected a readable YAML file, got {fault}") from fault
     if not isinstance(config, dict):
         raise TaskUnavailable(f"{path}: expected a YAML mapping, got {type(config).__name__}")
     included = config.pop("include", None) or []
