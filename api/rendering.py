@@ -98,6 +98,8 @@ def origin_badge(origin: str) -> tuple[str, str] | None:
             return "user", "yours"
         case "control":
             return "control", "random control"
+        case "repeat":
+            return "control", f"repeat {name}"
     return None
 
 

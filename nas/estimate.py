@@ -65,14 +65,15 @@ class RungWork:
     """That one trial is trained on here: the decay branch of the rung below is trained again."""
 
 
-def rung_work(spec: SearchSpec, *, searched: int, forced: int) -> list[RungWork]:
+def rung_work(spec: SearchSpec, *, searched: int, forced: int, repeated: int = 0) -> list[RungWork]:
     """How many trials each rung sees.
 
     Args:
-        searched: shapes proposed in all; forced: those among them that always go on (anchors, named shapes). Controls come on top, forced too.
+        searched: shapes proposed in all; forced: those among them that always go on (anchors, named shapes). Controls and repeats come on top, forced too.
+        repeated: repeats of an anchor.
     """
     free, most = searched - forced, searched - forced
-    extra = forced + spec.controls.num_random
+    extra = forced + spec.controls.num_random + repeated
     work = []
     for rung in range(spec.rungs.num_trained + 1):
         work.append(RungWork(rung=rung, expected=free + extra, at_most=most + extra, tokens=spec.trained_tokens(rung)))
@@ -84,8 +85,8 @@ def rung_work(spec: SearchSpec, *, searched: int, forced: int) -> list[RungWork]
 
 
 def total_work(spec: SearchSpec, *, plans: Sequence[Mapping[str, Any]]) -> list[RungWork]:
-    """The rungs of all budgets together, each budget with what it searches (`searched`, `forced`)."""
-    works = [rung_work(spec, searched=plan["searched"], forced=plan["forced"]) for plan in plans]
+    """The rungs of all budgets together, each budget with what it searches (`searched`, `forced`, `anchors`)."""
+    works = [rung_work(spec, searched=plan["searched"], forced=plan["forced"], repeated=_num_repeats(spec, plan=plan)) for plan in plans]
     return [
         RungWork(rung=steps[0].rung, expected=sum(step.expected for step in steps), at_most=sum(step.at_most for step in steps), tokens=steps[0].tokens)
         for steps in zip(*works, strict=True)
@@ -93,15 +94,20 @@ def total_work(spec: SearchSpec, *, plans: Sequence[Mapping[str, Any]]) -> list[
 
 
 def planned_work(spec: SearchSpec, *, budgets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a plan says of the work of all its budgets, which say what each searches (`searched`, `forced`)."""
+    """What a plan says of the work of all its budgets, which say what each searches (`searched`, `forced`, `anchors`)."""
     work = total_work(spec, plans=budgets)
-    trials = sum(budget["searched"] for budget in budgets) + len(budgets) * spec.controls.num_random
+    trials = sum(budget["searched"] + spec.controls.num_random + _num_repeats(spec, plan=budget) for budget in budgets)
     return {
         "rungs": [asdict(step) for step in work],
         "expected_distillation_tokens": likely_tokens(work),
         "max_trials": trials,
         "max_distillation_tokens": trials * sum(step.tokens for step in work),
     }
+
+
+def _num_repeats(spec: SearchSpec, *, plan: Mapping[str, Any]) -> int:
+    """Of one budget: none where no anchor is legal."""
+    return spec.controls.num_repeats if plan["anchors"] else 0
 
 
 def extended_plan(plan: Mapping[str, Any], *, spec: SearchSpec) -> dict[str, Any]:

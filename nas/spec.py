@@ -210,6 +210,16 @@ class ControlSpec:
     three of them are two fifths of what the replayed searches spend (LOG.md)."""
     num_random: Annotated[int, Field(ge=0, le=1000)] = 0
     """Legal shapes drawn at random after the search, taken to the last rung: the honest baseline."""
+    num_repeats: Annotated[int, Field(ge=0, le=16)] = 0
+    """Times that the first forced anchor of a budget is trained again, each time in another data order and to the last rung, to measure the spread
+    between training seeds that `rungs.seed_spread` else assumes. Each takes the tokens of a whole trial; they are not ranked. 0: where the default
+    spread is right, they change nothing (LOG.md)."""
+
+    @model_validator(mode="after")
+    def _repeated(self) -> ControlSpec:
+        if self.num_repeats and not (self.anchors and self.num_forced_anchors):
+            raise ValueError("no num_repeats without anchors and num_forced_anchors of at least 1: a forced anchor is what is repeated")
+        return self
 
 
 @_value
@@ -238,7 +248,8 @@ class RungSpec:
     (LOG.md). 0: the KL as it is."""
     seed_spread: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Standard deviation of the held-out KL of a shape between training seeds, relative to the KL, beyond what the blocks show and without what one data
-    order does to all shapes alike; part of every tie test. On the ground truth .012 at 12,500 tokens, .007 at 25,000, below .004 from 50,000 on (LOG.md)."""
+    order does to all shapes alike; part of every tie test; what `controls.num_repeats` measure is pooled with it. On the ground
+    truth .012 at 12,500 tokens, .007 at 25,000, below .004 from 50,000 on (LOG.md)."""
     stop_losers: bool = True
     """Do not train to the last rung whoever is certain to lose there, by a margin of 5 % of its KL (`nas/search/rungs.py`). Not with several objectives."""
 

@@ -239,11 +239,25 @@ def board_facts(board: Mapping[str, Any]) -> dict[str, Any]:
     for entry in board.get("agreement", ()):
         if entry["tau"] is not None:
             facts[f"{entry['first']} -> {entry['second']}"] = f"Kendall tau {entry['tau']:.2f} over {entry['num_trials']} trials"
+    if spreads := board.get("seed_spreads"):
+        facts["spread between seeds"] = _seed_spread(spreads[-1])
+    for repeat in board.get("repeats", ()):
+        kls = ", ".join(f"{kl:.4f}" for kl in repeat["kl_by_rung"])
+        facts[f"repeat with seed {repeat['seed']}"] = f"trial {repeat['number']}, {repeat['state']}, not ranked: KL {kls}"
     for name, share in (board.get("importances") or {}).items():
         facts[f"importance of {name}"] = f"{100 * share:.0f}%"
     if board.get("weak_tasks"):
         facts["weak tasks"] = f"{', '.join(board['weak_tasks'])}: no part of the score, unless the spec insists; the teacher is not clear of random weights"
     return facts
+
+
+def _seed_spread(spread: Mapping[str, Any]) -> str:
+    """What is taken for the spread at the last rung, and where it comes from."""
+    if spread["measured"] is None:
+        return f"{100 * spread['value']:.2g}% of a KL, as the spec assumes"
+    shown = f"{100 * spread['measured']:.2g}%, of which {100 * spread['of_blocks']:.2g}% by their blocks"
+    pooled = f"the spec's {100 * spread['prior']:.2g}% pooled with {spread['num_runs']} runs of one shape, which differ by {shown}"
+    return f"{100 * spread['value']:.2g}% of a KL: {pooled}"
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

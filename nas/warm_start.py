@@ -16,7 +16,7 @@ from typing import Any
 from nas.chain import is_stand_in
 from nas.errors import NotFound, Problem
 from nas.search.layout import prepared_key
-from nas.search.results import RungResult
+from nas.search.results import RungResult, is_repeat
 from nas.shape import Shape
 from nas.spec import SearchSpec, dump_spec, parse_spec
 from nas.store.records import SearchRecord
@@ -86,8 +86,12 @@ def recall(record: SearchRecord, *, store: Store) -> Memory:
         earlier = store.get_search(search_id)
         their_spec = parse_spec(json.dumps(earlier.spec))
         is_same = prepared_key(their_spec, inputs=earlier.inputs) == key and (their_spec.resources.gpus > 0) == (spec.resources.gpus > 0)
-        shapes = {trial.number: Shape.from_dict(trial.shape) for trial in store.list_trials(search_id)}
+        trials = store.list_trials(search_id)
+        shapes = {trial.number: Shape.from_dict(trial.shape) for trial in trials}
+        repeats = {trial.number for trial in trials if is_repeat(trial.origin)}
         for row in store.list_rungs(search_id):
+            if row.trial in repeats:  # its seed is none of a search's; its shape's result is the anchor's
+                continue
             result = RungResult.from_dict(row.result)
             if result.tokens in wanted:
                 known = Known(search=search_id, trial=row.trial, shape=shapes[row.trial], result=result, is_answer=is_same)

@@ -326,6 +326,20 @@ def test_the_facts_below_the_board_name_the_winner_its_probability_and_what_each
     assert facts["a -> b"] == "Kendall tau 0.50 over 4 trials"
 
 
+def test_the_facts_say_where_the_spread_between_seeds_comes_from_and_name_the_repeats() -> None:
+    assumed = {"value": 0.01, "prior": 0.01, "measured": None, "of_blocks": None, "num_runs": 0}
+    measured = {"value": 0.012, "prior": 0.01, "measured": 0.016, "of_blocks": 0.004, "num_runs": 3}
+    repeat = {"number": 4, "seed": 8, "state": "completed", "rung": 1, "kl_by_rung": [3.0, 1.25], "score": 0.5}
+    board = {"rows": [], "seed_spreads": [assumed, measured], "repeats": [repeat]}
+
+    facts = terminal.board_facts(board)
+
+    pooled = "the spec's 1% pooled with 3 runs of one shape, which differ by 1.6%, of which 0.4% by their blocks"
+    assert facts["spread between seeds"] == f"1.2% of a KL: {pooled}"
+    assert facts["repeat with seed 8"] == "trial 4, completed, not ranked: KL 3.0000, 1.2500"
+    assert terminal.board_facts({**board, "seed_spreads": [assumed]})["spread between seeds"] == "1% of a KL, as the spec assumes"
+
+
 def test_a_narrow_board_leaves_out_tasks_before_scores() -> None:
     narrow, wide = (rendered({"rows": [a_row(0)]}, width=width)[0].split() for width in (80, 200))
     assert wide[-4:] == ["KL", "arc_easy", "hellaswag", "state"]

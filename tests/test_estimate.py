@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from nas.architecture import Architecture
 from nas.cost import count_parameters
 from nas.errors import InvalidSpec
-from nas.estimate import Speed, TaskWork, describe_space, estimate_seconds, explain_shape, likely_tokens, rung_work, task_work, with_first_tokens
+from nas.estimate import Speed, TaskWork, describe_space, estimate_seconds, explain_shape, likely_tokens, planned_work, rung_work, task_work, with_first_tokens
 from nas.shape import Shape
 from nas.space import SearchSpace
 from nas.spec import BudgetSpec, ControlSpec, CorpusPart, CorpusSpec, DistillationSpec, EvaluationSpec, ResourceSpec, RungSpec, SearchSpec, SpaceSpec, TaskSpec
@@ -109,8 +110,21 @@ def test_twenty_shapes_and_three_anchors_by_hand() -> None:
     assert [(step.expected, step.at_most) for step in work] == [(23, 23), (18, 18), (9, 15), (6, 13)]
 
 
-def plans(fields: list[tuple[int, int]]) -> list[dict[str, int]]:
-    return [{"searched": searched, "forced": forced} for searched, forced in fields]
+def test_repeats_are_paid_for_at_every_rung_where_there_is_an_anchor() -> None:
+    wanted, without = spec(controls=ControlSpec(num_repeats=2)), spec()
+    budgets = [*plans([(20, 3)]), {**plans([(10, 0)])[0], "anchors": {}}]
+
+    work, less = (planned_work(one, budgets=budgets) for one in (wanted, without))
+
+    assert work["max_trials"] == less["max_trials"] + 2
+    assert [step["expected"] for step in work["rungs"]] == [step["expected"] + 2 for step in less["rungs"]]
+    whole = sum(step["tokens"] for step in work["rungs"])
+    assert work["max_distillation_tokens"] == less["max_distillation_tokens"] + 2 * whole
+    assert work["expected_distillation_tokens"] == less["expected_distillation_tokens"] + 2 * whole
+
+
+def plans(fields: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    return [{"searched": searched, "forced": forced, "anchors": {"uniform": {}}} for searched, forced in fields]
 
 
 def long_tokens(wanted: SearchSpec, *, first_tokens: int, fields: list[tuple[int, int]]) -> int:

@@ -130,6 +130,16 @@ def test_states_that_the_signals_do_not_hold_are_refused(signals, hidden_states,
         parse_spec(text)
 
 
+@pytest.mark.parametrize(("controls", "legal"), [({}, True), ({"anchors": False}, False), ({"num_forced_anchors": 0}, False)])
+def test_repeats_without_an_anchor_that_always_goes_on_are_refused(controls, legal):
+    values = json.dumps({**MINIMAL, "controls": {**controls, "num_repeats": 1}})
+    if legal:
+        assert parse_spec(values).controls.num_repeats == 1
+    else:
+        with pytest.raises(InvalidSpec, match="num_repeats"):
+            parse_spec(values)
+
+
 @pytest.mark.parametrize("name", ["energy", "decode_ms", "decode_ms:", "parameters:chat"])
 def test_an_objective_that_no_result_carries_is_refused_with_those_there_are(name):
     with pytest.raises(InvalidSpec, match=rf"objectives\.0: expected parameters, memory_bytes, .* decode_ms:NAME, got \"{name}\""):

@@ -41,9 +41,9 @@ def submit(store: Store, tiny_spec: Callable[..., dict[str, Any]]) -> Callable[.
     return run
 
 
-def end(store: Store, search: SearchRecord, *, tokens: tuple[int, ...] = ()) -> str:
+def end(store: Store, search: SearchRecord, *, tokens: tuple[int, ...] = (), origin: str = "sampler") -> str:
     """A search with one trial that has results at so many tokens, cancelled after them."""
-    store.add_trial(search.id, number=0, origin="sampler", shape=SHAPE, choices=None, parameters=1000, fence=None)
+    store.add_trial(search.id, number=0, origin=origin, shape=SHAPE, choices=None, parameters=1000, fence=None)
     for rung, count in enumerate(tokens):
         attempt = store.start_attempt(search.id, stage="rung", trial=0, rung=rung, fence=None)
         store.record_rung(
@@ -118,6 +118,12 @@ def test_results_at_the_same_tokens_are_known_and_under_the_same_conditions_an_a
     assert len(known.result.kl.documents) == 2
     assert memory.answer(shape, tokens=4096) is None
     assert memory.answer(Shape.from_dict({**SHAPE, "intermediate_size": 16}), tokens=2048) is None
+
+
+def test_a_repeat_is_of_no_seed_that_a_search_has_and_teaches_nothing(store: Store, submit: Callable[..., SearchRecord]) -> None:
+    earlier = end(store, submit(), tokens=(0, 2048), origin="repeat:1")
+
+    assert recall(submit(warm_start_from=[earlier]), store=store) == Memory()
 
 
 @pytest.mark.parametrize(

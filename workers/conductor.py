@@ -283,6 +283,7 @@ class Conductor:
             return
         trial = run.trials[action.trial]
         request = {"shape": trial.shape, "rung": action.rung, "trial_folder": str(self.folder.trial(trial.number)), "budget": trial.budget}
+        request["seed"] = run.seed_of(trial.number)
         self._start("rung", trial=trial.number, rung=action.rung, request=request)
         self._books.refresh_trial(trial.number)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from nas.cost import COSTS
-from nas.search.results import CONTROL, Metric, RungResult
-from nas.search.rungs import Standing, project
+from nas.search.results import CONTROL, Metric, RungResult, is_repeat
+from nas.search.rungs import Standing, project, projected_spread
+from nas.search.seeds import SeedSpread, pooled_spread
 from nas.shape import Shape
 from nas.space import SearchSpace, forced_anchors
 from nas.spec import SearchSpec
@@ -22,7 +23,13 @@ class Evidence:
     def __init__(self, spec: SearchSpec, *, space: SearchSpace) -> None:
         self.spec, self.space = spec, space
         anchors = space.anchors() if spec.controls.anchors else {}
-        self._forced_anchors = {shape.key for shape in forced_anchors(spec, anchors=anchors).values()}
+        forced = list(forced_anchors(spec, anchors=anchors).values())
+        self._forced_anchors = {shape.key for shape in forced}
+        self._repeated = forced[0] if forced and spec.controls.num_repeats else None
+        self.runs: list[int] = []
+        """Trainings of the shape that is repeated, if one is: the anchor, then its repeats."""
+        self._spreads: dict[int, SeedSpread] = {}
+        """By rung, while nothing has come that can change it."""
         self.shapes: dict[int, Shape] = {}
         self.results: dict[int, dict[int, RungResult]] = {}
         """By trial and rung."""
@@ -33,17 +40,31 @@ class Evidence:
         """A trial that was not known."""
         shape = self.shapes[trial.number] = Shape.from_dict(trial.shape)
         origin = trial.origin.split(":")[0]
-        if origin in FORCED_ORIGINS or (origin == "anchor" and shape.key in self._forced_anchors):
+        if origin in FORCED_ORIGINS or is_repeat(trial.origin) or (origin == "anchor" and shape.key in self._forced_anchors):
             self._forced.add(trial.number)
+        if is_repeat(trial.origin) or (origin == "anchor" and shape == self._repeated):
+            self.runs.append(trial.number)
 
     def add_result(self, trial: int, result: RungResult) -> None:
         """In place of what the trial had at that rung, if anything."""
         self.results.setdefault(trial, {})[result.rung] = result
         self._known_costs.pop(trial, None)
+        if trial in self.runs:
+            self._spreads.clear()
 
     def is_forced(self, number: int) -> bool:
         """Whether it goes on whatever its results."""
         return number in self._forced
+
+    def seed_spread(self, rung: int) -> SeedSpread:
+        """The spread between seeds of what is compared at a rung: where KLs are going, at the last rung the KLs. Before training there is none to measure."""
+        if rung not in self._spreads:
+            spec, is_last = self.spec.rungs, rung == self.spec.rungs.num_trained
+            runs = [number for number in sorted(self.runs) if rung in self.results.get(number, {})] if rung else []
+            prior = spec.seed_spread if is_last else projected_spread(spec.seed_spread, rung=rung, spec=spec)
+            kls = [self.results[number][rung].kl if is_last else self.projected(number, rung=rung) for number in runs]
+            self._spreads[rung] = pooled_spread(prior, runs=kls)
+        return self._spreads[rung]
 
     def standing(self, number: int, *, rung: int) -> Standing:
         """A trial at a rung that it has finished, as it is compared with others there."""

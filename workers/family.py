@@ -122,6 +122,10 @@ class Family:
     def shape_of(self, trial: int) -> Shape:
         return self._run_of(trial).shape_of(trial)
 
+    def seed_of(self, trial: int) -> int:
+        """Of the trial's data order."""
+        return self._run_of(trial).seed_of(trial)
+
     def next_action(self) -> NewTrial | Advance | None:
         """The next thing to start, of the budget that has begun the fewest trials and has anything to do."""
         return next((action for run in self._by_need() if (action := run.next_action()) is not None), None)

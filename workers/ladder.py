@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nas.search.results import RungResult
-from nas.search.rungs import Standings, certain_losers, projected_spread
+from nas.search.results import RungResult, is_repeat
+from nas.search.rungs import Standings, certain_losers
 from nas.store.records import TrialRecord, TrialState
 from workers.evidence import Evidence
 
@@ -73,7 +73,7 @@ class Ladder:
     def add_result(self, trial: int, result: RungResult) -> None:
         """A result that the evidence has already."""
         evidence = self._evidence
-        if result.rung == self.last_rung and self.last_rung - 1 in evidence.results[trial]:
+        if result.rung == self.last_rung and self.last_rung - 1 in evidence.results[trial] and not is_repeat(self._trials[trial].origin):
             below, last = (evidence.projected(trial, rung=rung).value for rung in (self.last_rung - 1, self.last_rung))
             if below > 0:
                 self._finished[trial] = below, last
@@ -111,8 +111,7 @@ class Ladder:
         known = self._promoted.get(rung)
         if known is None or known.complete is not complete:
             standings = self._standings[rung]
-            spread = projected_spread(self._spec.seed_spread, rung=rung, spec=self._spec)
-            best = standings.promotable(spec=self._spec, complete=complete, seed_spread=spread)
+            best = standings.promotable(spec=self._spec, complete=complete, seed_spread=self._evidence.seed_spread(rung).value)
             # Better ones may have come since an early promotion; it holds all the same, also while its rung is tried again.
             above = self._begun[rung]
             early = sorted(number for number in above.difference(best) if number in standings)

@@ -11,7 +11,7 @@ from itertools import islice
 
 import numpy as np
 
-from nas.search.results import CONTROL, Metric, RungResult
+from nas.search.results import CONTROL, Metric, RungResult, is_searched, repeat_origin
 from nas.search.study import MAX_PENDING_TOLD, Observation, Sampler, choose_sampler, propose
 from nas.shape import Shape
 from nas.space import Choices
@@ -87,6 +87,9 @@ class Proposals:
 
     def next_shape(self) -> NewTrial | None:
         """The next one to begin with; None while there is nothing to propose."""
+        # Repeats come as early as they can: what they measure decides who is tied.
+        if self._next_named() is None and (repeat := self._next_repeat()) is not None:
+            return repeat
         if not self.are_all():
             return self._next_searched_shape()
         # Controls come last, so that the sampler never learns from them.
@@ -120,6 +123,13 @@ class Proposals:
                 return NewTrial(origin=origin, shape=shape, choices=self._choices_of(shape), budget=self._budget)
         return None
 
+    def _next_repeat(self) -> NewTrial | None:
+        """The first forced anchor once more; not where it failed, or is another budget's."""
+        runs = self._evidence.runs
+        if not runs or len(runs) > self._spec.controls.num_repeats or self._trials[runs[0]].is_out:
+            return None
+        return NewTrial(origin=repeat_origin(len(runs)), shape=self._evidence.shapes[runs[0]], choices=None, budget=self._budget)
+
     def _next_control(self) -> NewTrial | None:
         drawn = self._num_controls()
         if drawn >= self._spec.controls.num_random or self.has_no_more():
@@ -137,7 +147,7 @@ class Proposals:
 
     def is_searched(self, number: int) -> bool:
         """Whether the trial is one of those that the search chooses among."""
-        return self._trials[number].origin != CONTROL
+        return is_searched(self._trials[number].origin)
 
     def _choices_of(self, shape: Shape) -> Choices | None:
         """The choices that stand for a shape, if they do: an anchor outside the ranges teaches the sampler nothing."""

@@ -17,7 +17,7 @@ from nas.search.confirmed import Confirmation
 from nas.search.leaderboard import Board
 from nas.search.objective import TaskScale, make_scales
 from nas.search.ranking import CompletedTrial, rank
-from nas.search.results import RungResult
+from nas.search.results import RungResult, is_repeat, training_seed
 from nas.search.study import MIN_FOR_IMPORTANCE, Observation
 from nas.search.task_signals import TaskSignal, read_signals
 from nas.shape import Shape
@@ -134,6 +134,10 @@ class SearchRun:
     def shape_of(self, trial: int) -> Shape:
         return self.evidence.shapes[trial]
 
+    def seed_of(self, trial: int) -> int:
+        """Of the trial's data order."""
+        return training_seed(self.spec, origin=self.trials[trial].origin)
+
     # -- what next ---------------------------------------------------------------------------------------------------------
 
     def next_action(self) -> NewTrial | Advance | None:
@@ -191,6 +195,8 @@ class SearchRun:
 
     def known_result(self, action: Advance) -> Known | None:
         """What this rung would measure, where an earlier search knows it. Costs are those under this search's workload; a latency is measured here."""
+        if is_repeat(self.trials[action.trial].origin):  # what is known of the shape is of another seed
+            return None
         known = self._memory.answer(self.shape_of(action.trial), tokens=self.spec.rungs.tokens(action.rung))
         if known is None or (self.spec.scores_tasks(action.rung) and not known.result.tasks):
             return None
@@ -220,7 +226,13 @@ class SearchRun:
         """The leaderboard of all results so far."""
         trials = [
             CompletedTrial(
-                number=number, origin=trial.origin, shape=self.shape_of(number), parameters=trial.parameters, state=trial.state, results=self.results[number]
+                number=number,
+                origin=trial.origin,
+                seed=self.seed_of(number),
+                shape=self.shape_of(number),
+                parameters=trial.parameters,
+                state=trial.state,
+                results=self.results[number],
             )
             for number, trial in self.trials.items()
             if number in self.results
@@ -234,7 +246,7 @@ class SearchRun:
             num_finalists=self.spec.num_finalists,
             confirmations=confirmations,
             objectives=self.spec.objectives,
-            seed_spread=self.spec.rungs.seed_spread,
+            seed_spreads=[self.evidence.seed_spread(rung) for rung in range(1, self.last_rung + 1)],
         )
 
     def to_confirm(self, board: Board) -> list[int]:

@@ -213,6 +213,7 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
                     report=report_progress,
                     should_stop=should_stop,
                     budget=request.get("budget", 0),
+                    seed=request.get("seed", spec.seed),
                 )
                 return result.as_dict()
             case "confirm":

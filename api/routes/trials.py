@@ -31,7 +31,9 @@ def list_trials(
     state: Annotated[TrialState | None, Query(description="Only trials in this state.")] = None,
     origin: Annotated[
         str | None,
-        Query(pattern=r"^[a-z][a-z0-9_:]{0,63}$", description="Only those of this origin: `sampler`, `anchor`, `anchor:uniform`, `user`, ..."),
+        Query(
+            pattern=r"^[a-z][a-z0-9_:]{0,63}$", description="Only those of this origin: `sampler`, `anchor`, `anchor:uniform`, `user`, `control`, `repeat`, ..."
+        ),
     ] = None,
     sort: Annotated[TrialOrder, Query(description="Order; a minus is the largest first.")] = "number",
     after: AfterCursor = None,

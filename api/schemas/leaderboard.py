@@ -97,6 +97,33 @@ class TaskSignalAnswer(Answer):
     """Likelihood forms by which the teacher is clear: any can be the task's metric."""
 
 
+class SeedSpreadAnswer(Answer):
+    """The spread between training seeds at one rung."""
+
+    value: float
+    """Standard deviation of the KL that is compared there, relative to it, as every tie test takes it: the prior and what was measured, pooled."""
+    prior: float
+    """From `rungs.seed_spread`."""
+    measured: float | None
+    """Between the runs of the shape that `controls.num_repeats` trains again, what their blocks show among it; null without repeats."""
+    of_blocks: float | None
+    """The part of it that the held-out blocks explain."""
+    num_runs: int
+    """Trainings that it was measured on; 0: the prior alone."""
+
+
+class RepeatAnswer(Answer):
+    """An anchor trained again with another seed: it measures the spread between seeds and is not ranked."""
+
+    number: int
+    seed: int
+    state: str
+    rung: int
+    kl_by_rung: list[float | None]
+    """Held-out KL at each rung that it has finished, rung 0 first."""
+    score: float | None
+
+
 class LeaderboardAnswer(Answer):
     """A page of the board. In the board's own order rows of the last rung come first, by rank, then those stopped earlier."""
 
@@ -133,9 +160,13 @@ class LeaderboardAnswer(Answer):
     controls: ControlsAnswer | None = None
     """Null while no control has reached the last rung."""
     seed_spread: float | None = None
-    """Standard deviation of the held-out KL between training seeds, relative to the KL."""
+    """Standard deviation of the held-out KL between training seeds at the last rung, relative to the KL."""
     seed_error: float | None = None
     """That of the score: every standard error and interval of a score holds it, beside the error over documents."""
+    seed_spreads: list[SeedSpreadAnswer] = Field(default_factory=list)
+    """At each trained rung, the first first, and where the number comes from."""
+    repeats: list[RepeatAnswer] = Field(default_factory=list)
+    """Further trainings of an anchor, apart from the rows."""
     cost: Cost | None = None
     importances: dict[str, float] = Field(default={})
     """Share of the spread of log KL that each choice explains among the shapes measured at one rung (fANOVA), once the search has its winner;

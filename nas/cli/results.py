@@ -120,7 +120,7 @@ def winner(
 def trials(
     search_id: SearchId,
     state: Annotated[str | None, typer.Option(help="Only trials in this state.")] = None,
-    origin: Annotated[str | None, typer.Option(help="Only those of this origin: sampler, anchor, user, control.")] = None,
+    origin: Annotated[str | None, typer.Option(help="Only those of this origin: sampler, anchor, user, control, repeat.")] = None,
     sort: Annotated[str, typer.Option(help="number, parameters; with a minus before it the largest first.")] = "number",
     url: Url = None,
     as_json: Json = False,

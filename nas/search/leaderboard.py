@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from nas.search.seeds import SeedSpread
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskCell:
@@ -89,6 +91,22 @@ class ControlSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Repeat:
+    """A shape of the board trained again with another seed. It is not ranked: it measures the spread between seeds."""
+
+    number: int
+    seed: int
+    """Of its data order."""
+    state: str
+    rung: int
+    """The deepest that it finished."""
+    kl_by_rung: tuple[float, ...]
+    """Held-out KL at each rung that it finished, rung 0 first."""
+    score: float | None
+    """At the last rung."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Board:
     """The leaderboard. `board_as_dict` is its JSON form."""
 
@@ -104,9 +122,12 @@ class Board:
     agreement: tuple[Agreement, ...]
     controls: ControlSummary | None
     seed_spread: float = 0.0
-    """Standard deviation of KL between training seeds, relative to KL (`rungs.seed_spread`)."""
+    """Standard deviation of KL between training seeds at the last rung, relative to KL."""
     seed_error: float = 0.0
     """That of the score, which every error of a score contains beside that over documents; 0 where too few trials tell how the score follows the KL."""
+    seed_spreads: tuple[SeedSpread, ...] = ()
+    """At each trained rung, the first first: the spread between seeds of what is compared there, and where the number comes from."""
+    repeats: tuple[Repeat, ...] = ()
 
 
 def board_as_dict(board: Board) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from statistics import median
 from scipy.stats import kendalltau
 
 from nas.search.confirmed import Confirmation, decide_finals
-from nas.search.leaderboard import Agreement, Board, ControlSummary, Difference, Row, TaskCell
+from nas.search.leaderboard import Agreement, Board, ControlSummary, Difference, Repeat, Row, TaskCell
 from nas.search.objective import TaskScale, difference, objective, seed_error, with_seed_error
 from nas.search.pareto import fronts
-from nas.search.results import CONTROL, Metric, RungResult
+from nas.search.results import CONTROL, Metric, RungResult, is_repeat
 from nas.search.rungs import TIE_Z, last_rung
+from nas.search.seeds import SeedSpread
 from nas.shape import Shape
 from nas.spec import RungSpec
 
@@ -31,7 +32,9 @@ class CompletedTrial:
 
     number: int
     origin: str
-    """`anchor:NAME`, `user`, `sampler` or `control`."""
+    """`anchor:NAME`, `user`, `sampler`, `control` or `repeat:INDEX`."""
+    seed: int = 0
+    """Of its data order."""
     shape: Shape
     parameters: int
     state: str
@@ -66,20 +69,21 @@ def rank(
     num_finalists: int = 1,
     confirmations: Mapping[int, Confirmation] | None = None,
     objectives: Sequence[str] = (),
-    seed_spread: float = 0.0,
+    seed_spreads: Sequence[SeedSpread] = (),
 ) -> Board:
     """The leaderboard; the order of the trials does not matter.
 
-    Rows of the last rung come first, best first; then the others, deeper rungs first, lower KL first.
+    Rows of the last rung come first, best first; then the others, deeper rungs first, lower KL first. Repeats are no rows.
 
     Args:
         num_finalists: most trials of the first tie group that are confirmed.
         confirmations: by trial, what the confirm step found so far.
         objectives: names of the costs of the Pareto front; without any the parameters.
-        seed_spread: standard deviation of KL between training seeds, relative to KL.
+        seed_spreads: the spread between training seeds at each trained rung; that of the last one is part of every error of a score. Empty: none.
     """
-    confirmations = confirmations or {}
-    last = last_rung(spec)
+    confirmations, last = confirmations or {}, last_rung(spec)
+    repeats, trials = [trial for trial in trials if is_repeat(trial.origin)], [trial for trial in trials if not is_repeat(trial.origin)]
+    seed_spread = seed_spreads[-1].value if seed_spreads else 0.0
     scales = with_seed_error(scales, results=[trial.deepest for trial in trials if trial.rung == last], seed_spread=seed_spread)
     groups = _tie_groups([trial for trial in trials if trial.rung == last], scales=scales)
     finals = decide_finals(
@@ -108,6 +112,8 @@ def rank(
         controls=_summarise_controls(ranked),
         seed_spread=seed_spread,
         seed_error=seed_error(scales),
+        seed_spreads=tuple(seed_spreads),
+        repeats=tuple(_repeat(trial, scales=scales) for trial in sorted(repeats, key=lambda trial: trial.number)),
     )
 
 
@@ -189,7 +195,7 @@ def _row(
         difference=None if best is None else _NO_DIFFERENCE if trial.number == best.number else _difference(result, best.deepest, scales=scales),
         kl=result.kl.value,
         kl_standard_error=result.kl.standard_error,
-        kl_by_rung=tuple(trial.results[rung].kl.value for rung in sorted(trial.results)),
+        kl_by_rung=_kl_by_rung(trial),
         loss=result.loss.value,
         tasks={scale.name: _cell(result.tasks[scale.name], scale=scale) for scale in scales} if result.tasks else {},
         costs=trial.costs,
@@ -202,6 +208,21 @@ def _row(
 
 _NO_DIFFERENCE = Difference(value=0.0, standard_error=0.0, low=0.0, high=0.0)
 """Of the best to itself: one student, so no seeds between."""
+
+
+def _repeat(trial: CompletedTrial, *, scales: Sequence[TaskScale]) -> Repeat:
+    return Repeat(
+        number=trial.number,
+        seed=trial.seed,
+        state=trial.state,
+        rung=trial.rung,
+        kl_by_rung=_kl_by_rung(trial),
+        score=objective(trial.deepest, scales=scales).value if trial.deepest.tasks else None,
+    )
+
+
+def _kl_by_rung(trial: CompletedTrial) -> tuple[float, ...]:
+    return tuple(trial.results[rung].kl.value for rung in sorted(trial.results))
 
 
 def _difference(result: RungResult, best: RungResult, *, scales: Sequence[TaskScale]) -> Difference:

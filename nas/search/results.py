@@ -11,6 +11,26 @@ from nas.spec import SearchSpec
 
 CONTROL = "control"
 """Origin of the random shapes that show what the search was worth, on top of max_trials; they are ranked but never win."""
+_REPEAT = "repeat"
+
+
+def repeat_origin(index: int) -> str:
+    """Origin of the index-th further training of a shape that is there already, from 1: it measures the spread between seeds, and is never ranked."""
+    return f"{_REPEAT}:{index}"
+
+
+def is_repeat(origin: str) -> bool:
+    return origin.partition(":")[0] == _REPEAT
+
+
+def is_searched(origin: str) -> bool:
+    """Whether a trial of this origin is one of those that the search chooses among, and that count in max_trials."""
+    return origin != CONTROL and not is_repeat(origin)
+
+
+def training_seed(spec: SearchSpec, *, origin: str) -> int:
+    """Seed of a trial's data order: the search's, the same for all shapes, but for a repeat."""
+    return spec.seed + int(origin.partition(":")[2]) if is_repeat(origin) else spec.seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

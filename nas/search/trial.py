@@ -55,6 +55,7 @@ def run_rung(
     report: Callable[[Progress], None],
     should_stop: Callable[[], bool],
     budget: int = 0,
+    seed: int | None = None,
 ) -> RungResult:
     """Bring a shape to a rung and measure it there; at rung 0 also its latency under the budget's workloads, which no training changes.
 
@@ -62,6 +63,7 @@ def run_rung(
         prepared: folder of the prepare step.
         budget: index of the one that the shape was proposed for.
         folder: the trial's own, the same for all its rungs and attempts.
+        seed: of the data order. None: the spec's, as all but repeats have it.
     Raises:
         Diverged: the loss or a score is not finite. Stopped: asked to; the state is saved.
         DoesNotFit: the memory or the disk is too small; nothing was trained.
@@ -69,7 +71,9 @@ def run_rung(
     seconds: dict[str, float] = {}
     clock = Clock(seconds)
     shared = load_shared(spec, inputs=inputs, prepared=prepared, device=device)
-    plan = None if rung == 0 else fitted_plan(spec, shared=shared, shape=shape, rung=rung, folder=folder, device=device)
+    plan = (
+        None if rung == 0 else fitted_plan(spec, shared=shared, shape=shape, rung=rung, folder=folder, device=device, seed=spec.seed if seed is None else seed)
+    )
     clock.lap("load")
     student, reconstruction = start_student(spec, shared=shared, shape=shape, folder=folder, device=device)
     clock.lap("slice")
@@ -132,7 +136,7 @@ def start_student(spec: SearchSpec, *, shared: Shared, shape: Shape, folder: Pat
     return student, result
 
 
-def fitted_plan(spec: SearchSpec, *, shared: Shared, shape: Shape, rung: int, folder: Path, device: str) -> TrainPlan:
+def fitted_plan(spec: SearchSpec, *, shared: Shared, shape: Shape, rung: int, folder: Path, device: str, seed: int) -> TrainPlan:
     """The plan of a rung as it fits this machine.
 
     Raises:
@@ -141,7 +145,7 @@ def fitted_plan(spec: SearchSpec, *, shared: Shared, shape: Shape, rung: int, fo
     architecture, moments = shared.sorting.architecture, spec.distillation.moments
     check_disk_fits(rung_disk(architecture, shape), folder=folder, what=f"rung {rung}")
     return fit_plan(
-        make_plan(spec.distillation, tokens=spec.rungs.tokens(rung), seed=spec.seed, teacher_hidden_size=architecture.shape.hidden_size),
+        make_plan(spec.distillation, tokens=spec.rungs.tokens(rung), seed=seed, teacher_hidden_size=architecture.shape.hidden_size),
         architecture=architecture,
         shape=shape,
         teacher=TeacherMemory(architecture=architecture, dtype=teacher_dtype(spec, device=device), stored=shared.signals.kind is not None),

@@ -338,7 +338,7 @@ class TrialRecord:
     search_id: str
     number: int
     origin: str
-    """anchor:width_only, anchor:depth_only, anchor:uniform, user, sampler, control."""
+    """anchor:width_only, anchor:depth_only, anchor:uniform, user, sampler, control, repeat:1."""
     shape: Json
     choices: Json | None
     """The sampler's raw choices; None for a shape that it did not propose."""

@@ -7,13 +7,14 @@ the search again. Each is one transaction under the search's lock, so of two at 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from nas.errors import Conflict, PreconditionFailed
-from nas.search.results import CONTROL
+from nas.search.results import is_searched
 from nas.spec import parse_spec
 from nas.store.database import Database
 from nas.store.quotas import charge, lock_project
@@ -191,8 +192,8 @@ def _charge_more(connection: Connection, search: SearchRecord, *, plan: Json) ->
 
 
 def _check_max_trials(connection: Connection, search_id: str, max_trials: int) -> None:
-    counted = select(func.count()).where(trials.c.search_id == search_id, trials.c.origin != CONTROL).group_by(trials.c.budget)
-    proposed = max(connection.execute(counted).scalars().all(), default=0)
+    found = connection.execute(select(trials.c.budget, trials.c.origin).where(trials.c.search_id == search_id))
+    proposed = max(Counter(row.budget for row in found if is_searched(row.origin)).values(), default=0)
     if max_trials < proposed:
         raise Conflict(f"search {search_id}: max_trials: expected at least the {proposed} shapes that are proposed already, got {max_trials}")
 

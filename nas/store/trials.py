@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, Table, func, insert, select, update
 
 from nas.errors import Conflict, NotFound
+from nas.search.results import is_repeat
 from nas.shape import Shape
 from nas.store.counts import count_change
 from nas.store.database import Database
@@ -50,9 +51,9 @@ class Trials(Database):
         """A waiting trial; event `trial.proposed`.
 
         Raises:
-            Conflict: the search has a trial of that number, or of that shape.
+            Conflict: the search has a trial of that number, or of that shape; or that repeat of it.
         """
-        key, now = Shape.from_dict(shape).key, utc_now()
+        now, key = utc_now(), Shape.from_dict(shape).key + (f"/{origin}" if is_repeat(origin) else "")
         with self.write(fence=fence) as connection:
             lock_search(connection, search_id)
             taken = select(trials.c.number).where(trials.c.search_id == search_id)

@@ -429,6 +429,25 @@ def test_the_page_of_a_family_shows_one_budget_and_links_the_others(service: Ser
     assert service.client.get(f"/searches/{search.id}?budget=2").status_code == 404
 
 
+def test_the_page_says_where_the_spread_between_seeds_comes_from_and_names_the_repeats(service: Service) -> None:
+    search = service.ranked_search()
+    board = service.store.whole_board(search.id)
+    assert board is not None
+    spread = {"value": 0.012, "prior": 0.01, "measured": 0.016, "of_blocks": 0.004, "num_runs": 3}
+    repeat = {"number": 1, "seed": 8, "state": "completed", "rung": 1, "kl_by_rung": [3.0, 1.25], "score": 0.5}
+    agreement = [{"first": "KL at rung 0", "second": "KL at rung 1", "tau": 0.5, "num_trials": 4}]
+    parts = {"agreement": agreement, "seed_spread": 0.012, "seed_error": 0.02}
+    texts = []
+    for spreads, repeats in (([spread], [repeat]), ([{**spread, "measured": None, "of_blocks": None, "num_runs": 0}], [])):
+        service.store.save_board(search.id, {**board, **parts, "seed_spreads": spreads, "repeats": repeats}, fence=None)
+        texts.append(plain(page(service, f"/searches/{search.id}")))
+
+    assert "from 1.2% of a KL: 1.0% by the spec, pooled with 3 runs of one shape, which differ by 1.6%, 0.4% of it by their blocks)" in texts[0]
+    assert "Trained again with another seed, not ranked: #1 (KL 1.2500 at rung 1)" in texts[0]
+    assert "from 1.2% of a KL, as the spec assumes)" in texts[1]
+    assert "Trained again" not in texts[1]
+
+
 def test_the_figures_of_a_budget_are_its_own(service: Service) -> None:
     search = service.submit(budget={"max_fraction": 0.7}, more_budgets=[{"max_fraction": 0.5}])
     shape, parts = service.propose(search, 0, origin="sampler"), {"winner": None, "pareto": [], "agreement": [], "controls": None}

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from nas.search.results import CONTROL
+from nas.search.results import is_repeat, is_searched
 from nas.store.records import AttemptState, EventRecord, SearchState, TrialState
 from nas.store.store import Store
 
@@ -121,11 +121,13 @@ class History:
         assert {trial.number: trial.state for trial in trials} == self.trials
         assert {trial.number: trial.rung for trial in trials if trial.rung is not None} == self.rungs
         assert {attempt.id for attempt in attempts if attempt.state is AttemptState.RUNNING} == set(self.running.values())
-        assert len({str(sorted(trial.shape.items())) for trial in trials}) == len(trials), "a shape was proposed twice"
+        assert len({(str(sorted(trial.shape.items())), is_repeat(trial.origin) and trial.origin) for trial in trials}) == len(trials), (
+            "a shape was proposed twice"
+        )
         cells = Counter((trial.state, 0 if trial.rung is None else trial.rung + 1) for trial in trials)
         kept = self.store.trial_counts([self.search_id])[self.search_id].cells
         assert {cell: number for cell, number in kept.items() if number} == cells, "the numbers that are kept are not those of the trials"
-        numbers = Counter(trial.budget for trial in trials if trial.origin != CONTROL)
+        numbers = Counter(trial.budget for trial in trials if is_searched(trial.origin))
         assert max(numbers.values(), default=0) <= search.spec["sampler"]["max_trials"], "more trials than were asked for"
         failed = Counter((one.stage, one.trial, one.rung) for one in attempts if one.counts and one.state is AttemptState.FAILED)
         assert max(failed.values(), default=0) <= search.spec["limits"]["max_attempts"], "a step was tried too often"

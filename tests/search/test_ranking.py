@@ -16,6 +16,7 @@ from nas.search.leaderboard import Board, board_as_dict
 from nas.search.objective import difference, make_scales, objective
 from nas.search.ranking import CompletedTrial, rank
 from nas.search.results import Metric, RungResult
+from nas.search.seeds import pooled_spread
 from nas.shape import Shape
 from nas.spec import RungSpec, TaskSpec
 
@@ -276,7 +277,7 @@ def test_the_error_of_the_objective_propagates_the_errors_of_the_tasks():
 def test_a_score_that_another_seed_could_swap_is_tied() -> None:
     """The score rises by .1 where the KL halves. Exact over documents, so that only the seeds, 5 % of KL, make ties."""
     field = [trial(number, last=at_score(0.9 - 0.1 * number, kl=2.0**number)) for number in range(4)]
-    exact, unsure = board(*field), board(*field, seed_spread=1.0)
+    exact, unsure = board(*field), board(*field, seed_spreads=[pooled_spread(1.0, runs=[])])
 
     assert [row.rank for row in exact.rows] == [1, 2, 3, 4]
     assert exact.seed_error == 0.0
@@ -285,6 +286,17 @@ def test_a_score_that_another_seed_could_swap_is_tied() -> None:
     assert [row.standard_error for row in unsure.rows] == pytest.approx([unsure.seed_error] * 4)
     assert unsure.rows[3].difference.standard_error == pytest.approx(math.sqrt(2) * unsure.seed_error)
     assert unsure.rows[0].difference.standard_error == 0.0, "to itself, whose seed is its own"
+
+
+def test_repeats_stand_apart_from_the_rows_and_change_none_of_them() -> None:
+    field = [trial(number, last=at_score(0.9 - 0.1 * number, kl=2.0**number)) for number in range(5)]
+    repeats = [trial(5 + index, last=at_score(2.0, kl=1e-3), origin=f"repeat:{index}") for index in (1, 2)]
+
+    found = board(*field, *repeats)
+
+    assert replace(found, repeats=()) == board(*field)
+    assert [(repeat.number, repeat.rung, len(repeat.kl_by_rung)) for repeat in found.repeats] == [(6, 2, 3), (7, 2, 3)]
+    assert [repeat.score for repeat in found.repeats] == pytest.approx([2.0, 2.0])
 
 
 def test_a_paired_difference_cancels_the_spread_between_documents():

@@ -44,7 +44,7 @@ class Case:
     inputs: dict[str, Any]
     prepared: Path
 
-    def run(self, folder: Path, *, rung: int, shape: Shape = SHAPE, stop_after: int | None = None) -> RungResult:
+    def run(self, folder: Path, *, rung: int, shape: Shape = SHAPE, stop_after: int | None = None, seed: int | None = None) -> RungResult:
         asked = iter(range(10**6))
         return run_rung(
             self.spec,
@@ -56,6 +56,7 @@ class Case:
             device="cpu",
             report=lambda progress: None,
             should_stop=lambda: stop_after is not None and next(asked) >= stop_after,
+            seed=seed,
         )
 
 
@@ -90,6 +91,19 @@ def test_the_same_seed_gives_the_same_results_and_the_same_weights_bit_for_bit(c
     folder, results = undisturbed
     assert [bits(case.run(tmp_path, rung=rung)) for rung in range(3)] == [bits(result) for result in results]
     assert weights(tmp_path) == weights(folder)
+
+
+def test_another_seed_is_another_data_order_and_nothing_else(case: Case, undisturbed: Any, tmp_path: Path) -> None:
+    """Untrained it is the same student; trained it is what a search with that seed trains."""
+    results = [case.run(tmp_path / "repeat", rung=rung, seed=case.spec.seed + 1) for rung in (0, 1)]
+    values = dump_spec(case.spec)
+    other = Case(spec=parse_spec(json.dumps({**values, "seed": values["seed"] + 1})), inputs=case.inputs, prepared=case.prepared)
+    other.run(tmp_path / "other", rung=0)
+
+    _, usual = undisturbed
+    assert results[0].kl == usual[0].kl
+    assert results[1].kl != usual[1].kl
+    assert results[1].kl == other.run(tmp_path / "other", rung=1).kl
 
 
 def test_every_rung_starts_from_the_reconstruction_that_the_first_one_settled(case: Case, undisturbed: Any, tmp_path: Path) -> None:

@@ -260,7 +260,8 @@ def pretended_result(step: Step, *, is_verified: bool = True) -> dict[str, Any]:
             shape = Shape.from_dict(request["shape"])
             if rung == last:
                 save_pretended_student(Path(request["trial_folder"]), parameters=count(shape, inputs=request["inputs"]))
-            result = measure(shape, rung=rung, tokens=spec.rungs.tokens(rung), tasks=tasks if rung == last else [])
+            order = request["seed"] - spec.seed  # 0 but for repeats
+            result = measure(shape, rung=rung, tokens=spec.rungs.tokens(rung), tasks=tasks if rung == last else [], order=order)
             return replace(result, parameters=count(shape, inputs=request["inputs"])).as_dict()
         case "confirm":
             held_out = measure(Shape.from_dict(request["shape"]), rung=last, tokens=spec.rungs.tokens(last), tasks=tasks).as_dict()
@@ -292,12 +293,13 @@ def save_pretended_student(trial_folder: Path, *, parameters: int) -> None:
     (trial_folder / STUDENT / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
 
 
-def measure(shape: Shape, *, rung: int, tokens: int, tasks: list[str]) -> RungResult:
-    """A made-up result: wider beats deeper up to a point, every shape is a little better or worse than that, and short rungs say less."""
+def measure(shape: Shape, *, rung: int, tokens: int, tasks: list[str], order: int = 0) -> RungResult:
+    """A made-up result: wider beats deeper up to a point, every shape is a little better or worse than that, and short rungs say less; trained in
+    another order it is another one."""
     identity = [int(value) for value in shape.as_dict().values()]
     luck = np.random.default_rng(identity).standard_normal() * 0.02
     quality = 0.6 + luck - 0.05 * abs(np.log(shape.hidden_size / (96 * shape.num_hidden_layers))) + 0.02 * np.log(shape.intermediate_size / shape.hidden_size)
-    noise = np.random.default_rng([*identity, rung]).standard_normal() * 0.03 / (1 + rung) ** 2
+    noise = np.random.default_rng([*identity, rung, *([order] if order and rung else [])]).standard_normal() * 0.03 / (1 + rung) ** 2
     return measured(quality=float(np.clip(quality + noise, 0.05, 0.95)), seed=[*identity, rung], rung=rung, tokens=tokens, tasks=tasks)
 
 

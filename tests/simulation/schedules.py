@@ -18,6 +18,7 @@ import numpy as np
 from sqlalchemy import Connection
 
 from nas.errors import Conflict, StoreUnavailable
+from nas.search.results import is_searched
 from nas.store.records import AttemptState, Fence, SearchState, TrialState
 from nas.store.store import Store
 from tests.faults.history import History
@@ -345,7 +346,7 @@ class World(Fleet):
             if search.state is SearchState.SUCCEEDED:
                 trials = self.store.list_trials(search_id)
                 events = self.store.list_events(search_id, limit=100_000)
-                assert sum(trial.origin != "control" for trial in trials) == search.spec["sampler"]["max_trials"]
+                assert sum(is_searched(trial.origin) for trial in trials) == search.spec["sampler"]["max_trials"]
                 assert {trial.number for trial in trials if trial.state is TrialState.FAILED} <= self.poison
                 check_promotions(trials, events=events)
                 check_winner(view, search, trials=trials)

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nas.search.results import is_repeat, is_searched
 from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
 from nas.store.records import AttemptState, EventRecord, SearchRecord, SearchState, TrialRecord, TrialState
@@ -55,7 +56,7 @@ def make_spec(*, num_trials: int, num_workers: int, **changes: Any) -> dict[str,
         "budget": {"max_fraction": 0.5},
         "space": {"hidden_size": {"multiple": 64}, "intermediate_size": {"multiple": 64}},
         "sampler": {"name": "tpe", "max_trials": num_trials},
-        "controls": {"num_random": 2},
+        "controls": {"num_random": 2, "num_repeats": 2},
         "limits": {"max_failed_trials": 100_000, "max_rung_seconds": 3600.0},
         "resources": {"max_parallel_trials": num_workers},
         **changes,
@@ -174,11 +175,13 @@ def check_replay(simulation: Simulation, *, events: list[EventRecord]) -> None:
 
 
 def check_trials(simulation: Simulation, *, trials: list[TrialRecord], events: list[EventRecord]) -> None:
-    """As many as were asked for, each a shape of its own within the budget, and each ended exactly once."""
-    run = simulation.rebuilt()
+    """As many as were asked for, each a shape of its own within the budget but for repeats, and each ended exactly once."""
+    run, searched = simulation.rebuilt(), [trial for trial in trials if is_searched(trial.origin)]
+    repeats = Counter(trial.budget for trial in trials if is_repeat(trial.origin))
     assert [trial.number for trial in trials] == list(range(len(trials)))
-    assert sum(trial.origin != "control" for trial in trials) == run.spec.sampler.max_trials * len(run.runs)
-    assert len({run.shape_of(trial.number).key for trial in trials}) == len(trials), "a shape came twice"
+    assert len(searched) == run.spec.sampler.max_trials * len(run.runs)
+    assert max(repeats.values(), default=0) <= run.spec.controls.num_repeats
+    assert len({run.shape_of(trial.number).key for trial in trials}) == len(trials) - repeats.total(), "a shape came twice"
     assert all(run.runs[trial.budget].space.explain(run.shape_of(trial.number)) == () for trial in trials), "over the budget"
     assert all(trial.state.is_terminal for trial in trials), "a trial never ended"
     ends = Counter(
@@ -240,9 +243,12 @@ def check_winner(simulation: Simulation, search: SearchRecord, *, trials: list[T
     assert board is not None
     assert prepared is not None
     rows = board["rows"]
-    assert {row["number"]: row["state"] for row in rows} == {trial.number: trial.state for trial in trials if trial.rung is not None}
+    finished = [trial for trial in trials if trial.rung is not None]
+    assert {row["number"]: row["state"] for row in rows} == {trial.number: trial.state for trial in finished if not is_repeat(trial.origin)}
+    assert {repeat["number"]: repeat["state"] for repeat in board["repeats"]} == {trial.number: trial.state for trial in finished if is_repeat(trial.origin)}
     ranked = [row for row in rows if row["rank"] is not None]
-    assert {row["number"] for row in ranked} == {trial.number for trial in trials if trial.state is TrialState.COMPLETED}
+    completed = {trial.number for trial in trials if trial.state is TrialState.COMPLETED and not is_repeat(trial.origin)}
+    assert {row["number"] for row in ranked} == completed
     standing = [row for row in ranked if not row["is_control"] and (row["confirmation"] or {"verified": True})["verified"]]
     finalists = [row for row in standing if row["tie_group"] == standing[0]["tie_group"]][: search.spec["num_finalists"]]
     assert all(row["confirmation"] is not None for row in finalists), "a finalist was not confirmed"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nas.errors import Conflict, PreconditionFailed
+from nas.search.results import is_searched
 from nas.store.records import AttemptState, SearchRecord, SearchState, TrialState
 from tests.simulation.cluster import Trouble
 from tests.simulation.simulator import Simulation, all_events, check, check_replay, make_simulation
@@ -181,7 +182,7 @@ def test_an_extended_search_proposes_more_and_keeps_every_promotion(make: Make) 
     go_on(simulation)
 
     check(simulation)
-    assert sum(trial.origin != "control" for trial in simulation.store.list_trials(simulation.search_id)) == 20
+    assert sum(is_searched(trial.origin) for trial in simulation.store.list_trials(simulation.search_id)) == 20
 
 
 # -- limits ------------------------------------------------------------------------------------------------------------------

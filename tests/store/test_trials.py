@@ -55,6 +55,13 @@ class TestTrials:
         with pytest.raises(Conflict, match=r"trial 1 .*expected a new shape, got that of trial 0"):
             new_trial(search, 1, shape=reordered)
 
+    def test_a_repeat_has_the_shape_of_another_trial_and_each_is_made_once(self, search: SearchRecord, trial: TrialRecord, new_trial: NewTrial) -> None:
+        repeats = [new_trial(search, number, origin=f"repeat:{number}", shape=trial.shape) for number in (1, 2)]
+
+        assert [repeat.shape for repeat in repeats] == [trial.shape] * 2
+        with pytest.raises(Conflict, match=r"trial 3 .*got that of trial 2"):
+            new_trial(search, 3, origin="repeat:2", shape=trial.shape)
+
     def test_another_search_may_propose_the_same_shape(self, new_search: Callable[..., SearchRecord], trial: TrialRecord, new_trial: NewTrial) -> None:
         assert new_trial(new_search(), 0).shape == trial.shape
 

@@ -168,6 +168,24 @@ def _keys(value: Any) -> Iterator[str]:
         yield from _keys(item)
 
 
+def test_a_repeat_is_the_same_shape_trained_in_another_order_and_stands_apart(service: Service) -> None:
+    search = service.run(service.submit(sampler={"name": "random", "max_trials": 1}, controls={"num_repeats": 1}))
+
+    assert search.state is SearchState.SUCCEEDED, search.error
+    board, trials = service.board(search), service.store.list_trials(search.id)
+    repeat = next(trial for trial in trials if trial.origin == "repeat:1")
+    anchor = next(trial for trial in trials if trial.shape == repeat.shape)
+    assert sorted(row["number"] for row in board["rows"]) == [trial.number for trial in trials if trial is not repeat]
+    (shown,) = board["repeats"]
+    assert (shown["number"], shown["seed"], shown["rung"]) == (repeat.number, search.spec["seed"] + 1, 2)
+    ours, theirs = shown["kl_by_rung"], next(row["kl_by_rung"] for row in board["rows"] if row["number"] == anchor.number)
+    assert ours[0] == theirs[0]
+    assert all(one != other for one, other in zip(ours[1:], theirs[1:], strict=True))
+    assert [spread["num_runs"] for spread in board["seed_spreads"]] == [2, 2]
+    assert board["seed_spread"] == board["seed_spreads"][-1]["value"] != search.spec["rungs"]["seed_spread"]
+    assert repeat.confirmation is None
+
+
 def test_what_each_decision_cost_adds_up(service: Service) -> None:
     sampler = {"name": "random", "max_trials": 8, "num_startup_trials": 2}
     rungs = {"first_tokens": 512, "factor": 2, "num_trained": 1, "keep": 0.5, "keep_untrained": 1.0}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from nas.cost import count_parameters
 from nas.search import study
-from nas.search.results import Metric, RungResult
+from nas.search.results import Metric, RungResult, is_repeat
 from nas.search.rungs import Standing, project, projected_spread, promotable
 from nas.space import forced_anchors
 from nas.spec import dump_spec, parse_spec
@@ -64,8 +64,9 @@ def make_record(**changes: Any) -> SearchRecord:
 
 
 def make_result(run: SearchRun, trial: int, rung: int) -> RungResult:
-    """KL of a shape at a rung: noise of the shape's own, smaller the deeper the rung."""
-    generator = np.random.default_rng([sum(map(ord, run.shape_of(trial).key)), rung])
+    """KL of a shape at a rung: noise of the shape's own, and of a repeat's own seed, smaller the deeper the rung."""
+    of_repeat = [run.seed_of(trial)] if is_repeat(run.trials[trial].origin) and rung else []
+    generator = np.random.default_rng([sum(map(ord, run.shape_of(trial).key)), rung, *of_repeat])
     level = generator.uniform(0.5, 1.5) / (1 + rung)
     kl = Metric.from_documents(tuple(float(value) for value in level + 0.05 * generator.standard_normal(8)), higher_is_better=False)
     return RungResult(rung=rung, tokens=run.spec.rungs.tokens(rung), kl=kl, loss=kl, tasks={}, parameters=1, seconds={}, details={})
@@ -295,7 +296,7 @@ def computed_again(run: SearchRun) -> list[tuple[bool, set[int]]]:
         complete = complete and all(trial.rung is not None and trial.rung >= rung for trial in waited)
         results = {number: found for number, found in run.results.items() if rung in found and not run.trials[number].is_out}
         standings = [run.evidence.standing(number, rung=rung) for number in results]
-        spread = projected_spread(run.spec.rungs.seed_spread, rung=rung, spec=run.spec.rungs)
+        spread = run.evidence.seed_spread(rung).value
         best = promotable(rung, standings, spec=run.spec.rungs, complete=complete, seed_spread=spread)
         coming = {*best, *(number for number in results if run.reached.get(number, 0) > rung)}
         ladder.append((complete, coming))
@@ -305,26 +306,29 @@ def computed_again(run: SearchRun) -> list[tuple[bool, set[int]]]:
 def forced_of(run: SearchRun) -> set[int]:
     anchors = run.space.anchors() if run.spec.controls.anchors else {}
     keys = {shape.key for shape in forced_anchors(run.spec, anchors=anchors).values()}
+    always = ("user", "control", "repeat")
     return {
-        number for number, trial in run.trials.items() if trial.origin in ("user", "control") or ("anchor" in trial.origin and run.shape_of(number).key in keys)
+        number
+        for number, trial in run.trials.items()
+        if trial.origin.split(":")[0] in always or ("anchor" in trial.origin and run.shape_of(number).key in keys)
     }
 
 
 @interleavings
 @few
 def test_who_goes_on_is_what_all_results_say_however_they_came(parallel: int, seed: int, failure_rate: float, keep: float, num_trained: int) -> None:
-    simulation = Simulation(make_record(rungs={"num_trained": num_trained, "keep": keep, "stop_losers": False}, controls={"num_random": 1}))
+    simulation = Simulation(make_record(rungs={"num_trained": num_trained, "keep": keep, "stop_losers": False}, controls={"num_random": 1, "num_repeats": 2}))
 
     for _ in simulation.rounds(parallel=parallel, seed=seed, failure_rate=failure_rate):
-        assert [(step.complete, set(step.promoted)) for step in simulation.run.ladder.steps(all_proposed=simulation.run.proposals.are_all())] == computed_again(
-            simulation.run
-        )
+        run = simulation.run
+        steps = run.ladder.steps(all_proposed=run.proposals.are_all())
+        assert [(step.complete, set(step.promoted)) for step in steps] == computed_again(run)
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "enumerate"])
 @pytest.mark.parametrize("failure_rate", [0.0, 0.2])
 def test_a_controller_that_takes_over_decides_alike(sampler: str, failure_rate: float) -> None:
-    record = make_record(sampler={"name": sampler, "max_trials": 8, "num_startup_trials": 3}, controls={"num_random": 1})
+    record = make_record(sampler={"name": sampler, "max_trials": 8, "num_startup_trials": 3}, controls={"num_random": 1, "num_repeats": 2})
     simulation = Simulation(record)
 
     for _ in simulation.rounds(parallel=2, seed=1, failure_rate=failure_rate):
