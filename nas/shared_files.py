@@ -171,6 +171,13 @@ class SharedFiles:
         with file:
             yield file
 
+    def read_range(self, key: str, *, start: int, length: int) -> bytes:
+        """So many bytes of one file, which has them; NotFound where it is not there."""
+        with self._reaching(key):
+            found = self._fs.cat_file(self._path(key), start=start, end=start + length)
+        assert isinstance(found, bytes)
+        return found
+
     def size(self, key: str) -> int | None:
         """Bytes of one file; None where it is not there."""
         with self._reaching(key):

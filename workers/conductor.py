@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from nas.chain import awaited_source
@@ -22,6 +23,7 @@ from nas.trial_files import find_tree
 from workers.actions import Advance, LimitReason, NewTrial
 from workers.books import Books
 from workers.family import Family
+from workers.recount import Recount
 from workers.step import Outcome
 from workers.steps import Steps
 from workers.tries import num_memory_failures
@@ -42,6 +44,7 @@ class Conductor:
         self._books = Books(record, leader=leader)
         self.folder = self._books.folder
         self.steps = Steps(record, leader=leader, folder=self.folder, resources=self._run.spec.resources, pauses_on_full_disk=True)
+        self._recount = Recount(self.folder)
         self.prepared_key = prepared_key(self._run.spec, inputs=self._run.inputs)
 
     @property
@@ -160,10 +163,11 @@ class Conductor:
         """Refuse what no step can have come to.
 
         Raises:
-            Untrue
+            Untrue, Undecided
         """
         run, trial = self._run, None if attempt.trial is None else self._run.trials[attempt.trial]
-        check_result(result, attempt=attempt, spec=run.spec, architecture=run.runs[0].space.architecture, trial=trial, folders=self.folder)
+        architecture, count = run.runs[0].space.architecture, partial(self._recount.count, attempt)
+        check_result(result, attempt=attempt, spec=run.spec, architecture=architecture, trial=trial, folders=self.folder, count=count)
 
     def keep_result(self, attempt: AttemptRecord, result: dict[str, Any], *, log: str | None, device_seconds: float) -> None:
         """Store a result, and its attempt's success."""

@@ -41,6 +41,8 @@ STORE_PATIENCE_SECONDS = 60.0
 """A store that fails for so long ends the process; its supervisor starts another one. Running steps go on meanwhile."""
 MAX_TROUBLES = 3
 """A search whose advance raised so often in a row, while the store answered in between, has a bug and fails."""
+SETTLE_SECONDS = 2.0
+"""How long a result of another controller's step is waited for that cannot be judged yet; afterwards the step is run again."""
 TROUBLE_SECONDS = 2.0
 """Pause after such an exception."""
 
@@ -279,6 +281,10 @@ class Controller:
                 if attempt.id in outcomes:
                     conductor.steps.resume(attempt, outcomes[attempt.id])
             conductor.settle()
+            began = self._clock()
+            while conductor.steps.ended and self._clock() - began < SETTLE_SECONDS:
+                time.sleep(0.05)
+                conductor.settle()
         except Fenced:
             raise
         except Exception:

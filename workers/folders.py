@@ -30,6 +30,7 @@ from nas.files import folder_bytes, link_or_copy
 from nas.search.layout import STUDENT, trial_folder
 from nas.settings import Settings
 from nas.shared_files import SharedFiles
+from nas.store.records import AttemptRecord
 from nas.store.store import Store
 from nas.trial_files import REUSED
 from workers.step import RESULT, Outcome, read_outcome
@@ -64,6 +65,10 @@ class SearchFolder:
 
     def trial(self, number: int) -> Path:
         return trial_folder(self.path, number=number)
+
+    def tree(self, attempt: AttemptRecord) -> str:
+        """By URL, the key of what the rung of an attempt left."""
+        return self._key(f"trials/{attempt.trial}/{attempt.id}")
 
     def attempt(self, attempt_id: str) -> Path:
         return self.path / "attempts" / attempt_id

@@ -15,7 +15,7 @@ from workers.folders import SearchFolder
 from workers.logs import LogKeeper, last_lines, read_tail
 from workers.step import Outcome, Step
 from workers.tries import BEATS_PER_LEASE, Spent, begin, find_spent, judge
-from workers.verdicts import Untrue
+from workers.verdicts import Undecided, Untrue
 from workers.watch import Leader, Running, Watch
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Owner(Protocol):
         """Refuse what no step can have come to.
 
         Raises:
-            Untrue
+            Untrue. Undecided: it has to be asked again a little later.
         """
 
     def keep_result(self, attempt: AttemptRecord, result: dict[str, Any], *, log: str | None, device_seconds: float) -> None:
@@ -107,6 +107,8 @@ class Steps:
         for key, outcome in list(self.ended.items()):
             try:
                 self._settle(self.running[key], outcome, owner=owner)
+            except Undecided:
+                continue
             except Conflict as conflict:
                 # An earlier try, or another controller, got as far as the store.
                 logger.warning("outcome not recorded: %s", conflict, extra={"action": "outcome_ignored", "search_id": self._record.id, "attempt_id": key})

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nas.architecture import Architecture
 from nas.cost import count_parameters
+from nas.errors import NotFound
 from nas.search.confirmed import Confirmation
 from nas.search.layout import STUDENT
 from nas.search.results import Metric, RungResult
 from nas.shape import Shape
+from nas.shared_files import SharedFiles
 from nas.spec import SearchSpec
 from nas.store.records import AttemptRecord, TrialRecord
 from workers.folders import MODEL_TAR, SearchFolder
@@ -29,19 +32,35 @@ _SHARES = ("acc", "acc_norm")
 """Metrics that lie between 0 and 1 whatever the task."""
 
 
+Count = Callable[[], int]
+"""Parameters of a student's file. Raises Untrue: there is none. Undecided: they are not counted yet."""
+
+
+class Undecided(Exception):
+    """What a result is judged by is not known yet."""
+
+
 class Untrue(ValueError):
     """A result that cannot be; the message says what was expected and what came."""
 
 
 def check_result(
-    result: Mapping[str, Any], *, attempt: AttemptRecord, spec: SearchSpec, architecture: Architecture, trial: TrialRecord | None, folders: SearchFolder
+    result: Mapping[str, Any],
+    *,
+    attempt: AttemptRecord,
+    spec: SearchSpec,
+    architecture: Architecture,
+    trial: TrialRecord | None,
+    folders: SearchFolder,
+    count: Count,
 ) -> None:
     """What the step of an attempt returned, if it can be true.
 
     Args:
         trial: the attempt's, where it has one. folders: of its search, which is where a bundle may be.
+        count: of the student that the attempt left, if it was of a last rung.
     Raises:
-        Untrue
+        Untrue. Undecided: see `Count`.
     """
     match attempt.stage:
         case "prepare":
@@ -50,9 +69,7 @@ def check_result(
             assert trial is not None
             assert attempt.rung is not None
             shape = Shape.from_dict(trial.shape)
-            # By URL the student is not here: its node counted it, and so does the confirm step, in a fresh process.
-            folder = folders.trial(trial.number) if folders.shared is None else None
-            check_rung(result, spec=spec, architecture=architecture, shape=shape, rung=attempt.rung, trial_folder=folder)
+            check_rung(result, spec=spec, architecture=architecture, shape=shape, rung=attempt.rung, count=count)
         case "confirm":
             check_confirmation(result)
         case "bundle":
@@ -60,7 +77,7 @@ def check_result(
             check_bundle(result, trial=trial.number, folder=folders.winner(budget=trial.budget))
 
 
-def check_rung(result: Mapping[str, Any], *, spec: SearchSpec, architecture: Architecture, shape: Shape, rung: int, trial_folder: Path | None) -> RungResult:
+def check_rung(result: Mapping[str, Any], *, spec: SearchSpec, architecture: Architecture, shape: Shape, rung: int, count: Count) -> RungResult:
     """The result of a rung, if it can be true.
 
     Raises:
@@ -77,8 +94,8 @@ def check_rung(result: Mapping[str, Any], *, spec: SearchSpec, architecture: Arc
     _expect("parameters", parameters, found.parameters)
     _expect("tasks", sorted(task.name for task in spec.tasks) if spec.scores_tasks(rung) else [], sorted(found.tasks))
     _check_metrics(found, spec=spec)
-    if rung == spec.rungs.num_trained and trial_folder is not None:
-        _expect("parameters of the student's file", parameters, count_file_parameters(trial_folder / STUDENT))
+    if rung == spec.rungs.num_trained:
+        _expect("parameters of the student's file", parameters, count())
     return found
 
 
@@ -142,21 +159,51 @@ def count_file_parameters(folder: Path) -> int:
     Raises:
         Untrue: there is none, or a header cannot be read.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise Untrue(f"student: expected its weights in {folder}, got none")
-    return sum(math.prod(tensor["shape"]) for file in files for name, tensor in _header(file).items() if name != "__metadata__")
+    return _count({path.name: (path.stat().st_size, partial(_read, path)) for path in sorted(folder.glob("*.safetensors"))}, place=str(folder))
 
 
-def _header(path: Path) -> dict[str, Any]:
+def count_tree_parameters(shared: SharedFiles, key: str) -> int:
+    """The same of a student that lies where machines share files by URL, of which the headers alone are fetched.
+
+    Args:
+        key: of its trial's tree.
+    Raises:
+        Untrue: there is none, or a header cannot be read. FilesUnavailable: the URL cannot be reached.
+    """
+    manifest = shared.find_tree(key)
+    files = {} if manifest is None else {path: file for path, file in manifest.files.items() if PurePosixPath(path).match(f"{STUDENT}/*.safetensors")}
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length <= MAX_HEADER_BYTES else None
+        return _count({path: (file.bytes, partial(_fetch, shared, f"{key}/{file.sha256}")) for path, file in files.items()}, place=f"{shared.url}/{key}")
+    except NotFound as gone:
+        raise Untrue(f"student: expected its weights, got {gone}") from gone
+
+
+def _read(path: Path, start: int, length: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(length)
+
+
+def _fetch(shared: SharedFiles, key: str, start: int, length: int) -> bytes:
+    return shared.read_range(key, start=start, length=length)
+
+
+def _count(files: Mapping[str, tuple[int, Callable[[int, int], bytes]]], *, place: str) -> int:
+    """Of files by name: their size, and what reads so many bytes from a place on."""
+    if not files:
+        raise Untrue(f"student: expected its weights in {place}, got none")
+    headers = [_header(name, size=size, read=read) for name, (size, read) in files.items()]
+    return sum(math.prod(tensor["shape"]) for header in headers for name, tensor in header.items() if name != "__metadata__")
+
+
+def _header(name: str, *, size: int, read: Callable[[int, int], bytes]) -> dict[str, Any]:
+    try:
+        length = int.from_bytes(read(0, 8), "little") if size >= 8 else size
+        header = json.loads(read(8, length)) if length <= min(MAX_HEADER_BYTES, size - 8) else None
     except (OSError, ValueError) as error:
-        raise Untrue(f"{path.name}: expected a safetensors header, got {error}") from error
+        raise Untrue(f"{name}: expected a safetensors header, got {error}") from error
     if not isinstance(header, dict):
-        raise Untrue(f"{path.name}: expected a safetensors header, got something else")
+        raise Untrue(f"{name}: expected a safetensors header, got something else")
     return header
 
 

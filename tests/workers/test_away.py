@@ -160,13 +160,14 @@ class Killed(BaseException):
     """The controller's process has ended."""
 
 
-def test_what_was_written_is_taken_over_and_what_was_superseded_leaves_no_trace(
+def test_what_was_written_is_taken_over_what_was_superseded_leaves_no_trace_and_what_is_not_there_is_not_believed(
     undisturbed: list[Any], register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     deployment = make_deployment(tmp_path, url=f"file://{tmp_path / 'shared'}", register=register_tiny)
-    nodes, run = deployment.nodes, deployment.nodes.run
+    nodes, run, shared = deployment.nodes, deployment.nodes.run, SharedFiles(f"file://{tmp_path / 'shared'}")
     superseded: list[Step] = []
     unheard: list[Step] = []
+    lying: list[Step] = []
 
     def run_badly(step: Step) -> Outcome:
         is_trained = step.stage == "rung" and step.request["rung"] > 0
@@ -175,9 +176,13 @@ def test_what_was_written_is_taken_over_and_what_was_superseded_leaves_no_trace(
             nodes.before = lambda step, mailbox: supersede(mailbox) if step is superseded[0] else None
             return run(step)
         outcome = run(step)
-        if is_trained and not unheard:
-            unheard.append(step)
-            raise Killed
+        if step.stage == "rung" and step.request["rung"] == 2:
+            if not unheard:
+                unheard.append(step)
+                raise Killed
+            if not lying:
+                lying.append(step)
+                shared.delete(f"searches/{search_id}/trials/{step.context['trial']}/{step.key}")
         return outcome
 
     nodes.run = run_badly  # type: ignore[method-assign]
@@ -194,6 +199,8 @@ def test_what_was_written_is_taken_over_and_what_was_superseded_leaves_no_trace(
     attempts = {attempt.id: attempt for attempt in deployment.store.list_attempts(search_id)}
     assert attempts[superseded[0].key].state is AttemptState.LOST
     assert attempts[unheard[0].key].state is AttemptState.SUCCEEDED, "its result was written, and it ran again"
+    assert attempts[lying[0].key].state is AttemptState.FAILED
+    assert "invalid_result: student: expected its weights" in (attempts[lying[0].key].reason or "")
     trees = list((tmp_path / "shared" / "searches" / search_id).rglob(superseded[0].key))
     assert trees == []
 

@@ -5,20 +5,28 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nas.architecture import read_architecture
+from nas.errors import FilesUnavailable
 from nas.search.layout import STUDENT
+from nas.settings import Settings
 from nas.shape import Shape
+from nas.shared_files import Manifest, SharedFiles
 from nas.spec import parse_spec
+from nas.store.records import AttemptRecord, AttemptState
 from tests.simulation.cluster import count, measure, save_pretended_student
 from tests.simulation.simulator import CONFIG, INPUTS, make_spec
+from workers.folders import SearchFolder
+from workers.recount import Recount
 from workers.step import RESULT, Outcome, _as_json, read_outcome
-from workers.verdicts import Untrue, check_bundle, check_confirmation, check_prepared, check_rung
+from workers.verdicts import Undecided, Untrue, check_bundle, check_confirmation, check_prepared, check_rung, count_file_parameters
 
 SPEC = parse_spec(json.dumps(make_spec(num_trials=4, num_workers=1)))
 ARCHITECTURE = read_architecture(CONFIG)
@@ -33,7 +41,7 @@ def a_result(*, rung: int = LAST) -> dict[str, Any]:
 
 
 def check(result: dict[str, Any], folder: Path, *, rung: int = LAST) -> None:
-    check_rung(result, spec=SPEC, architecture=ARCHITECTURE, shape=SHAPE, rung=rung, trial_folder=folder)
+    check_rung(result, spec=SPEC, architecture=ARCHITECTURE, shape=SHAPE, rung=rung, count=lambda: count_file_parameters(folder / STUDENT))
 
 
 @pytest.fixture
@@ -88,7 +96,7 @@ def test_a_score_above_one_is_no_accuracy(folder: Path) -> None:
     result["tasks"]["one"]["value"] = 1.5
 
     with pytest.raises(Untrue, match=r"acc of one: expected 0 to 1, got 1\.5"):
-        check_rung(result, spec=spec, architecture=ARCHITECTURE, shape=SHAPE, rung=LAST, trial_folder=folder)
+        check_rung(result, spec=spec, architecture=ARCHITECTURE, shape=SHAPE, rung=LAST, count=lambda: count(SHAPE, inputs=INPUTS))
 
 
 def test_a_student_whose_file_is_not_its_shape_is_found_out(tmp_path: Path) -> None:
@@ -123,3 +131,79 @@ def test_a_result_that_is_no_json_is_an_invalid_one(tmp_path: Path) -> None:
         outcome = read_outcome(tmp_path)
         assert outcome is not None
         assert (outcome.succeeded, outcome.reason) == (False, "invalid_result"), text
+
+
+@pytest.fixture(params=["file", "s3"])
+def recounted(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[SharedFiles, Recount]:
+    """The students of a search whose trial 3 an attempt has published, by URL."""
+    url = f"file://{tmp_path / 'shared'}" if request.param == "file" else request.getfixturevalue("s3_url")
+    settings = Settings.from_environment({"NAS_DATA": str(tmp_path / "data"), "NAS_SHARED": url})
+    folder = SearchFolder.of("srch_1", settings=settings)
+    assert folder.shared is not None
+    return folder.shared, Recount(folder)
+
+
+ATTEMPT = AttemptRecord(
+    id="att_1", search_id="srch_1", stage="rung", trial=3, rung=LAST, state=AttemptState.RUNNING, reason=None, started_at=datetime.now(UTC), finished_at=None
+)
+TREE = "searches/srch_1/trials/3/att_1"
+
+
+def recount(counted: Recount) -> int:
+    """As the controller does, tick by tick."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return counted.count(ATTEMPT)
+        except Undecided:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_a_student_behind_a_url_is_counted_by_its_header_alone(recounted: tuple[SharedFiles, Recount], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared, counted = recounted
+    shared.publish_tree(folder, key=TREE)
+    read, ranges = SharedFiles.read_range, list[int]()
+
+    def note(self: SharedFiles, key: str, *, start: int, length: int) -> bytes:
+        ranges.append(length)
+        return read(self, key, start=start, length=length)
+
+    monkeypatch.setattr(SharedFiles, "read_range", note)
+
+    assert recount(counted) == count(SHAPE, inputs=INPUTS) == count_file_parameters(folder / STUDENT)
+    assert len(ranges) == 2
+    assert sum(ranges) < 1000
+
+
+def test_a_student_behind_a_url_that_is_not_there_or_not_what_it_says_is_found_out(recounted: tuple[SharedFiles, Recount], folder: Path) -> None:
+    shared, counted = recounted
+    with pytest.raises(Untrue, match=r"student: expected its weights in .*att_1, got none"):
+        recount(counted)
+    manifest = shared.publish_tree(folder, key=TREE)
+    (weights,) = [file for path, file in manifest.files.items() if path.endswith(".safetensors")]
+    shared.delete(f"{TREE}/{weights.sha256}")
+    with pytest.raises(Untrue, match=r"student: expected its weights, got .* no such file"):
+        recount(counted)
+    for content in (b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"[]", b"\x02" + b"\0" * 7 + b"{"):
+        (folder / STUDENT / "model.safetensors").write_bytes(content)
+        shared.publish_tree(folder, key=TREE)
+        with pytest.raises(Untrue, match="expected a safetensors header"):
+            recount(counted)
+
+
+def test_a_url_that_is_away_leaves_the_student_to_be_counted_later(
+    recounted: tuple[SharedFiles, Recount], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, counted = recounted
+    shared.publish_tree(folder, key=TREE)
+    answers, find = iter((True, True)), SharedFiles.find_tree
+
+    def find_later(self: SharedFiles, key: str) -> Manifest | None:
+        if next(answers, False):
+            raise FilesUnavailable("away")
+        return find(self, key)
+
+    monkeypatch.setattr(SharedFiles, "find_tree", find_later)
+
+    assert recount(counted) == count(SHAPE, inputs=INPUTS)
