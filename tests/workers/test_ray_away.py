@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 import psutil
 import pytest
 
+from api.files import find_file
+from nas.distillations import check_distillation, parse_distillation
 from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
-from nas.store.records import AttemptRecord, AttemptState, SearchState
+from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchState
 from nas.store.store import Store
 from nas.submission import check_submission
 from tests.workers.ray_cluster import add_node, ray_cluster, wait_until
@@ -34,11 +37,21 @@ class Deployment:
     cluster: Any
     controller: Controller
     folder: Path
+    nodes: dict[str, Any]
 
     def submit(self, spec: dict[str, Any]) -> str:
         parsed = parse_spec(json.dumps(spec))
         submission = check_submission(parsed, store=self.store)
         return self.store.create_search(spec=dump_spec(parsed), inputs=submission.inputs, plan=submission.plan, label="").id
+
+    def distil(self, search: SearchRecord) -> str:
+        """A full distillation of the winner, queued."""
+        body = {"search_id": search.id, "recipe": {"tokens": 4096, "validation_tokens": 256}}
+        plan = check_distillation(parse_distillation(json.dumps(body)), store=self.store, settings=self.settings)
+        queued = self.store.create_distillation(
+            search_id=search.id, trial=plan.trial, spec=plan.spec, inputs=plan.inputs, tokens=plan.tokens, label="", project="default"
+        )
+        return queued.id
 
     def tick_until(self, condition: Callable[[], Any], *, what: str) -> Any:
         def tick() -> Any:
@@ -53,11 +66,15 @@ class Deployment:
     def training(self, search_id: str) -> tuple[str, int] | None:
         """The attempt and the process of a rung that trains now, as the controller heard of it."""
         for attempt in self.attempts(search_id, AttemptState.RUNNING):
-            path = SearchFolder.of(search_id, settings=self.settings).attempt(attempt.id) / PROGRESS
-            lines = path.read_text().splitlines() if path.exists() else []
+            lines = self.progress(attempt)
             if attempt.rung and len(lines) > 1:
-                return attempt.id, int(json.loads(lines[0])["pid"])
+                return attempt.id, int(lines[0]["pid"])
         return None
+
+    def progress(self, attempt: AttemptRecord) -> list[dict[str, Any]]:
+        """What a step has reported, as the controller heard of it."""
+        path = SearchFolder.of(attempt.search_id, settings=self.settings).attempt(attempt.id) / PROGRESS
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @pytest.fixture
@@ -66,14 +83,13 @@ def deployment(tmp_path: Path, s3_url: str, register_tiny: Callable[..., None]) 
 
     environment = {"NAS_DATA": str(tmp_path / "data"), "NAS_SHARED": s3_url, "NAS_RAY_INSECURE": "1", "NAS_ATTEMPT_LEASE_SECONDS": "10"}
     with ray_cluster() as cluster:
-        for name in ("a", "b"):
-            add_node(cluster, tmp_path / name)
+        nodes = {name: add_node(cluster, tmp_path / name) for name in ("a", "b")}
         settings = dataclasses.replace(Settings.from_environment(environment), ray_address=cluster.address)
         settings.data_folder.mkdir()
         store = Store.open(settings.database_url, migrate=True)
         register_tiny(store=store, settings=settings)
         controller = Controller(store=store, executor=RayExecutor(settings, save_node=store.save_node), settings=settings)
-        yield Deployment(settings=settings, store=store, cluster=cluster, controller=controller, folder=tmp_path)
+        yield Deployment(settings=settings, store=store, cluster=cluster, controller=controller, folder=tmp_path, nodes=nodes)
         controller.stop()
         controller.run()
         store.close()
@@ -92,6 +108,37 @@ def test_a_search_ends_with_its_bundle_on_s3_and_no_node_needs_another(deploymen
     for name in ("a", "b"):
         assert list((deployment.folder / name / "cache").glob("*/sorted/*.safetensors")), "a node that fetched no prepared folder"
     assert list(deployment.settings.data_folder.rglob("*.safetensors")) == []
+    distillation_id = deployment.distil(search)
+
+    deployment.tick_until(lambda: deployment.store.get_search(distillation_id).state.is_terminal, what="the end of the distillation")
+
+    done = deployment.store.get_search(distillation_id)
+    assert done.state is SearchState.SUCCEEDED, done.error
+    assert done.winner is not None
+    file = find_file(done.winner["file"], sha256=done.winner["sha256"], settings=deployment.settings)
+    with tarfile.open(file) as archive:
+        assert "model/model.safetensors" in archive.getnames()
+
+
+def test_what_was_trained_on_a_node_that_is_gone_is_gone_on_with_on_another(deployment: Deployment, tiny_spec: Callable[..., dict[str, Any]]) -> None:
+    search_id = deployment.submit(tiny_spec(rungs={"first_tokens": 400_000, "factor": 2, "num_trained": 1, "keep": 0.5}))
+    first, pid = deployment.tick_until(lambda: deployment.training(search_id), what="a rung that trains")
+    attempt = next(one for one in deployment.store.list_attempts(search_id) if one.id == first)
+    deployment.tick_until(lambda: len(deployment.progress(attempt)) > 4, what="some steps of it")
+    node = next(name for name in deployment.nodes if psutil.Process(pid).environ()["NAS_CACHE"] == str(deployment.folder / name / "cache"))
+    deployment.store.request_pause(search_id)
+    deployment.tick_until(lambda: deployment.store.get_search(search_id).state is SearchState.PAUSED, what="the pause")
+    trained = deployment.progress(attempt)
+    deployment.cluster.remove_node(deployment.nodes[node], allow_graceful=False)
+
+    deployment.store.request_resume(search_id)
+    second, _ = deployment.tick_until(lambda: (found := deployment.training(search_id)) and found[0] != first and found, what="its next attempt")
+
+    gone_on = deployment.progress(next(one for one in deployment.store.list_attempts(search_id) if one.id == second))
+    assert trained[-1]["step"] < gone_on[1]["step"], "trained again"
+    assert gone_on[1]["step"] - trained[-1]["step"] < trained[-1]["step"]
+    deployment.store.request_cancel(search_id)
+    deployment.tick_until(lambda: deployment.store.get_search(search_id).state.is_terminal, what="the end of the cancelled search")
 
 
 def test_a_step_elsewhere_is_cancelled_preempted_and_outlives_a_killed_worker(deployment: Deployment, tiny_spec: Callable[..., dict[str, Any]]) -> None:
