@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tests.api.conftest import Service
 
 ACTIONS = ("cancel_search", "pause_search", "resume_search", "update_search", "delete_search")
+BUNDLED = {"request_trial_bundle": 0, "download_trial_bundle": 1}
+"""Trials of the search that has succeeded: one that was verified, and the winner."""
 REFUSED = ["400", "401", "403", "404", "405", "406", "409", "412", "415", "422", "428", "429"]
 
 
@@ -37,6 +39,7 @@ def configuration(*, searches: dict[str, str], distillations: dict[str, str], di
         for name, distillation_id in distillations.items()
         if name != "done"
     ]
+    operations += [{"include-operation-id": name, "parameters": {"path.number": number}} for name, number in BUNDLED.items()]
     # What these refuse, a schema cannot say: names that are not registered, a budget that nothing fits.
     semantic = {"positive_data_acceptance": {"expected-statuses": ["2xx", "422", "429"]}}
     # Every field of a spec at its bounds is thousands of requests: not in the short run.
@@ -81,6 +84,7 @@ def configured(service: Service) -> Any:
     done = service.confirmed_search()
     service.store.save_winner(done.id, {"bundle": "w.tar", "bundle_sha256": digest, "trial": 1, "config": {"hidden_size": 48}}, fence=None)
     service.move(done, SearchState.SUCCEEDED)
+    service.verify_trial(done, BUNDLED["request_trial_bundle"])
     searches = {"done": done.id, "retry_trial": service.ranked_search().id, **{name: service.submit().id for name in ACTIONS}}
     service.store.request_cancel(searches["delete_search"])
     distillations = {name: service.distil(done).id for name in ("cancel_distillation", "delete_distillation")}
