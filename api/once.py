@@ -32,6 +32,16 @@ class Once:
         self._tell(is_new)
         return search
 
+    def new_search(self, plan: Callable[[], Callable[[], SearchRecord]]) -> SearchRecord:
+        """The search that is made: `plan` checks what is asked, and returns what stores it.
+
+        Of a request that came before it is not asked: what was fine then, a search as the teacher for instance, may be gone by now.
+        """
+        if (done := self.store.find_done(self.request)) is not None:
+            self._tell(False)
+            return self.store.get_search(done)
+        return self.search(plan())
+
     def trial(self, effect: Callable[[], TrialRecord], *, number: int) -> TrialRecord:
         """The trial that the effect changes."""
         again = lambda search_id: self.store.get_trial(search_id, number)  # noqa: E731  (its type is inferred)
@@ -62,7 +72,8 @@ def get_once(
             min_length=1,
             max_length=200,
             pattern=r"^[!-~]+$",
-            description="Any text; for 24 hours the same key and request act only once.",
+            description="Any text; for 24 hours the same key and request act only once. One that comes while the first is at work waits for it, "
+            "and is answered as any later one is; another request with the key is a 422.",
         ),
     ] = None,
 ) -> Once:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request
@@ -69,19 +70,22 @@ def submit_distillation(
 ) -> DistillationAnswer:
     """Distil a search's student in full, by its bundle's recipe: the winner, or a trial that was verified. It is queued; 409 until the search has succeeded."""
     asked = parse_distillation(body)
-    plan = check_distillation(asked, store=store, settings=settings, project=principal.project)
-    made = once.search(
-        lambda: store.create_distillation(
+
+    def plan() -> Callable[[], SearchRecord]:
+        planned = check_distillation(asked, store=store, settings=settings, project=principal.project)
+        return partial(
+            store.create_distillation,
             search_id=asked.search_id,
-            trial=plan.trial,
-            spec=plan.spec,
-            inputs=plan.inputs,
-            tokens=plan.tokens,
+            trial=planned.trial,
+            spec=planned.spec,
+            inputs=planned.inputs,
+            tokens=planned.tokens,
             label=asked.label,
             project=principal.project,
             traceparent=current_traceparent(),
         )
-    )
+
+    made = once.new_search(plan)
     response.headers["Location"] = f"/v1/distillations/{made.id}"
     response.headers["ETag"] = etag_of(made.version)
     return describe_distillation(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -58,9 +59,11 @@ _Route = TypeVar("_Route", bound=Callable[..., Any])
 def submit_search(store: StoreDep, principal: PrincipalDep, body: JsonBodyDep, once: OnceDep, response: Response) -> SearchAnswer:
     """Check and price a spec, and queue it. Nothing is computed on the teacher yet."""
     spec = parse_spec(body)
-    submission = check_submission(spec, store=store, project=principal.project)
-    search = once.search(
-        lambda: store.create_search(
+
+    def plan() -> Callable[[], SearchRecord]:
+        submission = check_submission(spec, store=store, project=principal.project)
+        return partial(
+            store.create_search,
             spec=dump_spec(submission.spec),
             inputs=submission.inputs,
             plan=submission.plan,
@@ -69,7 +72,8 @@ def submit_search(store: StoreDep, principal: PrincipalDep, body: JsonBodyDep, o
             project=principal.project,
             traceparent=current_traceparent(),
         )
-    )
+
+    search = once.new_search(plan)
     response.headers["Location"] = f"/v1/searches/{search.id}"
     return _answer(search, store=store, response=response)
 

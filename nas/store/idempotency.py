@@ -1,7 +1,8 @@
 """Requests that may arrive twice: what the first of them did is what every later one is answered with.
 
 The name of a request and its effect are written in one transaction, so there is no moment at which one is there without the
-other. Of two at the same moment the second waits for the first one's transaction and then finds it done.
+other. Of two at the same moment the second waits for the first one's transaction, milliseconds, and is then answered as any later one is. (The draft of
+the header would have it refused with 409: that is for services whose requests take long, and would only make the client come again.)
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
-from sqlalchemy import delete, select, tuple_, update
+from sqlalchemy import ColumnElement, RowMapping, delete, select, tuple_, update
 
 from nas.errors import IdempotencyKeyReused
 from nas.store.database import Database
@@ -41,19 +42,40 @@ class Idempotency(Database):
             return effect(), True
         row = {"project": request.project, "key": request.key, "operation": request.operation, "body_digest": request.body_digest}
         with self.together() as connection:
-            now = self.wall_time(connection)
+            now = self.steady_time(connection, is_kept=True)
             # Two that clean up at once must not wait for each other.
             old = select(idempotency_keys.c.project, idempotency_keys.c.key).where(idempotency_keys.c.created_at <= now - timedelta(hours=KEPT_HOURS))
             names = connection.execute(old.with_for_update(skip_locked=True)).all()
             if names:
                 connection.execute(delete(idempotency_keys).where(tuple_(idempotency_keys.c.project, idempotency_keys.c.key).in_(names)))
-            is_this = (idempotency_keys.c.project == request.project) & (idempotency_keys.c.key == request.key)
+            is_this = _is(request)
             claim = self.insert_if_new(idempotency_keys).values(**row, created_at=now).returning(idempotency_keys.c.key)
             if connection.execute(claim).first() is None:
                 there = connection.execute(select(idempotency_keys).where(is_this)).mappings().one()
-                if (there["operation"], there["body_digest"]) != (request.operation, request.body_digest):
-                    raise IdempotencyKeyReused(f"Idempotency-Key {request.key!r}: expected the request that it came with before, got another")
-                return again(there["search_id"]), False
+                return again(_search_of(there, request=request)), False
             made = effect()
             connection.execute(update(idempotency_keys).where(is_this).values(search_id=search_of(made)))
             return made, True
+
+    def find_done(self, request: OnceRequest | None) -> str | None:
+        """The search that the request made or changed when it came before; None: it has not, or has no name.
+
+        Raises:
+            IdempotencyKeyReused: the key came before, with another operation or body.
+        """
+        if request is None:
+            return None
+        with self.read() as connection:
+            is_remembered = idempotency_keys.c.created_at > self.steady_time(connection) - timedelta(hours=KEPT_HOURS)
+            there = connection.execute(select(idempotency_keys).where(_is(request), is_remembered)).mappings().one_or_none()
+        return None if there is None else _search_of(there, request=request)
+
+
+def _is(request: OnceRequest) -> ColumnElement[bool]:
+    return (idempotency_keys.c.project == request.project) & (idempotency_keys.c.key == request.key)
+
+
+def _search_of(there: RowMapping, *, request: OnceRequest) -> str:
+    if (there["operation"], there["body_digest"]) != (request.operation, request.body_digest):
+        raise IdempotencyKeyReused(f"Idempotency-Key {request.key!r}: expected the request that it came with before, got another")
+    return str(there["search_id"])

@@ -45,6 +45,17 @@ def test_the_same_key_makes_one_distillation(service: Service, search: SearchRec
     assert len(service.client.get(URL).json()["data"]) == 1
 
 
+def test_the_same_request_is_answered_when_its_search_is_gone(service: Service, search: SearchRecord) -> None:
+    first = post(service, {"search_id": search.id}, **{"Idempotency-Key": "k"}).json()
+    service.store.request_cancel(first["id"])
+    service.store.delete_search(search.id)
+
+    again = post(service, {"search_id": search.id}, **{"Idempotency-Key": "k"})
+
+    assert (again.status_code, again.json()["id"], again.json()["state"]) == (201, first["id"], "cancelled")
+    assert post(service, {"search_id": search.id}).status_code == 422
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [

@@ -56,6 +56,18 @@ def test_the_spec_of_an_answer_can_be_submitted_again(service: Service) -> None:
     assert again.json()["spec"] == spec
 
 
+def test_the_same_request_is_answered_when_what_it_names_would_be_refused_by_now(service: Service) -> None:
+    source = service.submit()
+    spec, headers = json.dumps(service.spec(teacher=source.id)), {"Content-Type": "application/json", "Idempotency-Key": "k"}
+    first = service.client.post("/v1/searches", content=spec, headers=headers)
+    service.store.request_cancel(source.id)
+
+    again = service.client.post("/v1/searches", content=spec, headers=headers)
+
+    assert (first.status_code, again.status_code, again.json()["id"]) == (201, 201, first.json()["id"])
+    assert service.client.post("/v1/searches", content=spec, headers={"Content-Type": "application/json"}).status_code == 422
+
+
 def test_the_same_idempotency_key_and_body_give_the_same_search(service: Service) -> None:
     headers = {**JSON, "Idempotency-Key": "k1"}
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -36,7 +37,16 @@ def test_the_same_request_again_gives_what_the_first_one_made_as_it_is_now(store
     assert len(store.list_searches()) == 1
 
 
+def test_what_came_before_is_found_without_acting(store: Store) -> None:
+    assert store.find_done(a_request()) is None
+    made, _ = create(store, a_request())
+
+    assert store.find_done(a_request()) == made.id
+    assert store.find_done(a_request(key="other")) is None
+
+
 def test_without_a_name_every_request_is_a_new_one(store: Store) -> None:
+    assert store.find_done(None) is None
     assert create(store, None)[0].id != create(store, None)[0].id
 
 
@@ -44,8 +54,9 @@ def test_without_a_name_every_request_is_a_new_one(store: Store) -> None:
 def test_the_key_of_another_request_is_refused(store: Store, changes: dict[str, str]) -> None:
     create(store, a_request())
 
-    with pytest.raises(IdempotencyKeyReused, match="'k'"):
-        create(store, a_request(**changes))
+    for ask in (lambda request: create(store, request), store.find_done):
+        with pytest.raises(IdempotencyKeyReused, match="'k'"):
+            ask(a_request(**changes))
 
     assert len(store.list_searches()) == 1
 
@@ -68,6 +79,26 @@ def test_of_requests_at_the_same_time_one_acts(store: Store) -> None:
 
     assert len({search.id for search, _ in answers}) == 1
     assert sum(is_new for _, is_new in answers) == 1
+
+
+def test_one_that_comes_while_the_first_is_at_work_waits_for_it(store: Store) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work() -> SearchRecord:
+        made = store.create_search(spec={}, inputs={}, plan={}, label="")
+        begun.set()
+        assert go_on.wait(10.0)
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(store.once, a_request(), work, search_of=lambda search: search.id, again=store.get_search)
+        assert begun.wait(10.0)
+        second = pool.submit(create, store, a_request())
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.3)
+        go_on.set()
+
+        assert (first.result()[1], second.result()) == (True, (first.result()[0], False))
 
 
 def test_an_effect_that_fails_leaves_the_key_free_and_nothing_behind(store: Store) -> None:
@@ -96,8 +127,10 @@ def test_what_a_quota_refuses_may_be_asked_again_and_what_was_made_is_answered_w
 def test_a_key_is_forgotten_after_a_day_and_with_its_search(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = create(store, a_request())
     later = utc_now() + timedelta(hours=KEPT_HOURS, seconds=1)
-    monkeypatch.setattr(store, "wall_time", lambda _: later)
+    assert store.find_done(a_request()) == first.id
+    monkeypatch.setattr(store, "steady_time", lambda _, **__: later)
 
+    assert store.find_done(a_request()) is None
     second, is_new = create(store, a_request(body_digest="e"))
     store.request_cancel(second.id)
     store.delete_search(second.id)
