@@ -117,7 +117,7 @@ def held_out_rows(rows: Sequence[Json], *, board: Json) -> list[HeldOutRow]:
         every = [_metrics(result) for result in controls]
         medians = {name: {"value": median(metrics[name]["value"] for metrics in every), "standard_error": None} for name in every[0]}
         parameters = int(median(result["parameters"] for result in controls))
-        lines.append(HeldOutRow(name=f"median of {len(controls)} random shapes", number=None, parameters=parameters, metrics=medians))
+        lines.append(HeldOutRow(name=f"median of {len(controls)} random shapes" if len(controls) > 1 else "a random shape", number=None, parameters=parameters, metrics=medians))
     return lines
 
 
@@ -204,7 +204,7 @@ def draw(rows: Sequence[Json], *, search_id: str, board: Json, cost: str = "para
 
 
 def score_figure(search: SearchRecord, *, drawn: Drawn) -> dict[str, Any]:
-    """Score over the first objective (`drawn_cost`), with the teacher and the ceiling where they have one."""
+    """Score over the first objective (`drawn_cost`), with what the teacher costs and the ceiling, where there are such."""
     cost, plan = drawn_cost(search.spec), search.plan
     if cost == "parameters":  # the line stands where the axis counts what the budget counts
         teacher, ceiling = plan.get("teacher_parameters"), plan.get("max_parameters") if plan.get("counting", "total") == "total" else None
@@ -217,6 +217,7 @@ def score_figure(search: SearchRecord, *, drawn: Drawn) -> dict[str, Any]:
         "is_front_drawn": len(search.spec.get("objectives", ())) <= 1,
         "empty": f"No shape has reached the last rung{_yet(search.state.is_terminal)}",
         "points": drawn.points,
+        "leader": "winner" if search.winner is not None else "leads",
         "teacher": teacher,
         "budget": ceiling,
     }

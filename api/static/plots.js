@@ -37,19 +37,16 @@
       traces.push({ x: tied.map((p) => p.x), y: tied.map((p) => p.y), mode: "markers", name: "tied for first", hoverinfo: "skip", marker: { size: 19, symbol: "circle-open", color: colour("text"), line: { width: 1.2 } } });
     }
     for (const [kind, { name, symbol }] of Object.entries(KINDS)) {
-      const points = figure.points.filter((point) => point.kind === kind);
-      if (!points.length) continue;
-      traces.push({
-        x: points.map((p) => p.x), y: points.map((p) => p.y), customdata: points.map((p) => p.url), text: points.map((p) => p.label + (p.winner ? " (winner)" : "")), mode: "markers", name,
-        error_y: { type: "data", array: points.map((p) => p.error ?? 0), color: colour(`data-${kind}`), thickness: 1.2, width: 3 },
-        marker: { size: points.map((p) => (p.winner ? 13 : 9)), symbol, color: colour(`data-${kind}`), line: { width: points.map((p) => (p.winner ? 2 : 0)), color: colour("text") } },
-        hovertemplate: `%{text}<br>score %{y:.3f} ± %{error_y.array:.3f}<br>${figure.cost} %{x:,}<extra></extra>`,
-      });
+      const points = figure.points.filter((point) => point.kind === kind && !point.winner);
+      if (points.length) traces.push(markers(figure, points, { name, symbol, size: 9, color: colour(`data-${kind}`) }));
     }
-    const shapes = [], annotations = [];
-    if (figure.teacher) {
-      traces.push({ x: [figure.teacher], y: [1], mode: "markers", name: "teacher", marker: { size: 15, symbol: "star", color: colour("data-teacher"), line: { width: 1, color: colour("text") } }, hovertemplate: `the teacher: score 1 by definition<br>${figure.cost} %{x:,}<extra></extra>` });
+    const winner = figure.points.filter((point) => point.winner);
+    if (winner.length) {
+      traces.push(markers(figure, winner, { name: figure.leader, symbol: "star", size: 16, color: colour(`data-${winner[0].kind}`), line: { width: 1.2, color: colour("text") } }));
     }
+    // The teacher costs far more than any shape: where it stands on that axis would leave them little of it.
+    const shapes = [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { color: colour("data-teacher"), width: 1.5, dash: "dot" } }];
+    const annotations = [{ xref: "paper", x: 0, y: 1, yanchor: "bottom", xanchor: "left", xshift: 4, showarrow: false, text: figure.teacher ? `teacher, ${figure.teacher.toLocaleString("en")}` : "teacher", font: { color: colour("faint"), size: 12 } }];
     if (figure.budget) {
       shapes.push(vertical(figure.budget, "dash"));
       annotations.push({ x: figure.budget, yref: "paper", y: 1, yanchor: "top", xanchor: "left", xshift: 4, showarrow: false, text: "budget", font: { color: colour("faint"), size: 12 } });
@@ -57,6 +54,11 @@
     return [traces, layout({ xaxis: { title: title(figure.cost), exponentformat: "SI" }, yaxis: { title: title("score (teacher 1, random weights 0)") }, shapes, annotations })];
   }
 
+  const markers = (figure, points, { name, color, ...marker }) => ({
+    x: points.map((p) => p.x), y: points.map((p) => p.y), customdata: points.map((p) => p.url), text: points.map((p) => p.label), mode: "markers", name,
+    error_y: { type: "data", array: points.map((p) => p.error ?? 0), color, thickness: 1.2, width: 3 }, marker: { color, ...marker },
+    hovertemplate: `%{text}<br>score %{y:.3f} ± %{error_y.array:.3f}<br>${figure.cost} %{x:,}<extra></extra>`,
+  });
   const empty = (text) => [[], layout({ xaxis: { visible: false }, yaxis: { visible: false }, annotations: [note(text)] })];
   const note = (text) => ({ xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false, text, font: { size: 14, color: colour("faint") } });
 

@@ -158,6 +158,7 @@ def test_the_leader_is_called_the_winner_once_there_is_one(service: Service) -> 
     text = page(service, f"/searches/{search.id}")
 
     assert rows(text)["trial-0"].startswith("1 = #0 winner")
+    assert figure(text, "plot-score")["leader"] == "winner"
     assert f"/v1/searches/{search.id}/winner/bundle" in text
 
 
@@ -246,6 +247,7 @@ def test_the_score_figure_has_points_of_the_last_rung_the_teacher_and_the_budget
         (2, "control", False, 0.5),
     ]
     assert (values["teacher"], values["budget"]) == (search.plan["teacher_parameters"], search.plan["max_parameters"])
+    assert values["leader"] == "leads"
 
 
 def test_the_curve_has_the_points_and_the_rungs(service: Service) -> None:
