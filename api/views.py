@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -247,14 +248,26 @@ def _yet(is_over: bool) -> str:
 
 
 def curve_figure(*, points: Sequence[PointRecord], rungs: Sequence[RungRecord], is_active: bool) -> dict[str, Any]:
-    """The learning curve of one trial: training loss over tokens, the rungs' bounds and what they measured on held-out text."""
+    """The learning curve of one trial: training loss over tokens, the rungs' bounds and what they measured on held-out text.
+
+    A rung ends on a branch where the rate decays, and the next one goes on from before it: between two rungs the line has a gap (None).
+    """
     step = -(-len(points) // MAX_CURVE_POINTS) or 1
-    chosen = [point for index, point in enumerate(points) if index % step == 0 or index == len(points) - 1]
+    ends = {index for index, (point, after) in enumerate(pairwise(points)) if after.rung != point.rung}
+    chosen = [point for index, point in enumerate(points) if index % step == 0 or index in ends or index == len(points) - 1]
+    x: list[int | None] = []
+    y: list[float | None] = []
+    for before, point in zip([None, *chosen], chosen, strict=False):
+        if before is not None and before.rung != point.rung:
+            x.append(None)
+            y.append(None)
+        x.append(point.tokens)
+        y.append(point.loss)
     return {
         "kind": "curve",
         "empty": f"No training step{_yet(not is_active)}",
-        "x": [point.tokens for point in chosen],
-        "y": [point.loss for point in chosen],
+        "x": x,
+        "y": y,
         "rungs": [{"rung": record.rung, "tokens": record.result["tokens"], "kl": record.result["kl"]["value"]} for record in rungs],
     }
 

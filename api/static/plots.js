@@ -78,7 +78,7 @@
 
   function curve(figure) {
     if (!figure.x.length && !figure.rungs.length) return empty(figure.empty);
-    const traces = [{ x: figure.x, y: figure.y, mode: "lines", name: "distillation loss (training)", line: { color: colour("data-sampler"), width: 1.6 }, hovertemplate: "%{x:,} tokens<br>KL %{y:.4f}<extra></extra>" }];
+    const traces = [{ x: figure.x, y: figure.y, mode: "lines", connectgaps: false, name: "distillation loss (training)", line: { color: colour("data-sampler"), width: 1.6 }, hovertemplate: "%{x:,} tokens<br>KL %{y:.4f}<extra></extra>" }];
     if (figure.rungs.length) {
       traces.push({ x: figure.rungs.map((r) => r.tokens), y: figure.rungs.map((r) => r.kl), text: figure.rungs.map((r) => `rung ${r.rung}`), mode: "markers", cliponaxis: false, name: "held-out KL at the end of a rung",
         marker: { size: 11, symbol: "diamond", color: colour("data-anchor") }, hovertemplate: "%{text}, %{x:,} tokens<br>held-out KL %{y:.4f}<extra></extra>" });
