@@ -397,10 +397,10 @@ class LimitSpec:
     """Most bytes of the search's folder. Above it the checkpoints of waiting trials go, the least promising first (they would train from the start again);
     still above, the search pauses with the reason disk_budget. None: no limit."""
 
-    def step_seconds(self, stage: Literal["prepare", "rung", "confirm", "bundle", "distil"]) -> float:
-        """Time limit of one step."""
+    def step_limit(self, stage: Literal["prepare", "rung", "confirm", "bundle", "distil"]) -> tuple[str, float]:
+        """The field that limits the time of one step, and its seconds."""
         own = {"prepare": self.max_prepare_seconds, "confirm": self.max_confirm_seconds, "bundle": self.max_bundle_seconds}.get(stage)
-        return self.max_rung_seconds if own is None else own
+        return ("max_rung_seconds", self.max_rung_seconds) if own is None else (f"max_{stage}_seconds", own)
 
 
 @_value

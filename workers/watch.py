@@ -203,8 +203,9 @@ class Watch:
                 if waited
                 else None
             )
-        if now - running.began > limits.step_seconds(stage):
-            return Outcome(succeeded=False, reason="timeout", message=f"{stage}: ran longer than the {limits.step_seconds(stage):g} s of its limit")
+        field, seconds = limits.step_limit(stage)
+        if now - running.began > seconds:
+            return Outcome(succeeded=False, reason="timeout", message=f"{stage}: ran longer than limits.{field}={seconds:g}")
         return None
 
     def _say_waiting(self, attempt: AttemptRecord) -> None:
