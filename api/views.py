@@ -118,7 +118,8 @@ def held_out_rows(rows: Sequence[Json], *, board: Json) -> list[HeldOutRow]:
         every = [_metrics(result) for result in controls]
         medians = {name: {"value": median(metrics[name]["value"] for metrics in every), "standard_error": None} for name in every[0]}
         parameters = int(median(result["parameters"] for result in controls))
-        lines.append(HeldOutRow(name=f"median of {len(controls)} random shapes" if len(controls) > 1 else "a random shape", number=None, parameters=parameters, metrics=medians))
+        name = f"median of {len(controls)} random shapes" if len(controls) > 1 else "a random shape"
+        lines.append(HeldOutRow(name=name, number=None, parameters=parameters, metrics=medians))
     return lines
 
 
