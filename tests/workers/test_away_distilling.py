@@ -22,12 +22,12 @@ from nas.recipe import Recipe
 from nas.search.layout import BUNDLE
 from nas.shared_files import SharedFiles
 from nas.store.records import SearchRecord, SearchState
+from tests.workers.inline_service import ONE_RUNG
 from tests.workers.test_away import Deployment, LostNode, Nodes, make_deployment
 from tests.workers.test_away import verified_here as verified_here
 from workers.folders import MODEL, MODEL_TAR
 
 TOKENS = 4096
-RUNGS = {"first_tokens": 2048, "factor": 2, "num_trained": 1, "keep": 1.0, "keep_untrained": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def found(
     bucket = f"nas-{uuid.uuid4().hex[:12]}"
     s3fs.S3FileSystem(use_listings_cache=False).mkdir(bucket)
     deployment = make_deployment(tmp_path_factory.mktemp("away"), url=f"s3://{bucket}/team", register=register_tiny)
-    spec = tiny_spec(sampler={"name": "random", "max_trials": 2}, controls={"anchors": False, "num_random": 0}, rungs=RUNGS, num_finalists=2)
+    spec = tiny_spec(sampler={"name": "random", "max_trials": 2}, controls={"anchors": False, "num_random": 0}, rungs=ONE_RUNG, num_finalists=2)
     yield deployment, deployment.run(deployment.submit(spec))
     deployment.store.close()
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import signal
 import tarfile
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +17,17 @@ from nas.distillations import check_distillation, parse_distillation
 from nas.errors import Conflict, InvalidSpec, NotFound
 from nas.full_run import distil_fully
 from nas.recipe import Recipe
-from nas.search import confirm
 from nas.search.layout import BUNDLE
-from nas.settings import Settings
 from nas.store.records import AttemptState, SearchRecord, SearchState
 from nas.store.store import Store
-from tests.workers.test_controller import InlineExecutor, Service, is_state
-from tests.workers.test_controller import _verify_here as verify_here
-from tests.workers.test_controller import prepared as prepared
-from tests.workers.test_controller import service as service
+from tests.workers.inline_service import Service, is_state
 from workers.controller import Controller
 from workers.executor import LocalExecutor
 from workers.folders import MODEL, MODEL_TAR
 from workers.step import PROGRESS, Outcome, Step
 
 TOKENS = 4096
-RUNGS = {"first_tokens": 2048, "factor": 2, "num_trained": 1, "keep": 1.0, "keep_untrained": 1.0}
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-
-
-@pytest.fixture(scope="module")
-def succeeded(
-    tmp_path_factory: pytest.TempPathFactory, register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]]
-) -> Iterator[tuple[Service, SearchRecord]]:
-    """A service with a search that has succeeded, with two finalists."""
-    settings = dataclasses.replace(Settings.from_environment({"NAS_DATA": str(tmp_path_factory.mktemp("data"))}), lease_seconds=0.3)
-    settings.data_folder.mkdir(exist_ok=True)
-    store = Store.open(settings.database_url, migrate=True)
-    register_tiny(store=store, settings=settings)
-    service = Service(settings=settings, store=store, make_spec=tiny_spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(confirm, "verify", partial(verify_here, confirm.verify))
-        yield service, service.run(service.submit(sampler={"name": "random", "max_trials": 2}, rungs=RUNGS, num_finalists=2))
-    store.close()
-
-
-@pytest.fixture
-def found(succeeded: tuple[Service, SearchRecord]) -> tuple[Service, SearchRecord]:
-    service, search = succeeded
-    return dataclasses.replace(service, executor=InlineExecutor()), search
 
 
 def submit(service: Service, search: SearchRecord, **asked: Any) -> str:

@@ -17,9 +17,7 @@ from nas.errors import Conflict
 from nas.search.layout import STUDENT, trial_folder
 from nas.store.records import BundleRecord, BundleState, SearchRecord
 from nas.trial_bundles import find_bundle, request_bundle
-from tests.workers.test_controller import Service, hang
-from tests.workers.test_distilling import found as found
-from tests.workers.test_distilling import succeeded as succeeded
+from tests.workers.inline_service import Service, hang
 from workers import packing
 from workers.controller import Controller
 from workers.liveness import BEAT, is_superseded
