@@ -13,6 +13,7 @@ import uvicorn
 from api.app import create_app
 from api.guard import check_exposure
 from api.server import make_server
+from nas.compress.heap import use_few_arenas
 from nas.errors import InvalidSpec, Problem
 from nas.logs import set_up_logging
 from nas.settings import Settings
@@ -25,6 +26,7 @@ PARENT_POLL_SECONDS = 0.5
 
 
 def main() -> int:
+    use_few_arenas()
     try:
         settings = Settings.from_environment(os.environ)
         parent = read_parent(os.environ)

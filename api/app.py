@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI
 from opentelemetry.trace import TracerProvider
 
@@ -18,6 +22,15 @@ from nas.store.store import Store
 API_VERSION = "1.0"
 """Of the REST interface under /v1: it grows, and keeps what it has."""
 
+NUM_THREADS = 16
+"""That serve requests. They wait for the database, which a few cover, and compute one at a time: more of them only take turns, and each keeps memory."""
+
+
+@asynccontextmanager
+async def _with_few_threads(_: FastAPI) -> AsyncIterator[None]:
+    current_default_thread_limiter().total_tokens = NUM_THREADS
+    yield
+
 
 def create_app(*, store: Store, settings: Settings, tracer_provider: TracerProvider | None = None) -> FastAPI:
     """The application over an open store. Whether it needs keys, and which host names it answers to, follows from the settings.
@@ -26,6 +39,7 @@ def create_app(*, store: Store, settings: Settings, tracer_provider: TracerProvi
         tracer_provider: where its spans go; None: to the process's own (`nas/tracing.py`), if it has one.
     """
     app = FastAPI(
+        lifespan=_with_few_threads,
         title="nas",
         summary="Neural architecture search for compressed language models",
         description=openapi.DESCRIPTION,

@@ -24,7 +24,7 @@ async def read_body(request: Request) -> bytes:
 RawBodyDep = Annotated[bytes, Depends(read_body)]
 
 
-def read_json_body(request: Request, body: RawBodyDep) -> bytes:
+async def read_json_body(request: Request, body: RawBodyDep) -> bytes:
     """A body of JSON, still as text: who reads it names the field that is wrong, and sees a NaN.
 
     Asking for the JSON media type also makes a browser ask before another site's page may send one.
@@ -38,7 +38,7 @@ def read_json_body(request: Request, body: RawBodyDep) -> bytes:
 JsonBodyDep = Annotated[bytes, Depends(read_json_body)]
 
 
-def read_no_body(body: RawBodyDep) -> None:
+async def read_no_body(body: RawBodyDep) -> None:
     """Of a request that has nothing to say: what it says all the same would be passed over.
 
     Raises:

@@ -60,7 +60,7 @@ class Once:
             self.response.headers[REPLAYED_HEADER] = "true"
 
 
-def get_once(
+async def get_once(
     request: Request,
     response: Response,
     store: StoreDep,

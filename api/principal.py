@@ -39,7 +39,7 @@ def parse_bearer(header: str) -> str | None:
     return match[1] if match else None
 
 
-def get_principal(request: Request) -> Principal:
+async def get_principal(request: Request) -> Principal:
     """Set by the middleware for every path that is not public; a route of a public path has none, and must not ask."""
     principal: Principal = request.state.principal
     return principal

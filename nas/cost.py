@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from nas.architecture import Architecture
@@ -40,8 +41,9 @@ class ParameterCount:
         return self.total - self.embedding
 
 
+@lru_cache(maxsize=4096)
 def count_parameters(architecture: Architecture, shape: Shape) -> ParameterCount:
-    """Parameters of `architecture` cut to `shape`; tied embeddings are counted once."""
+    """Parameters of `architecture` cut to `shape`; tied embeddings are counted once. Remembered: pricing a search asks some forty times for a dozen shapes."""
     total, embedding, active = _sum_parameters(architecture, sizes=architecture.sizes(shape), num_hidden_layers=shape.num_hidden_layers)
     return ParameterCount(total=total, embedding=embedding, active=active)
 

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from nas.architecture import Architecture, read_architecture
-from nas.budget import limits
+from nas.architecture import read_architecture
 from nas.chain import ID_PREFIX, find_source, take_winner
-from nas.compress.train_plan import trunk_rate
-from nas.cost import count_parameters
 from nas.errors import InvalidSpec, Problem
-from nas.estimate import Speed, describe_space, estimate_seconds, explain_shape, planned_work, task_work, total_work, with_first_tokens
+from nas.estimate import Speed, estimate_seconds, explain_shape, task_work, total_work
 from nas.evaluate.scores import FORMS_BY_KIND
-from nas.memory import TeacherMemory, Training, inference_memory, least_training_memory, preparation_disk, rung_disk, training_memory
+from nas.pricing import price
 from nas.shape import Shape
-from nas.space import SearchSpace, build_spaces, forced_anchors
+from nas.space import SearchSpace, build_spaces
 from nas.spec import LINE, SearchSpec, parse_spec
 from nas.store.records import DEFAULT_PROJECT, CorpusRecord, SearchRecord, SpeedRecord, TaskRecord, TeacherRecord
 from nas.store.store import Store
@@ -29,8 +27,6 @@ from nas.warm_start import check_warm_start
 
 MAX_TOKENS = 2**53
 """Beyond it a JSON reader may round."""
-
-_Record = TypeVar("_Record", TeacherRecord, CorpusRecord, TaskRecord)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +39,11 @@ class Submission:
     """Snapshot of the teacher, corpora and tasks (name, digest, place), so that a later change of the registry changes nothing. A teacher that is another
     search's winner has its place only when the search starts, and its digest when there is one (`nas/chain.py`)."""
     plan: dict[str, Any]
-    """Legal shapes, ceilings and anchors of each budget, teacher parameters, learning rate, tokens per rung and at most in all."""
-    spaces: tuple[SearchSpace, ...] = field(compare=False, repr=False)
-    """The legal shapes of each budget."""
+    """What it comes to (`nas/pricing.py`)."""
+
+    def build_spaces(self) -> tuple[SearchSpace, ...]:
+        """The legal shapes of each budget."""
+        return build_spaces(self.spec, architecture=read_architecture(self.inputs["teacher"]["config"]))
 
 
 def check_submission(spec: SearchSpec, *, store: Store, project: str = DEFAULT_PROJECT) -> Submission:
@@ -80,19 +78,10 @@ def _plan_for(spec: SearchSpec, *, inputs: dict[str, Any], store: Store, project
     problems += [*_lengths(spec, context=config.get("max_position_embeddings")), *_scoring(spec, cards=[task["card"] for task in inputs["tasks"]])]
     if problems:
         raise InvalidSpec(*problems)
-    spaces = build_spaces(spec, architecture=read_architecture(config))
-    problems = [
-        Problem(field=f"shapes.{index}.{problem.field}", expected=problem.expected, got=problem.got)
-        for index, shape in enumerate(spec.shapes)
-        for problem in min((space.explain(shape) for space in spaces), key=len)  # one budget that it fits is enough
-    ]
-    if problems:
-        raise InvalidSpec(*problems)
+    spec, plan = price(spec, config=config)
     if problems := check_warm_start(spec, inputs=inputs, store=store, project=project):
         raise InvalidSpec(*problems)
-    budgets = _describe_budgets(spec, spaces=spaces)
-    spec = with_first_tokens(spec, plans=budgets)
-    return Submission(spec=spec, inputs=inputs, plan=_plan(spec, spaces=spaces, budgets=budgets), spaces=tuple(spaces))
+    return Submission(spec=spec, inputs=inputs, plan=plan)
 
 
 def estimate_time(submission: Submission, *, speed: SpeedRecord) -> dict[str, Any]:
@@ -107,7 +96,7 @@ def estimate_time(submission: Submission, *, speed: SpeedRecord) -> dict[str, An
     if speed.points is None:
         reason = f"not measured: {speed.error}" if speed.error else "being measured, once, as soon as a worker with these resources is free; ask again"
         return {"worker": worker, "known": False, "pending": speed.error is None, "reason": reason}
-    spec, spaces = submission.spec, submission.spaces
+    spec, spaces = submission.spec, submission.build_spaces()
     tasks = task_work(spec, cards=[task["card"] for task in submission.inputs["tasks"]], vocab_size=spaces[0].architecture.vocab_size)
     work = total_work(spec, plans=submission.plan["budgets"])
     return {
@@ -118,41 +107,43 @@ def estimate_time(submission: Submission, *, speed: SpeedRecord) -> dict[str, An
     }
 
 
-def ask_about(submission: Submission, shape: Shape) -> dict[str, Any]:
-    """Whether the search may try a shape under one of its budgets, and why not under the one that it misses by least."""
-    return explain_shape(min(submission.spaces, key=lambda space: (len(space.explain(shape)), not space.proposes(shape))), shape)
+def ask_about(submission: Submission, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
+    """Of each shape whether the search may try it under one of its budgets, and why not under the one that it misses by least."""
+    spaces = submission.build_spaces() if shapes else ()
+    return [explain_shape(min(spaces, key=lambda space: (len(space.explain(shape)), not space.proposes(shape))), shape) for shape in shapes]
 
 
 def _look_up(spec: SearchSpec, *, store: Store, project: str) -> dict[str, Any]:
     """What the spec names, as it is now: the submission's inputs."""
     problems: list[Problem] = []
-    teachers, corpora, tasks = store.list_teachers(), store.list_corpora(), store.list_tasks()
+    found = store.find_registered(teacher=spec.teacher, corpus_names=[part.name for part in spec.corpus.parts], task_names=[task.name for task in spec.tasks])
     teacher: dict[str, Any] | None = None
-    if spec.teacher.startswith(ID_PREFIX) and all(record.name != spec.teacher for record in teachers):
+    if found.teacher is not None:
+        teacher = {"name": found.teacher.name, "digest": found.teacher.digest, "path": found.teacher.path, "config": found.teacher.config}
+    elif spec.teacher.startswith(ID_PREFIX):
         try:
             teacher = find_source(spec, store=store, project=project)
         except InvalidSpec as invalid:
             problems += invalid.problems
-    elif (registered := _find(teachers, name=spec.teacher, field="teacher", problems=problems)) is not None:
-        teacher = {"name": registered.name, "digest": registered.digest, "path": registered.path, "config": registered.config}
-    found_corpora = [_find(corpora, name=part.name, field=f"corpus.parts.{index}.name", problems=problems) for index, part in enumerate(spec.corpus.parts)]
-    found_tasks = [_find(tasks, name=task.name, field=f"tasks.{index}.name", problems=problems) for index, task in enumerate(spec.tasks)]
+    else:
+        problems += _unknown({"teacher": spec.teacher}, registered=store.list_teachers)
+    new_corpora = {f"corpus.parts.{index}.name": part.name for index, part in enumerate(spec.corpus.parts) if part.name not in found.corpora}
+    new_tasks = {f"tasks.{index}.name": task.name for index, task in enumerate(spec.tasks) if task.name not in found.tasks}
+    problems += [*_unknown(new_corpora, registered=store.list_corpora), *_unknown(new_tasks, registered=store.list_tasks)]
     if problems:
         raise InvalidSpec(*problems)
+    corpora, tasks = [found.corpora[part.name] for part in spec.corpus.parts], [found.tasks[task.name] for task in spec.tasks]
     return {
         "teacher": teacher,
-        "corpora": [{"name": corpus.name, "digest": corpus.digest, "files": list(corpus.files)} for corpus in found_corpora if corpus],
-        "tasks": [{"name": task.name, "digest": task.digest, "folder": task.folder, "card": task.card} for task in found_tasks if task],
+        "corpora": [{"name": corpus.name, "digest": corpus.digest, "files": list(corpus.files)} for corpus in corpora],
+        "tasks": [{"name": task.name, "digest": task.digest, "folder": task.folder, "card": task.card} for task in tasks],
     }
 
 
-def _find(records: list[_Record], *, name: str, field: str, problems: list[Problem]) -> _Record | None:
-    for record in records:
-        if record.name == name:
-            return record
-    known = ", ".join(sorted(record.name for record in records)[:20]) or "none yet"
-    problems.append(Problem(field=field, expected=f"a registered name ({known})", got=name))
-    return None
+def _unknown(names: Mapping[str, str], *, registered: Callable[[], Sequence[TeacherRecord | CorpusRecord | TaskRecord]]) -> list[Problem]:
+    """That nothing is registered under these names, by the field that holds each."""
+    known = ", ".join(sorted(record.name for record in registered())[:20]) or "none yet" if names else ""
+    return [Problem(field=field, expected=f"a registered name ({known})", got=name) for field, name in names.items()]
 
 
 def _lengths(spec: SearchSpec, *, context: object) -> list[Problem]:
@@ -232,94 +223,3 @@ def _label(spec: SearchSpec) -> list[Problem]:
 
 def _duplicates(field: str, names: list[str]) -> list[Problem]:
     return [Problem(field=f"{field}.{index}.name", expected="each name once", got=f"{name} again") for index, name in enumerate(names) if name in names[:index]]
-
-
-def _describe_budgets(spec: SearchSpec, *, spaces: tuple[SearchSpace, ...]) -> list[dict[str, Any]]:
-    """Each budget with the teacher known, and what it searches. A shape of the user's belongs to the first budget that it fits."""
-    named = [next(index for index, space in enumerate(spaces) if not space.explain(shape)) for shape in spec.shapes]
-    return [
-        _describe_budget(spec, space=space, named=[shape for shape, of in zip(spec.shapes, named, strict=True) if of == index])
-        for index, space in enumerate(spaces)
-    ]
-
-
-def _plan(spec: SearchSpec, *, spaces: tuple[SearchSpace, ...], budgets: list[dict[str, Any]]) -> dict[str, Any]:
-    architecture: Architecture = spaces[0].architecture
-    teacher = count_parameters(architecture, architecture.shape)
-    rungs = [spec.rungs.tokens(rung) for rung in range(spec.rungs.num_trained + 1)]
-    work = planned_work(spec, budgets=budgets)
-    learning_rate, rate_follows_loss = trunk_rate(spec.distillation.learning_rate, teacher_hidden_size=architecture.shape.hidden_size)
-    return {
-        "teacher_parameters": teacher.total,
-        "teacher_non_embedding_parameters": teacher.non_embedding,
-        "teacher_shape": architecture.shape.as_dict(),
-        **budgets[0],
-        "budgets": budgets,
-        "rung_tokens": rungs,
-        "learning_rate": learning_rate,
-        "rate_follows_loss": rate_follows_loss,
-        **work,
-        **_needs(spec, spaces=spaces, trials=work["max_trials"]),
-    }
-
-
-def _describe_budget(spec: SearchSpec, *, space: SearchSpace, named: list[Shape]) -> dict[str, Any]:
-    """One budget with the teacher known, and what it searches; the plan's own fields are those of the first. `named`: the user's shapes of this budget."""
-    budget = space.budget
-    anchors = space.anchors() if spec.controls.anchors else {}
-    at_least = len(anchors) + len(named)
-    return {
-        "max_parameters": budget.max_parameters,
-        "min_parameters": budget.min_parameters,
-        "counting": budget.counting,
-        "ceilings": {ceiling.cost: ceiling.maximum for ceiling in budget.ceilings},
-        "teacher_costs": dict(budget.teacher),
-        "workload": asdict(budget.workload),
-        "latency_ceilings": {name: maximum for workload in budget.latency for name, maximum in limits(workload).items()},
-        "legal_shapes": space.count(),
-        "anchors": {name: _described(space.architecture, shape) for name, shape in anchors.items()},
-        "space": describe_space(space),
-        "searched": max(min(spec.sampler.max_trials, space.count() + at_least), at_least),
-        "forced": len({*forced_anchors(spec, anchors=anchors).values(), *named}),
-    }
-
-
-def _needs(spec: SearchSpec, *, spaces: tuple[SearchSpace, ...], trials: int) -> dict[str, Any]:
-    """Memory of one trial of the largest student in view, as asked for and at the least, and the disk that the search fills, in bytes.
-
-    A worker compares with its own device before each step, and fits micro-batch, checkpointing and moments to it (compress/fitting.py).
-    """
-    architecture, settings = spaces[0].architecture, spec.distillation
-    anchors = [shape for space in spaces for shape in space.anchors().values()]
-    shape = max((*anchors, *spec.shapes), key=lambda shape: count_parameters(architecture, shape).total)
-    dtype = settings.dtype if spec.resources.gpus else "float32"
-    wanted = Training(
-        sequence_length=spec.corpus.sequence_length,
-        batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size or settings.batch_size,
-        dtype=dtype,
-        moments="float32" if settings.moments == "auto" else settings.moments,
-        optimizer=settings.optimizer,
-        device="cuda" if spec.resources.gpus else "cpu",
-    )
-    teacher = TeacherMemory(architecture=architecture, dtype=dtype, stored=settings.signals != "off")
-    preparing = inference_memory(replace(teacher, stored=False), tokens=wanted.micro_tokens, device=wanted.device)
-    disk = preparation_disk(architecture, corrected=spec.compression.teacher_correction_tokens > 0, moments=spec.compression.reconstruction)
-    return {
-        "memory": {
-            "shape": shape.as_dict(),
-            "training": training_memory(architecture, shape, training=wanted, teacher=teacher).as_dict(),
-            "training_at_least": least_training_memory(architecture, shape, wanted=wanted, teacher=teacher).as_dict(),
-            "preparing": preparing.as_dict(),
-        },
-        "disk": {
-            "prepared_bytes": sum(disk.values()),
-            "max_signal_bytes": 0 if settings.signals == "off" else settings.max_signal_bytes,
-            "trial_bytes": sum(rung_disk(architecture, shape).values()),
-            "trials": trials,
-        },
-    }
-
-
-def _described(architecture: Architecture, shape: Shape) -> dict[str, Any]:
-    return {"shape": shape.as_dict(), "parameters": count_parameters(architecture, shape).total}

@@ -65,6 +65,7 @@ ROWS = (
     "nas.compress.distillation",
     "nas.compress.speed",
     "nas.compress.correction",
+    "nas.pricing",
     "nas.evaluate",
     "nas.recipe",
     "nas.run_folder",

@@ -37,8 +37,9 @@ class Cleaning:
             return
         num_logs = self._store.drop_old_logs(days=self._settings.log_days, max_bytes=self._settings.max_log_bytes)
         num_events = self._store.drop_old_events(days=self._settings.event_days)
+        num_keys = self._store.drop_old_keys()
         self._num_logs, self._num_events = self._num_logs + num_logs, self._num_events + num_events
-        if num_logs or num_events:
+        if num_logs or num_events or num_keys:
             return
         self._rest_until = self._clock() + CLEAN_SECONDS
         if self._num_logs or self._num_events:

@@ -19,12 +19,12 @@ MAX_INTEGER = 2**31 - 1
 SEARCH_ID = re.compile(r"srch_[0-9a-z]{1,64}")
 
 
-def get_store(request: Request) -> Store:
+async def get_store(request: Request) -> Store:
     store: Store = request.app.state.store
     return store
 
 
-def get_settings(request: Request) -> Settings:
+async def get_settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
 

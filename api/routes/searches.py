@@ -24,7 +24,7 @@ from api.schemas.searches import UPDATE_ADAPTER, PreviewAnswer, SearchAnswer, Se
 from api.summary import describe_inputs, describe_search, summarise_search
 from nas.shape import Shape
 from nas.spec import LINE, dump_spec, parse_spec
-from nas.store.records import SearchRecord, SearchState
+from nas.store.records import SearchRecord, SearchState, TrialCounts
 from nas.store.store import Store
 from nas.strict_json import read_object, validate
 from nas.submission import ask_about, check_submission, estimate_time
@@ -101,7 +101,7 @@ def preview_search(
         plan=submission.plan,
         inputs=describe_inputs(submission.inputs),
         time=estimate_time(submission, speed=speed),
-        asked=[ask_about(submission, shape) for shape in asked],
+        asked=ask_about(submission, asked),
     )
 
 
@@ -220,4 +220,6 @@ def resume_search(search: SearchDep, store: StoreDep, once: OnceDep, response: R
 
 def _answer(search: SearchRecord, *, store: Store, response: Response) -> SearchAnswer:
     response.headers["ETag"] = etag_of(search.version)
-    return describe_search(search, counts=store.trial_counts([search.id])[search.id])
+    # Whose only event is its own creation has no trial.
+    counts = TrialCounts(cells={}) if search.version == 1 else store.trial_counts([search.id])[search.id]
+    return describe_search(search, counts=counts)

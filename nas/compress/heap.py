@@ -1,14 +1,15 @@
-"""The C library's heap, told to keep what training gives back and asks for again at the next step."""
+"""The C library's heap, told what suits a process: to keep what training gives back and asks for again, or to be one for all threads of a server."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import sys
+from collections.abc import Mapping
 
 logger = logging.getLogger(__name__)
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Of glibc's malloc.h."""
 _KEPT_BYTES, _LARGEST_BYTES, _RETURNED_BYTES = 2**30, 32 * 2**20, 2**18
 
@@ -28,9 +29,22 @@ def return_freed_memory() -> None:
     _set_thresholds(largest=_RETURNED_BYTES, kept=_RETURNED_BYTES)
 
 
+def use_few_arenas() -> None:
+    """Let all threads of this process allocate from two arenas; before the first of them starts.
+
+    By default glibc gives nearly every thread its own, and each keeps what its thread once needed: a server whose threads take turns grows to the sum of
+    all peaks. Python's lock lets no two of them allocate at once anyway.
+    """
+    _set({_M_ARENA_MAX: 2})
+
+
 def _set_thresholds(*, largest: int, kept: int) -> None:
+    _set({_M_MMAP_THRESHOLD: largest, _M_TRIM_THRESHOLD: kept})
+
+
+def _set(values: Mapping[int, int]) -> None:
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or not (mallopt(_M_MMAP_THRESHOLD, largest) and mallopt(_M_TRIM_THRESHOLD, kept)):
+    if mallopt is None or not all(mallopt(name, value) for name, value in values.items()):
         logger.debug("the heap keeps its settings", extra={"action": "heap_unchanged"})

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Insert, Table, create_engine, event, func, select
+from sqlalchemy import Connection, Engine, Insert, Table, bindparam, create_engine, event, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, DontWrapMixin, InterfaceError, OperationalError
@@ -41,6 +41,9 @@ _MIGRATION_LOCK = 0x6E6173
 """Key of PostgreSQL's advisory lock under which one process at a time migrates."""
 
 
+_BOOT = select(boots.c.began_at).where(boots.c.id == bindparam("boot"))
+
+
 class NotJson(DontWrapMixin, ValueError):
     """A value that JSON cannot hold: not a number, infinite, or not a plain value."""
 
@@ -55,8 +58,11 @@ class Database:
         self.url = _parse_url(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._engine = _make_engine(self.url)
-        # Shares the pool; tells the begin hook what to begin with.
+        # Both share the pool. READ COMMITTED gives every statement its own view, so a reader on PostgreSQL needs no BEGIN and no COMMIT, each a message there
+        # and back; on SQLite a transaction is one view. A writer tells the begin hook what to begin with.
+        self._read_engine = self._engine if self.is_sqlite else self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._write_engine = self._engine.execution_options(nas_begin="BEGIN IMMEDIATE")
+        self._writers = threading.Lock()
         self._local = threading.local()
         """Of each thread that is inside of `together`: its connection."""
 
@@ -72,11 +78,11 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that reads."""
+        """A transaction that reads; on PostgreSQL every statement sees what was committed before it."""
         if (outer := getattr(self._local, "connection", None)) is not None:
             yield outer
             return
-        with _known_errors(), self._engine.begin() as connection:
+        with _known_errors(), self._read_engine.begin() as connection:
             yield connection
 
     @contextmanager
@@ -92,9 +98,27 @@ class Database:
             _check_fence(outer, fence)
             yield outer
             return
-        with _known_errors(), self._write_engine.begin() as connection:
+        with self._turn(), _known_errors(), self._write_engine.begin() as connection:
             _check_fence(connection, fence)
             yield connection
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One thread of this process after the other, where the database has one writer: SQLite itself looks again only after ever longer sleeps, up to a
+        tenth of a second, while nobody writes.
+
+        Raises:
+            StoreUnavailable: the others took too long.
+        """
+        if not self.is_sqlite:
+            yield
+            return
+        if not self._writers.acquire(timeout=_BUSY_SECONDS):
+            raise StoreUnavailable("the database does not answer")
+        try:
+            yield
+        finally:
+            self._writers.release()
 
     def wall_time(self, connection: Connection) -> datetime:
         """The time by the database's clock, where it has one: the hosts that read and write it may disagree."""
@@ -115,9 +139,10 @@ class Database:
         if not self.is_sqlite or (boot := read_boot_id()) is None:
             return self.wall_time(connection)
         now, since_boot = self.wall_time(connection), timedelta(seconds=seconds_since_boot())
-        if is_kept:
+        began_at = connection.execute(_BOOT, {"boot": boot}).scalar()
+        if began_at is None and is_kept:
             connection.execute(self.insert_if_new(boots).values(id=boot, began_at=now - since_boot))
-        began_at = connection.execute(select(boots.c.began_at).where(boots.c.id == boot)).scalar()
+            began_at = connection.execute(_BOOT, {"boot": boot}).scalar()
         return now if began_at is None else began_at + since_boot
 
     def insert_if_new(self, table: Table) -> Insert:
@@ -244,8 +269,9 @@ _KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_coun
 
 
 def _make_engine(url: URL) -> Engine:
-    # Room for every thread of the API's pool; a session holds its connection for milliseconds.
-    make = partial(create_engine, url, pool_size=8, max_overflow=32, json_serializer=dump_json)
+    # One for every thread of the API's pool (api/app.py) and some for its feed; those beyond the size are closed after use, and opening one takes longer
+    # than what is asked of it.
+    make = partial(create_engine, url, pool_size=16, max_overflow=24, json_serializer=dump_json)
     if url.get_backend_name() != "sqlite":
         # pre_ping: a restart of the server costs a reconnect, not an error.
         options = f"-c idle_in_transaction_session_timeout={round(1000 * _IDLE_SECONDS)}"

@@ -11,15 +11,16 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
-from sqlalchemy import ColumnElement, RowMapping, delete, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Executable, RowMapping, bindparam, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from nas.errors import IdempotencyKeyReused
 from nas.store.database import Database
-from nas.store.records import OnceRequest
+from nas.store.records import Json, OnceRequest
 from nas.store.tables import idempotency_keys
 
 KEPT_HOURS = 24
-"""How long a key is remembered; afterwards it is a new one."""
+"""How long a key is remembered; afterwards it is a new one, whether or not it was removed (`retention.py`)."""
 
 _T = TypeVar("_T")
 
@@ -43,14 +44,8 @@ class Idempotency(Database):
         row = {"project": request.project, "key": request.key, "operation": request.operation, "body_digest": request.body_digest}
         with self.together() as connection:
             now = self.steady_time(connection, is_kept=True)
-            # Two that clean up at once must not wait for each other.
-            old = select(idempotency_keys.c.project, idempotency_keys.c.key).where(idempotency_keys.c.created_at <= now - timedelta(hours=KEPT_HOURS))
-            names = connection.execute(old.with_for_update(skip_locked=True)).all()
-            if names:
-                connection.execute(delete(idempotency_keys).where(tuple_(idempotency_keys.c.project, idempotency_keys.c.key).in_(names)))
             is_this = _is(request)
-            claim = self.insert_if_new(idempotency_keys).values(**row, created_at=now).returning(idempotency_keys.c.key)
-            if connection.execute(claim).first() is None:
+            if not self._claim(connection, {**row, "search_id": None, "created_at": now}):
                 there = connection.execute(select(idempotency_keys).where(is_this)).mappings().one()
                 return again(_search_of(there, request=request)), False
             made = effect()
@@ -66,9 +61,25 @@ class Idempotency(Database):
         if request is None:
             return None
         with self.read() as connection:
-            is_remembered = idempotency_keys.c.created_at > self.steady_time(connection) - timedelta(hours=KEPT_HOURS)
-            there = connection.execute(select(idempotency_keys).where(_is(request), is_remembered)).mappings().one_or_none()
-        return None if there is None else _search_of(there, request=request)
+            there = connection.execute(select(idempotency_keys).where(_is(request))).mappings().one_or_none()
+            if there is None or there["created_at"] <= self.steady_time(connection) - timedelta(hours=KEPT_HOURS):
+                return None
+        return _search_of(there, request=request)
+
+    def _claim(self, connection: Connection, row: Json) -> bool:
+        """Write the key, over one that is too old to count; whether nobody has it. Of two at the same moment the second waits here."""
+        limit = row["created_at"] - timedelta(hours=KEPT_HOURS)
+        return connection.execute(_CLAIM[connection.dialect.name], {**row, "limit": limit}).first() is not None
+
+
+def _claim(row: sqlite.Insert | postgresql.Insert) -> Executable:
+    values = {column.name: column for column in row.excluded if column.name not in ("project", "key")}
+    is_old = idempotency_keys.c.created_at <= bindparam("limit")
+    names = [idempotency_keys.c.project, idempotency_keys.c.key]
+    return row.on_conflict_do_update(index_elements=names, set_=values, where=is_old).returning(idempotency_keys.c.key)
+
+
+_CLAIM = {"sqlite": _claim(sqlite.insert(idempotency_keys)), "postgresql": _claim(postgresql.insert(idempotency_keys))}
 
 
 def _is(request: OnceRequest) -> ColumnElement[bool]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime, time, timedelta
 
-from sqlalchemy import Connection, RowMapping, func, select
+from sqlalchemy import Connection, Executable, RowMapping, bindparam, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from nas.errors import InvalidSpec, NotFound, Problem, QuotaExceeded
 from nas.store.records import SearchState, utc_now
 from nas.store.tables import projects, searches, usage
+
+# Built once: what a submit asks of the database costs more to put together than to run.
+_LOCK_PROJECT = select(projects).where(projects.c.name == bindparam("project")).with_for_update(key_share=True)
 
 ACTIVE = tuple(state for state in SearchState if not state.is_terminal)
 
@@ -39,6 +42,9 @@ class Quotas:
             raise InvalidSpec(*problems)
 
 
+NO_QUOTAS = Quotas()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """What a project uses now; each field is what the quota of the same place limits."""
@@ -60,7 +66,7 @@ def lock_project(connection: Connection, project: str) -> Quotas:
     Raises:
         NotFound: no such project.
     """
-    row = connection.execute(select(projects).where(projects.c.name == project).with_for_update(key_share=True)).mappings().one_or_none()
+    row = connection.execute(_LOCK_PROJECT, {"project": project}).mappings().one_or_none()
     if row is None:
         raise NotFound(f"project: expected the name of one, got {project!r}")
     return read_quotas(row)
@@ -85,7 +91,13 @@ def charge(connection: Connection, project: str, *, quotas: Quotas, num_searches
     Raises:
         QuotaExceeded: it is more than the project may have now.
     """
-    used = read_usage(connection, project)
+    if quotas != NO_QUOTAS:
+        _check(quotas, project, used=read_usage(connection, project), num_searches=num_searches, num_trials=num_trials, tokens=tokens)
+    add_usage(connection, project, tokens=tokens)
+
+
+def _check(quotas: Quotas, project: str, *, used: Usage, num_searches: int, num_trials: int, tokens: int) -> None:
+    """Whether a project may have so much more; the searches and trials among it are in use already."""
     asked = (
         ("max_active_searches", quotas.max_active_searches, used.active_searches - num_searches, num_searches),
         ("max_active_trials", quotas.max_active_trials, used.active_trials - num_trials, num_trials),
@@ -97,15 +109,20 @@ def charge(connection: Connection, project: str, *, quotas: Quotas, num_searches
     # Nobody knows before how many of these a search takes: a project goes over them once, and then waits.
     if quotas.max_device_seconds_per_day is not None and used.device_seconds_today >= quotas.max_device_seconds_per_day:
         raise _exceeded(project, "max_device_seconds_per_day", limit=quotas.max_device_seconds_per_day, used=used.device_seconds_today, asked=0)
-    add_usage(connection, project, tokens=tokens)
 
 
 def add_usage(connection: Connection, project: str, *, tokens: int = 0, device_seconds: float = 0.0) -> None:
     """Count what a project uses today."""
-    make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    row = make(usage).values(project=project, day=_today(), tokens=tokens, device_seconds=device_seconds)
+    row = {"project": project, "day": _today(), "tokens": tokens, "device_seconds": device_seconds}
+    connection.execute(_ADD_USAGE[connection.dialect.name], row)
+
+
+def _add_usage(row: sqlite.Insert | postgresql.Insert) -> Executable:
     sums = {"tokens": usage.c.tokens + row.excluded.tokens, "device_seconds": usage.c.device_seconds + row.excluded.device_seconds}
-    connection.execute(row.on_conflict_do_update(index_elements=[usage.c.project, usage.c.day], set_=sums))
+    return row.on_conflict_do_update(index_elements=[usage.c.project, usage.c.day], set_=sums)
+
+
+_ADD_USAGE = {"sqlite": _add_usage(sqlite.insert(usage)), "postgresql": _add_usage(postgresql.insert(usage))}
 
 
 def add_device_seconds(connection: Connection, search_id: str, seconds: float | None) -> None:

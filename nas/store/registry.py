@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import RowMapping, Table, select
+from sqlalchemy import Connection, RowMapping, Table, select
 
 from nas.errors import Conflict, NotFound
 from nas.store.database import Database
@@ -16,8 +16,18 @@ from nas.store.tables import corpora, tasks, teachers
 Record = TypeVar("Record", TeacherRecord, CorpusRecord, TaskRecord)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registered:
+    """What was looked for and is there."""
+
+    teacher: TeacherRecord | None
+    corpora: Mapping[str, CorpusRecord]
+    """By name, as the tasks."""
+    tasks: Mapping[str, TaskRecord]
+
+
 class Registry(Database):
-    """Add, get and list by name.
+    """Add, get, find and list by name.
 
     `add_*` of a name and digest that are there already is a no-op and returns what is there; with another digest it
     raises Conflict. `get_*` raises NotFound. `list_*` is by name: all of them, or a page behind one that was seen.
@@ -50,6 +60,15 @@ class Registry(Database):
     def list_tasks(self, *, after: str | None = None, limit: int | None = None) -> list[TaskRecord]:
         return self._list(tasks, _task, after=after, limit=limit)
 
+    def find_registered(self, *, teacher: str, corpus_names: Collection[str], task_names: Collection[str]) -> Registered:
+        """What there is of these names, in one transaction."""
+        with self.read() as connection:
+            return Registered(
+                teacher=_find(connection, teachers, _teacher, [teacher]).get(teacher),
+                corpora=_find(connection, corpora, _corpus, corpus_names),
+                tasks=_find(connection, tasks, _task, task_names),
+            )
+
     def _add(self, table: Table, make: Callable[[RowMapping], Record], record: Record, *, noun: str) -> Record:
         with self.write(fence=None) as connection:
             connection.execute(self.insert_if_new(table).values(asdict(record)))
@@ -73,6 +92,10 @@ class Registry(Database):
             query = query.where(table.c.name > after)
         with self.read() as connection:
             return [make(row) for row in connection.execute(query).mappings()]
+
+
+def _find(connection: Connection, table: Table, make: Callable[[RowMapping], Record], names: Collection[str]) -> dict[str, Record]:
+    return {row["name"]: make(row) for row in connection.execute(select(table).where(table.c.name.in_(names))).mappings()}
 
 
 def _teacher(row: RowMapping) -> TeacherRecord:

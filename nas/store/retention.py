@@ -1,4 +1,4 @@
-"""What is not kept for ever: logs of attempts by age and by size, events of searches that ended long ago.
+"""What is not kept for ever: logs of attempts by age and by size, events of searches that ended long ago, keys of requests that no longer count.
 
 One call is one short transaction, so that whoever works meanwhile never waits long; it says how much it removed, and whoever
 cleans up calls again until that is nothing.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, tuple_
 
 from nas.store.database import Database
-from nas.store.tables import attempt_logs, events, searches
+from nas.store.idempotency import KEPT_HOURS
+from nas.store.tables import attempt_logs, events, idempotency_keys, searches
 
 _BATCH = 500
 """Rows that one transaction removes at most."""
@@ -58,3 +59,18 @@ class Retention(Database):
             search_id, last, begin = found
             leaving = (events.c.search_id == search_id, events.c.sequence < min(last, begin + _BATCH))
             return connection.execute(delete(events).where(*leaving)).rowcount
+
+    def drop_old_keys(self) -> int:
+        """Remove idempotency keys that stand for nothing any more.
+
+        Returns:
+            how many were removed; 0 when nothing is left to remove.
+        """
+        names = (idempotency_keys.c.project, idempotency_keys.c.key)
+        with self.write(fence=None) as connection:
+            is_old = idempotency_keys.c.created_at <= self.steady_time(connection) - timedelta(hours=KEPT_HOURS)
+            # One that somebody takes anew in this moment is not waited for.
+            leaving = connection.execute(select(*names).where(is_old).limit(_BATCH).with_for_update(skip_locked=True)).all()
+            if leaving:
+                connection.execute(delete(idempotency_keys).where(tuple_(*names).in_(leaving)))
+            return len(leaving)

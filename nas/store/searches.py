@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, insert, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, insert, select, update
 
 from nas.errors import Conflict, NotFound
 from nas.store.database import Database
@@ -28,6 +28,16 @@ from nas.store.records import (
 from nas.store.tables import artifacts, board_heads, events, searches
 
 _COLUMNS = [*(column for column in searches.c if column.name not in ("idempotency_key", "body_digest", "prepared")), board_heads.c.head.label("board")]
+_SHORT_COLUMNS = [column for column in _COLUMNS if column.name not in ("spec", "inputs", "plan", "winner", "error", "board")]
+# Built once: what these ask costs more to put together than to run.
+_CREATE = insert(searches).returning(*_SHORT_COLUMNS)
+_ADD_EVENT = insert(events)
+_TAKE_SEQUENCE = (
+    update(searches)
+    .where(searches.c.id == bindparam("search_id"))
+    .values(num_events=searches.c.num_events + 1, updated_at=bindparam("now"))
+    .returning(searches.c.num_events)
+)
 _ACTIVE = [state for state in SearchState if not state.is_terminal and state is not SearchState.PAUSED]
 _WITH_BOARD = searches.outerjoin(board_heads, (board_heads.c.search_id == searches.c.id) & (board_heads.c.version == searches.c.board_version))
 
@@ -62,7 +72,7 @@ class Searches(Database):
             "labels": dict(labels or {}),
             "project": project,
             "state": SearchState.QUEUED,
-            "num_events": 0,
+            "num_events": 1,
             "created_at": now,
             "updated_at": now,
             "spec": spec,
@@ -71,12 +81,14 @@ class Searches(Database):
             "traceparent": traceparent,
         }
         with self.write(fence=None) as connection:
+            stored = connection.execute(_CREATE, {**row, "state_since": self.steady_time(connection, is_kept=True)}).mappings().one()
+            event = {"search_id": search_id, "sequence": 1, "type": "search.created", "data": {"label": label}, "created_at": now}
+            connection.execute(_ADD_EVENT, event)
+            # Last, since from here to the commit other submits of the project wait; what they count then has this one in it.
             quotas = lock_project(connection, project)
-            connection.execute(insert(searches).values(**row, state_since=self.steady_time(connection, is_kept=True)))
             num_trials, tokens = plan.get("max_trials", 0), plan.get("max_distillation_tokens", 0)
             charge(connection, project, quotas=quotas, num_searches=1, num_trials=num_trials, tokens=tokens)
-            write_event(connection, search_id, "search.created", {"label": label})
-            return get_search(connection, search_id)
+        return _search({**stored, "spec": spec, "inputs": inputs, "plan": plan, "winner": None, "error": None, "board": None})
 
     def get_search(self, search_id: str, *, project: str | None = None) -> SearchRecord:
         """The search; of one project, or of any. To a project another's is not found, as if it did not exist, and a full distillation is no search."""
@@ -261,12 +273,11 @@ def lock_search(connection: Connection, search_id: str) -> None:
 def write_event(connection: Connection, search_id: str, type: str, data: Json) -> EventRecord:
     """Append the next event; locks the search's row until the transaction ends, hence no gaps and commit order."""
     now = utc_now()
-    step = update(searches).where(searches.c.id == search_id).values(num_events=searches.c.num_events + 1, updated_at=now)
-    sequence = connection.execute(step.returning(searches.c.num_events)).scalar_one_or_none()
+    sequence = connection.execute(_TAKE_SEQUENCE, {"search_id": search_id, "now": now}).scalar_one_or_none()
     if sequence is None:
         raise not_found(search_id)
     record = EventRecord(search_id=search_id, sequence=sequence, type=type, data=data, created_at=now)
-    connection.execute(insert(events).values(search_id=search_id, sequence=sequence, type=type, data=data, created_at=now))
+    connection.execute(_ADD_EVENT, {"search_id": search_id, "sequence": sequence, "type": type, "data": data, "created_at": now})
     return record
 
 
@@ -321,7 +332,7 @@ def not_found(search_id: str) -> NotFound:
     return NotFound(f"search: expected the id of one, got {search_id!r}")
 
 
-def _search(row: RowMapping) -> SearchRecord:
+def _search(row: Mapping[Any, Any]) -> SearchRecord:
     values: dict[str, Any] = {**row}
     version = values.pop("num_events")
     return SearchRecord(**values | {"state": SearchState(row["state"]), "labels": row["labels"] or {}, "version": version})

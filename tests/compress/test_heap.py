@@ -9,6 +9,29 @@ from functools import partial
 
 import pytest
 
+ARENAS = """
+import ctypes, sys, threading
+from nas.compress.heap import use_few_arenas
+if sys.argv[1] == "few":
+    use_few_arenas()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+barrier = threading.Barrier(9)
+def work():
+    libc.malloc(1000)
+    barrier.wait()
+    barrier.wait()
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+barrier.wait()
+libc.fdopen.restype = ctypes.c_void_p
+out = ctypes.c_void_p(libc.fdopen(1, b"w"))
+libc.malloc_info(0, out)
+libc.fflush(out)
+barrier.wait()
+"""
+
 STEPS = """
 import resource, sys
 from nas.compress.heap import keep_freed_memory
@@ -33,3 +56,10 @@ def test_a_repeated_step_faults_in_no_pages() -> None:
     run = partial(subprocess.run, env=environment, capture_output=True, check=True)
     faults = {mode: int(run([sys.executable, "-c", STEPS, mode]).stdout) for mode in ("kept", "returned")}
     assert faults["kept"] < 100 < faults["returned"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_all_threads_share_two_arenas() -> None:
+    run = partial(subprocess.run, capture_output=True, check=True)
+    arenas = {mode: run([sys.executable, "-c", ARENAS, mode]).stdout.count(b"<heap nr=") for mode in ("few", "many")}
+    assert arenas["few"] <= 2 < arenas["many"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,18 @@ def test_a_database_that_is_not_there_is_told_without_its_address(url: str) -> N
         store.add_event("srch_1", "test.event", {})
 
     assert str(caught.value) == "the database does not answer"
+    store.close()
+
+
+def test_a_writer_that_keeps_its_turn_too_long_is_told_as_a_store_that_does_not_answer(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open(sqlite_url, migrate=True)
+    monkeypatch.setattr("nas.store.database._BUSY_SECONDS", 0.05)
+
+    with store.write(fence=None), ThreadPoolExecutor(1) as other:
+        with pytest.raises(StoreUnavailable):
+            other.submit(store.create_project, "late").result()
+        assert other.submit(store.list_projects).result()[0][0].name == "default"  # readers never wait
+    store.create_project("next")
     store.close()
 
 

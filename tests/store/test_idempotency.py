@@ -137,8 +137,36 @@ def test_a_key_is_forgotten_after_a_day_and_with_its_search(store: Store, monkey
 
     assert is_new
     assert second.id != first.id
+    assert num_keys(store) == 0
+
+
+def num_keys(store: Store) -> int:
     with store.read() as connection:
-        assert connection.execute(select(func.count()).select_from(idempotency_keys)).scalar() == 0
+        return connection.execute(select(func.count()).select_from(idempotency_keys)).scalar_one()
+
+
+def test_old_keys_are_removed_and_those_that_count_stay(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    create(store, a_request(key="old"))
+    create(store, a_request(key="older"))
+    now = utc_now() + timedelta(hours=KEPT_HOURS, seconds=1)
+    monkeypatch.setattr(store, "steady_time", lambda _, **__: now)
+    kept, _ = create(store, a_request(key="new"))
+
+    assert (store.drop_old_keys(), store.drop_old_keys()) == (2, 0)
+    assert num_keys(store) == 1
+    assert create(store, a_request(key="new")) == (kept, False)
+
+
+def test_of_requests_at_the_same_time_with_a_key_that_is_too_old_one_acts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = create(store, a_request())
+    now = utc_now() + timedelta(hours=KEPT_HOURS, seconds=1)
+    monkeypatch.setattr(store, "steady_time", lambda _, **__: now)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: create(store, a_request(body_digest="e")), range(16)))
+
+    assert sum(is_new for _, is_new in answers) == 1
+    assert {search.id for search, _ in answers} - {first.id} == {answers[0][0].id}
 
 
 def test_inside_of_one_transaction_a_thread_reads_what_it_wrote_and_others_do_not(store: Store, new_search: Callable[..., SearchRecord]) -> None:

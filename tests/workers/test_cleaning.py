@@ -11,7 +11,7 @@ class Store:
     """Holds so many rows that the clean-up takes several rounds."""
 
     def __init__(self) -> None:
-        self.logs, self.events, self.num_calls = [3, 2], [1], 0
+        self.logs, self.events, self.keys, self.num_calls = [3, 2], [1], [7, 500, 500], 0
         self.asked: dict[str, int] = {}
 
     def search_ids(self) -> set[str]:
@@ -26,6 +26,9 @@ class Store:
         self.asked["event_days"] = days
         return self.events.pop() if self.events else 0
 
+    def drop_old_keys(self) -> int:
+        return self.keys.pop() if self.keys else 0
+
 
 def test_a_round_removes_a_little_until_nothing_is_left_and_then_rests(tmp_path: Path) -> None:
     store: Any = Store()
@@ -35,10 +38,11 @@ def test_a_round_removes_a_little_until_nothing_is_left_and_then_rests(tmp_path:
 
     for _ in range(10):
         cleaning.go_on()
-    assert store.num_calls == 3
+    assert store.num_calls == 4
+    assert store.keys == []
     assert store.asked == {"days": 7, "max_bytes": settings.max_log_bytes, "event_days": 8}
 
     now[0] += CLEAN_SECONDS
     cleaning.go_on()
     cleaning.go_on()
-    assert store.num_calls == 4
+    assert store.num_calls == 5
