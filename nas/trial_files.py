@@ -16,6 +16,8 @@ from nas.store.store import Store
 
 REUSED = "reused"
 """The tree of a student that was taken over from another search."""
+UNFINISHED = "-unfinished"
+"""Behind an attempt's id: the tree of what it has trained so far."""
 
 
 def is_verified(trial: TrialRecord) -> bool:

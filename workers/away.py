@@ -183,7 +183,7 @@ class _Away:
         publisher.fetch()
         with publisher.publishing():
             outcome = self._execute(request)
-        if not outcome.succeeded:
+        if not outcome.succeeded and outcome.retryable:
             publisher.publish()
         return outcome
 

@@ -106,7 +106,15 @@ class Books:
         """Stop the trials that nobody will promote any more."""
         for number in self.run.left_behind():
             self.change_trial(number, to=TrialState.STOPPED)
-            self.folder.drop_trial(number)
+            self.drop_trial(number)
+
+    def drop_trial(self, number: int) -> None:
+        """Delete the files of a trial: it has ended without a student worth keeping, or the disk is full."""
+        self.folder.drop_trial(number, attempts=self._attempt_ids(number))
+
+    def _attempt_ids(self, number: int) -> list[str]:
+        """Of a trial, where each has its own files."""
+        return [] if self.folder.shared is None else [attempt.id for attempt in self._store.list_attempts(self.record.id, trial=number)]
 
     def attempts_of(self, stage: Stage, *, trial: int | None, rung: int | None) -> list[AttemptRecord]:
         """Attempts of one step, those that count."""
@@ -158,9 +166,10 @@ class Books:
         self.run.add_result(number, rung_result)
         # The next rung resumes this one's trunk; after the last, only the student is needed.
         clear_below(self.folder.trial(number), rung=rung_result.rung + 1 if is_last else rung_result.rung)
-        self.folder.drop_superseded(number, tree=REUSED if rung_result.reused_from is not None else attempt.id)
+        tree = REUSED if rung_result.reused_from is not None else attempt.id
+        self.folder.drop_superseded(number, attempts=self._attempt_ids(number), tree=tree)
         if failure:
-            self.folder.drop_trial(number)
+            self.drop_trial(number)
         self.stop_left_behind()
         self._board_is_old = True
 
@@ -227,7 +236,7 @@ class Books:
             if freed >= excess.num_bytes:
                 break
             freed += excess.use.of_trial(number)
-            self.folder.drop_trial(number)
+            self.drop_trial(number)
             logger.info("checkpoints dropped for the disk budget", extra={"action": "checkpoints_dropped", "search_id": self.record.id, "trial_number": number})
         return freed
 

@@ -22,11 +22,10 @@ from nas.errors import CorruptFile, Fenced, FilesUnavailable, NotFound
 from nas.files import link_or_copy
 from nas.node_cache import NodeCache
 from nas.shared_files import Manifest, SharedFiles
+from nas.trial_files import UNFINISHED
 
 logger = logging.getLogger(__name__)
 
-UNFINISHED = "-unfinished"
-"""Behind an attempt's id: the tree of what it has trained so far."""
 MIN_SHARE = 20
 """Seconds for each second that the last upload took, until the next one: uploads take at most a twentieth of the time, however large the student is."""
 

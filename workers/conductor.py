@@ -201,7 +201,7 @@ class Conductor:
         if stage == "rung" and trial is not None:
             failure = {"stage": f"rung {rung}", "reason": reason, "message": message[:2000], "attempts": tries, "log": log}
             self._books.change_trial(trial, to=TrialState.FAILED, failure=failure)
-            self.folder.drop_trial(trial)
+            self._books.drop_trial(trial)
             self._books.stop_left_behind()
         elif stage == "confirm" and trial is not None:
             confirmation = {"verified": False, "reason": f"{reason}: {message}"[:2000], "log": log}

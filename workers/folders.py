@@ -32,7 +32,7 @@ from nas.settings import Settings
 from nas.shared_files import SharedFiles
 from nas.store.records import AttemptRecord
 from nas.store.store import Store
-from nas.trial_files import REUSED
+from nas.trial_files import REUSED, UNFINISHED
 from workers.step import RESULT, Outcome, read_outcome
 
 logger = logging.getLogger(__name__)
@@ -76,15 +76,23 @@ class SearchFolder:
     def winner(self, *, budget: int) -> Path:
         return self.path / (f"winner-{budget}" if budget else "winner")
 
-    def drop_trial(self, number: int) -> None:
-        """A trial that ended without a student worth keeping."""
-        shutil.rmtree(self.trial(number), ignore_errors=True)
-        self._delete(f"trials/{number}")
+    def drop_trial(self, number: int, *, attempts: Collection[str]) -> None:
+        """Delete a trial's files.
 
-    def drop_superseded(self, number: int, *, tree: str) -> None:
-        """Of a trial's trees keep that whose result counts."""
+        Args:
+            attempts: all that were begun of its rungs. By URL it is theirs that go, so that a deletion that comes late takes nothing of a later one's.
+        """
+        shutil.rmtree(self.trial(number), ignore_errors=True)
+        self._delete_trees(number, attempts=attempts, keep=None)
+
+    def drop_superseded(self, number: int, *, attempts: Collection[str], tree: str) -> None:
+        """By URL: of the trees that these attempts of a trial have, keep that whose result counts."""
+        self._delete_trees(number, attempts=attempts, keep=tree)
+
+    def _delete_trees(self, number: int, *, attempts: Collection[str], keep: str | None) -> None:
         if self.shared is not None:
-            _remover().submit(_delete_all_but, self.shared, self._key(f"trials/{number}"), keep=(tree,))
+            names = {*attempts, *(f"{attempt}{UNFINISHED}" for attempt in attempts)} - {keep}
+            _remover().submit(_delete_among, self.shared, self._key(f"trials/{number}"), names=names)
 
     def take_student(self, number: int, *, source: SearchFolder, source_number: int, tree: str | None) -> bool:
         """Make the student of another search's trial this trial's; False where it is not there any more.
@@ -134,22 +142,22 @@ class SearchFolder:
         for folder in attempts.iterdir() if attempts.exists() else ():
             if folder.name not in keep_attempts:
                 shutil.rmtree(folder, ignore_errors=True)
-        if self.shared is not None:
-            _remover().submit(_delete_all_but, self.shared, self._key("trials"), keep=tuple(map(str, keep_trials)))
-            self._delete("attempts")
+        self.delete_shared("trials", keep=tuple(map(str, keep_trials)))
+        self.delete_shared("attempts")
 
     def clear_distillation(self) -> None:
         """A full distillation has ended: what came out is in its tar."""
         for name in (MODEL, OWN_BUNDLE):
             shutil.rmtree(self.path / name, ignore_errors=True)
-            self._delete(name)
+            self.delete_shared(name)
 
     def _key(self, name: str) -> str:
         return f"{self.path.parent.name}/{self.path.name}/{name}"
 
-    def _delete(self, name: str) -> None:
+    def delete_shared(self, name: str, *, keep: Collection[str] = ()) -> None:
+        """By URL: delete all below a name in this folder but what is right below it and kept; a little later."""
         if self.shared is not None:
-            _remover().submit(_delete_all_but, self.shared, self._key(name), keep=())
+            _remover().submit(_delete_all_but, self.shared, self._key(name), keep=tuple(keep))
 
 
 @lru_cache(maxsize=4)
@@ -188,6 +196,16 @@ def _measure(shared: SharedFiles, key: str) -> DiskUse:
         if top == "trials":
             trials[below.partition("/")[0]] += num_bytes
     return DiskUse(num_bytes=sum(sizes.values()), of_trial=lambda number: trials[str(number)], seconds=time.perf_counter() - began)
+
+
+def _delete_among(shared: SharedFiles, key: str, *, names: Collection[str]) -> None:
+    try:
+        for name in shared.children(key):
+            if name in names:
+                shared.delete(f"{key}/{name}")
+    except FilesUnavailable as error:
+        # The end of the search asks once more.
+        logger.warning("not deleted: %s", error, extra={"action": "delete_failed", "key": key})
 
 
 def _delete_all_but(shared: SharedFiles, key: str, *, keep: Collection[str]) -> None:

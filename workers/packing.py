@@ -99,6 +99,7 @@ class Packing:
         spec = parse_spec(json.dumps(search.spec))
         own = SearchFolder(path=settings.searches_folder / search.id / BUNDLES / str(number))
         shutil.rmtree(own.path, ignore_errors=True)  # of tries that failed, or whose controller died
+        SearchFolder.of(search.id, settings=settings).delete_shared(f"{BUNDLES}/{number}", keep=(key, own.attempt(key).parent.name))
         prepared = settings.prepared_folder / prepared_key(spec, inputs=search.inputs)
         student = trial_folder(settings.searches_folder / search.id, number=number)
         asked = bundle_request(search, number, store=self._store, student=student, prepared=prepared, folder=own.path / key)
@@ -142,6 +143,7 @@ class Packing:
 
     def _record(self, current: _Try, outcome: Outcome, *, fence: Fence) -> None:
         wanted, mailbox = current.wanted, Path(current.step.folder)
+        shared, below = SearchFolder.of(wanted.search_id, settings=self._settings), f"{BUNDLES}/{wanted.trial}"
         seconds = current.watch.device_seconds_of(current.watch.running[current.step.key])
         if outcome.succeeded and outcome.result is not None:
             try:
@@ -153,12 +155,15 @@ class Packing:
             packed = {"path": path, "sha256": outcome.result["bundle_sha256"], "num_bytes": outcome.result["bundle_bytes"]}
             self._store.save_bundle(wanted.search_id, wanted.trial, **packed, device_seconds=seconds, fence=fence)
             shutil.rmtree(current.folder / BUNDLE, ignore_errors=True)  # the tar has it all
+            shared.delete_shared(f"{below}/{current.folder.name}/{BUNDLE}")
         else:
+            shared.delete_shared(f"{below}/{current.folder.name}")
             supersede(mailbox)
             error = {"reason": outcome.reason or "error", "message": outcome.message[:4000], "log": last_lines(read_tail(mailbox))}
             most = current.limits.max_attempts if outcome.retryable and outcome.reason != "disk_full" else 1
             self._store.fail_bundle(wanted.search_id, wanted.trial, error=error, max_failures=most, device_seconds=seconds, fence=fence)
         shutil.rmtree(mailbox, ignore_errors=True)
+        shared.delete_shared(f"{below}/{mailbox.parent.name}/{mailbox.name}")
         state = AttemptState.SUCCEEDED if outcome.succeeded else AttemptState.FAILED
         metrics.ATTEMPTS_ENDED.labels(stage="bundle", state=state, reason=outcome.reason or "").inc()
         metrics.DEVICE_SECONDS.labels(stage="bundle").inc(seconds)

@@ -24,9 +24,9 @@ from nas.spec import dump_spec, parse_spec
 from nas.store.records import AttemptState, BundleRecord, SearchRecord, SearchState
 from nas.store.store import Store
 from nas.submission import check_submission
+from nas.trial_files import UNFINISHED
 from workers import folders
 from workers.away import run_here
-from workers.checkpoints import UNFINISHED
 from workers.controller import Controller
 from workers.folders import MODEL
 from workers.liveness import supersede
@@ -91,11 +91,15 @@ class Deployment:
 
     def run(self, search_id: str) -> SearchRecord:
         """A controller, until the search ends."""
+        self.tick_until(lambda: self.store.get_search(search_id).state.is_terminal)
+        return self.store.get_search(search_id)
+
+    def tick_until(self, condition: Callable[[], bool]) -> None:
+        """A controller of its own."""
         controller = Controller(store=self.store, executor=self.nodes, settings=self.settings)
-        while not self.store.get_search(search_id).state.is_terminal:
+        while not condition():
             controller.tick(timeout_seconds=0.0)
         folders._remover().submit(lambda: None).result()  # all that was to be deleted is
-        return self.store.get_search(search_id)
 
     def pack(self, search: SearchRecord, number: int) -> BundleRecord:
         """A controller, until the bundle of a trial is packed or given up."""

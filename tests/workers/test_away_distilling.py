@@ -21,7 +21,8 @@ from nas.full_run import distil_fully
 from nas.recipe import Recipe
 from nas.search.layout import BUNDLE
 from nas.shared_files import SharedFiles
-from nas.store.records import SearchRecord, SearchState
+from nas.store.records import BundleState, SearchRecord, SearchState
+from nas.trial_bundles import request_bundle
 from tests.workers.inline_service import ONE_RUNG
 from tests.workers.test_away import Deployment, LostNode, Nodes, make_deployment
 from tests.workers.test_away import verified_here as verified_here
@@ -114,6 +115,25 @@ def test_a_trial_that_is_no_winner_is_bundled_first(found: tuple[Deployment, Sea
 
     assert done.state is SearchState.SUCCEEDED, done.error
     assert weights(deployment, done)
+
+
+def test_a_bundle_that_is_asked_for_is_packed_there_and_nothing_else_stays(found: tuple[Deployment, SearchRecord]) -> None:
+    deployment, search = found
+    store, shared = deployment.store, deployment.nodes.shared
+    assert shared is not None
+    verified = [trial.number for trial in store.list_trials(search.id) if (trial.confirmation or {}).get("verified")]
+    [other] = [number for number in verified if number != (search.winner or {})["trial"]]
+    shared.write_json({}, key=f"searches/{search.id}/bundles/{other}/att_0/of a try whose controller died")
+    request_bundle(search, other, store=store, settings=deployment.settings)
+
+    deployment.tick_until(lambda: (bundle := store.find_bundle(search.id, other)) is not None and bundle.state is not BundleState.WAITING)
+
+    packed = store.find_bundle(search.id, other)
+    assert packed is not None
+    assert packed.path is not None, packed.error
+    assert packed.sha256 is not None
+    assert find_file(packed.path, sha256=packed.sha256, settings=deployment.settings).stat().st_size == packed.num_bytes
+    assert [path for path in shared.sizes(f"searches/{search.id}/bundles") if "/" in path] == [packed.path.removeprefix(f"searches/{search.id}/bundles/")]
 
 
 def test_a_student_that_was_not_kept_is_refused_at_once(found: tuple[Deployment, SearchRecord], monkeypatch: pytest.MonkeyPatch) -> None:

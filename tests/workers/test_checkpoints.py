@@ -15,7 +15,8 @@ from nas.errors import FilesUnavailable, NotFound
 from nas.files import publishing_unless
 from nas.node_cache import NodeCache
 from nas.shared_files import MANIFEST, SharedFiles
-from workers.checkpoints import UNFINISHED, Checkpoint, Publisher
+from nas.trial_files import UNFINISHED
+from workers.checkpoints import Checkpoint, Publisher
 
 PARENT = "searches/srch_1/trials/0"
 

@@ -35,6 +35,11 @@ def shared(settings: Settings) -> SharedFiles:
     return shared
 
 
+def publish(shared: SharedFiles, *names: str) -> None:
+    for name in names:
+        shared.write_json({"files": {}}, key=f"searches/srch_1/{name}/manifest.json")
+
+
 def wait() -> None:
     folders._remover().submit(lambda: None).result()
 
@@ -45,11 +50,22 @@ class Store:
 
 
 def test_of_a_trial_the_tree_that_counts_stays(settings: Settings, shared: SharedFiles) -> None:
-    SearchFolder.of("srch_1", settings=settings).drop_superseded(0, tree="att_2")
+    publish(shared, "trials/0/att_1-unfinished", "trials/0/att_2-unfinished", "trials/0/att_3-unfinished", "trials/0/att_3")
+
+    SearchFolder.of("srch_1", settings=settings).drop_superseded(0, attempts=["att_0", "att_1", "att_2"], tree="att_2")
     wait()
 
-    assert shared.children("searches/srch_1/trials/0") == ["att_2"]
+    assert shared.children("searches/srch_1/trials/0") == ["att_2", "att_3", "att_3-unfinished"], "not that of an attempt that began since"
     assert shared.children("searches/srch_1/trials/1") == ["att_1", "att_2"]
+
+
+def test_of_a_trial_that_is_dropped_what_comes_later_stays(settings: Settings, shared: SharedFiles) -> None:
+    publish(shared, "trials/0/att_2-unfinished", "trials/0/att_3-unfinished")
+
+    SearchFolder.of("srch_1", settings=settings).drop_trial(0, attempts=["att_1", "att_2"])
+    wait()
+
+    assert shared.children("searches/srch_1/trials/0") == ["att_3-unfinished"]
 
 
 def test_of_a_search_that_ended_the_verified_students_stay(settings: Settings, shared: SharedFiles) -> None:
