@@ -14,7 +14,8 @@ from api.cursors import decode_cursor, encode_cursor
 from api.schemas.leaderboard import LeaderboardAnswer
 from api.summary import describe_cost
 from nas.errors import NotFound
-from nas.store.records import BoardPage, BoardQuery, Json, SearchRecord, all_winners
+from nas.store.boards import BoardPage, BoardQuery
+from nas.store.records import Json, SearchRecord, all_winners
 from nas.store.store import Store
 
 BATCH_ROWS = 500

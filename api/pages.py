@@ -43,7 +43,8 @@ from api.views import (
     score_figure,
     task_columns,
 )
-from nas.store.records import BoardPage, BundleState, TrialState, utc_now
+from nas.store.boards import BoardPage
+from nas.store.records import BundleState, TrialState, utc_now
 from nas.store.store import Store
 from nas.trial_bundles import find_bundle
 from nas.trial_files import is_verified

@@ -21,7 +21,8 @@ from nas.pricing import price
 from nas.shape import Shape
 from nas.space import SearchSpace, build_spaces
 from nas.spec import LINE, SearchSpec, parse_spec
-from nas.store.records import DEFAULT_PROJECT, CorpusRecord, SearchRecord, SpeedRecord, TaskRecord, TeacherRecord
+from nas.store.machines import SpeedRecord
+from nas.store.records import DEFAULT_PROJECT, CorpusRecord, SearchRecord, TaskRecord, TeacherRecord
 from nas.store.store import Store
 from nas.warm_start import check_warm_start
 

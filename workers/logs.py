@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nas.logs import about, find_secrets, make_formatter, redact
-from nas.store.records import Fence
+from nas.store.machines import Fence
 from nas.store.store import Store
 
 LOG = "log.txt"

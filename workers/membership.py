@@ -12,7 +12,8 @@ import uuid
 from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 
-from nas.store.records import ControllerRecord, Fence, utc_now
+from nas.store.machines import ControllerRecord, Fence
+from nas.store.records import utc_now
 from nas.store.store import Store
 from workers.sharing import Holdings, num_to_claim, num_to_hand_back
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from nas.search.layout import BUNDLE, prepared_key, trial_folder
 from nas.settings import Settings
 from nas.spec import LimitSpec, parse_spec
-from nas.store.records import AttemptRecord, AttemptState, BundleRecord, Fence, new_id, utc_now
+from nas.store.machines import Fence
+from nas.store.records import AttemptRecord, AttemptState, BundleRecord, new_id, utc_now
 from nas.store.store import Store
 from nas.trial_files import bundle_request, find_tree
 from workers import metrics

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nas.settings import Settings
-from nas.store.records import Fence, new_id
+from nas.store.machines import Fence
+from nas.store.records import new_id
 from nas.store.store import Store
 from workers.executor import Executor
 from workers.step import Outcome, Step

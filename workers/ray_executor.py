@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from nas.errors import FilesUnavailable, InvalidSpec, Problem
 from nas.settings import Settings
 from nas.shared_files import SharedFiles
-from nas.store.records import NodeRecord
+from nas.store.machines import NodeRecord
 from workers import on_node
 from workers.courier import Deliverer, PostOffice, raised_flags
 from workers.executor import NOT_FOR_STEPS

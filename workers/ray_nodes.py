@@ -17,7 +17,8 @@ import ray
 from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nas.store.records import NodeRecord, utc_now
+from nas.store.machines import NodeRecord
+from nas.store.records import utc_now
 from workers import on_node
 
 logger = logging.getLogger(__name__)

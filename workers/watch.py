@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from nas.settings import Settings
 from nas.spec import LimitSpec
-from nas.store.records import AttemptRecord, Fence
+from nas.store.machines import Fence
+from nas.store.records import AttemptRecord
 from nas.store.store import Store
 from workers import metrics
 from workers.actions import LimitReason

@@ -14,7 +14,8 @@ from api.leaderboards import BATCH_ROWS, at_version, csv_lines, describe_board, 
 from api.openapi import leaderboard_answers, problems
 from api.routes.dependencies import BudgetIndex, SearchDep, StoreDep
 from api.schemas.leaderboard import LeaderboardAnswer
-from nas.store.records import BoardQuery, TrialState
+from nas.store.boards import BoardQuery
+from nas.store.records import TrialState
 
 router = APIRouter(tags=["results"])
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, Select, bindparam, delete, func, insert, select, tuple_, update
 
 from nas.errors import Outdated
 from nas.store.database import Database, NotJson, dump_json
-from nas.store.records import BoardPage, BoardQuery, Fence, Json, utc_now
+from nas.store.machines import Fence
+from nas.store.records import Json, TrialState, utc_now
 from nas.store.searches import write_event
 from nas.store.tables import CURRENT, board_heads, board_rows, searches, trials
 
@@ -35,6 +37,37 @@ _KEYS: Mapping[str, tuple[ColumnElement[Any], ...]] = {
     "kl": (board_rows.c.kl, board_rows.c.number),
     "parameters": (board_rows.c.parameters, board_rows.c.number),
 }
+
+
+BoardSort = Literal["rank", "score", "kl", "parameters"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoardQuery:
+    """Which rows of a leaderboard, in which order."""
+
+    budget: int = 0
+    """Index among the search's budgets."""
+    sort: BoardSort = "rank"
+    """`rank` is the board's own order; `score` has the best first, the others the smallest. Rows without a value come last."""
+    descending: bool = False
+    """The other way round."""
+    state: TrialState | None = None
+    rung: int | None = None
+    """Deepest finished rung."""
+    pareto: bool | None = None
+    min_parameters: int | None = None
+    max_parameters: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoardPage:
+    """Some rows of one version of a leaderboard."""
+
+    version: int
+    rows: list[Json]
+    end: tuple[float, ...] | None
+    """Where the page ends, for the next one; None on the last page."""
 
 
 class Boards(Database):

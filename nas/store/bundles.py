@@ -8,8 +8,9 @@ from sqlalchemy import Connection, RowMapping, Select, Update, insert, select, u
 
 from nas.errors import Conflict, NotFound
 from nas.store.database import Database
+from nas.store.machines import Fence
 from nas.store.quotas import add_device_seconds
-from nas.store.records import BundleRecord, BundleState, Fence, Json, utc_now
+from nas.store.records import BundleRecord, BundleState, Json, utc_now
 from nas.store.searches import get_search, lock_search
 from nas.store.tables import artifacts, bundles
 from nas.store.trials import get_trial

@@ -10,7 +10,8 @@ from collections.abc import Collection
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from nas.store.database import Database
-from nas.store.records import Fence, TrialCounts, TrialState
+from nas.store.machines import Fence
+from nas.store.records import TrialCounts, TrialState
 from nas.store.tables import trial_counts, trials
 
 

@@ -26,7 +26,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from nas.errors import Conflict, Fenced, InvalidSpec, Problem, StoreUnavailable
 from nas.store.host_clock import read_boot_id, seconds_since_boot
-from nas.store.records import Fence, utc_now
+from nas.store.machines import Fence
+from nas.store.records import utc_now
 from nas.store.tables import boots, leases
 
 VERSION_TABLE = "nas_alembic_version"

@@ -11,8 +11,9 @@ from sqlalchemy import insert, select, update
 from nas.errors import Conflict, NotFound
 from nas.shape import Shape
 from nas.store.database import Database
+from nas.store.machines import Fence
 from nas.store.quotas import charge, lock_project
-from nas.store.records import Fence, Json, SearchRecord, SearchState, TrialState, new_id, utc_now
+from nas.store.records import Json, SearchRecord, SearchState, TrialState, new_id, utc_now
 from nas.store.searches import get_search, list_records, lock_search, write_event
 from nas.store.tables import artifacts, searches, trials
 from nas.store.trials import get_trial

@@ -15,7 +15,8 @@ from sqlalchemy import ColumnElement, Connection, Table, and_, delete, extract, 
 
 from nas.store.database import Database
 from nas.store.host_clock import seconds_since_boot
-from nas.store.records import ControllerRecord, Fence, LeaseRecord, utc_now
+from nas.store.machines import ControllerRecord, Fence, LeaseRecord
+from nas.store.records import utc_now
 from nas.store.tables import controllers, leadership, leases
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from sqlalchemy import Connection, insert, select, update
 
 from nas.store.database import Database
-from nas.store.records import Fence, LogRecord, utc_now
+from nas.store.machines import Fence
+from nas.store.records import LogRecord, utc_now
 from nas.store.tables import attempt_logs
 
 _COLUMNS = [column for column in attempt_logs.c if column.name != "num_bytes"]

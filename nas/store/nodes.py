@@ -8,7 +8,8 @@ from datetime import timedelta
 from sqlalchemy import delete, literal, select, tuple_, update
 
 from nas.store.database import Database
-from nas.store.records import NodeRecord, utc_now
+from nas.store.machines import NodeRecord
+from nas.store.records import utc_now
 from nas.store.tables import nodes
 
 SEEN_SECONDS = 120.0

@@ -1,4 +1,4 @@
-"""The store's values: what is kept of teachers, corpora, tasks, searches, trials and their results.
+"""The store's values: what is kept of teachers, corpora, tasks, searches, trials and their results. Who works on them: `machines.py`.
 
 Plain frozen dataclasses without any database; `store.py` makes them out of rows. Times are aware UTC datetimes, nested
 values are plain JSON (finite numbers only). What the JSON of a spec, a plan, a result or a board means is defined where
@@ -26,38 +26,6 @@ Stage = Literal["prepare", "rung", "confirm", "bundle", "distil"]
 
 OVER_BUDGET = "over_budget"
 """Reason of a trial that was stopped because a measured cost is above its ceiling."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fence:
-    """The right to write under a lease: refused from the moment on at which another one holds the lease."""
-
-    name: str
-    """Of the lease: a search's id, or what else has one controller at a time."""
-    token: int
-    """Grows with every claim and release of that lease."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeaseRecord:
-    """A lease that somebody holds now."""
-
-    name: str
-    owner: str
-    token: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerRecord:
-    """A controller process that lives, as far as the store knows."""
-
-    owner: str
-    """Its name, of no other process ever."""
-    host: str
-    pid: int
-    version: str
-    """Of this package."""
-    started_at: datetime
 
 
 class SearchState(StrEnum):
@@ -116,45 +84,6 @@ class AttemptState(StrEnum):
     LOST = "lost"
     """The service restarted under it: does not count."""
     CANCELLED = "cancelled"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpeedRecord:
-    """How fast a worker with these resources trains and scores."""
-
-    key: str
-    cpus: float
-    gpus: float
-    dtype: str
-    points: list[Json] | None
-    """`compress.speed.SpeedPoint` of several sizes of model; None: not measured."""
-    host: str | None
-    """Where it was measured."""
-    error: str | None
-    """Why it could not be measured."""
-    measured_at: datetime | None
-
-
-NodeState = Literal["joining", "fit", "unfit", "gone"]
-"""Not checked yet; gets steps; gets none, for its `problems`; has left the cluster, or nobody watches it any more."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeRecord:
-    """A machine of the cluster that runs steps."""
-
-    id: str
-    """Ray's, new with every start of its node."""
-    host: str
-    address: str
-    state: NodeState
-    problems: list[str]
-    """Why it gets no steps: what was expected there, and what was found."""
-    warnings: list[str]
-    facts: Json
-    """cpus, gpus, devices, memory_bytes, versions, cache, cache_free_bytes, clock_offset_seconds, as far as they are known."""
-    checked_at: datetime | None
-    seen_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,37 +207,6 @@ class SearchName:
     id: str
     label: str
     created_at: datetime
-
-
-BoardSort = Literal["rank", "score", "kl", "parameters"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoardQuery:
-    """Which rows of a leaderboard, in which order."""
-
-    budget: int = 0
-    """Index among the search's budgets."""
-    sort: BoardSort = "rank"
-    """`rank` is the board's own order; `score` has the best first, the others the smallest. Rows without a value come last."""
-    descending: bool = False
-    """The other way round."""
-    state: TrialState | None = None
-    rung: int | None = None
-    """Deepest finished rung."""
-    pareto: bool | None = None
-    min_parameters: int | None = None
-    max_parameters: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoardPage:
-    """Some rows of one version of a leaderboard."""
-
-    version: int
-    rows: list[Json]
-    end: tuple[float, ...] | None
-    """Where the page ends, for the next one; None on the last page."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

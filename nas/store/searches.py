@@ -10,21 +10,9 @@ from sqlalchemy import ColumnElement, Connection, bindparam, insert, select, upd
 
 from nas.errors import Conflict, NotFound
 from nas.store.database import Database
+from nas.store.machines import Fence
 from nas.store.quotas import add_usage, charge, lock_project
-from nas.store.records import (
-    DEFAULT_PROJECT,
-    WORKING,
-    ActiveSearch,
-    EventRecord,
-    Fence,
-    Json,
-    SearchName,
-    SearchRecord,
-    SearchState,
-    SearchTimes,
-    new_id,
-    utc_now,
-)
+from nas.store.records import DEFAULT_PROJECT, WORKING, ActiveSearch, EventRecord, Json, SearchName, SearchRecord, SearchState, SearchTimes, new_id, utc_now
 from nas.store.tables import artifacts, board_heads, events, searches
 
 _COLUMNS = [*(column for column in searches.c if column.name not in ("idempotency_key", "body_digest", "prepared")), board_heads.c.head.label("board")]

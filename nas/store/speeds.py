@@ -7,7 +7,8 @@ from typing import Any
 from sqlalchemy import RowMapping, select, update
 
 from nas.store.database import Database
-from nas.store.records import Fence, SpeedRecord, utc_now
+from nas.store.machines import Fence, SpeedRecord
+from nas.store.records import utc_now
 from nas.store.tables import speeds
 
 

@@ -6,17 +6,13 @@ locks the search's row until the transaction ends, which is what keeps events ga
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
-    JSON,
     BigInteger,
     Boolean,
     Column,
     Date,
-    DateTime,
-    Dialect,
     Float,
     ForeignKey,
     ForeignKeyConstraint,
@@ -26,57 +22,11 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    TypeDecorator,
     UniqueConstraint,
     true,
 )
 
-
-class UtcDateTime(TypeDecorator[datetime]):
-    """Aware UTC datetimes on both databases; SQLite keeps no zone, so it is kept for it."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        assert value.tzinfo is not None, "a datetime without a zone"
-        value = value.astimezone(UTC)
-        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-class PlainText(TypeDecorator[str]):
-    """Text from outside: labels, exception messages. What a database cannot hold, NUL and lone surrogates, becomes U+FFFD."""
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        return None if value is None else _storable(value)
-
-
-class Identifier(TypeDecorator[str]):
-    """Names and ids. They are looked up as they come out of a URL, so any text must be a legal question."""
-
-    impl = String
-    cache_ok = True
-
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        return None if value is None else _storable(value)
-
-
-def _storable(text: str) -> str:
-    return text.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-# none_as_null: an absent value is SQL NULL, never the JSON text `null`.
-_JSON = JSON(none_as_null=True)
+from nas.store.columns import JSON_VALUE, Identifier, PlainText, UtcDateTime
 
 metadata = MetaData(
     naming_convention={
@@ -111,7 +61,7 @@ api_keys = Table(
     Column("id", Identifier(32), primary_key=True),
     Column("project", Identifier(64), ForeignKey("projects.name"), nullable=False, index=True),
     Column("name", PlainText, nullable=False),
-    Column("scopes", _JSON, nullable=False),
+    Column("scopes", JSON_VALUE, nullable=False),
     # SHA-256 of the whole key, which is stored nowhere.
     Column("digest", String(64), nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
@@ -145,7 +95,7 @@ teachers = Table(
     Column("name", Identifier(96), primary_key=True),
     Column("digest", String(128), nullable=False),
     Column("path", Text, nullable=False),
-    Column("config", _JSON, nullable=False),
+    Column("config", JSON_VALUE, nullable=False),
     Column("parameters", BigInteger, nullable=False),
     Column("added_at", UtcDateTime, nullable=False),
 )
@@ -155,7 +105,7 @@ corpora = Table(
     metadata,
     Column("name", Identifier(96), primary_key=True),
     Column("digest", String(128), nullable=False),
-    Column("files", _JSON, nullable=False),
+    Column("files", JSON_VALUE, nullable=False),
     Column("num_documents", BigInteger, nullable=False),
     Column("num_bytes", BigInteger, nullable=False),
     Column("added_at", UtcDateTime, nullable=False),
@@ -167,7 +117,7 @@ tasks = Table(
     Column("name", Identifier(96), primary_key=True),
     Column("digest", String(128), nullable=False),
     Column("folder", Text, nullable=False),
-    Column("card", _JSON, nullable=False),
+    Column("card", JSON_VALUE, nullable=False),
     Column("added_at", UtcDateTime, nullable=False),
 )
 
@@ -185,7 +135,7 @@ searches = Table(
     # These two are of versions before `idempotency_keys`; nothing writes them any more.
     Column("idempotency_key", Identifier(255), unique=True),
     Column("body_digest", String(128)),
-    Column("labels", _JSON),
+    Column("labels", JSON_VALUE),
     # Seconds of work before `active_since`, which is NULL while the search waits in the queue, is paused or has ended.
     Column("active_seconds", Float(53), nullable=False, server_default="0"),
     Column("active_since", UtcDateTime),
@@ -201,12 +151,12 @@ searches = Table(
     # Of a full distillation: the search whose student it distils, which may be deleted before it. NULL in a search.
     Column("distils", Identifier(64)),
     # The large columns come last: SQLite then reads and rewrites those before without them.
-    Column("spec", _JSON, nullable=False),
-    Column("inputs", _JSON, nullable=False),
-    Column("plan", _JSON, nullable=False),
-    Column("prepared", _JSON),
-    Column("winner", _JSON),
-    Column("error", _JSON),
+    Column("spec", JSON_VALUE, nullable=False),
+    Column("inputs", JSON_VALUE, nullable=False),
+    Column("plan", JSON_VALUE, nullable=False),
+    Column("prepared", JSON_VALUE),
+    Column("winner", JSON_VALUE),
+    Column("error", JSON_VALUE),
     Index(None, "state", "id"),
     Index(None, "project", "id"),
     Index(None, "distils"),
@@ -230,7 +180,7 @@ boards = Table(
     metadata,
     # Whole leaderboards as an older version writes and reads them; migration 0011 has moved them to the two tables below. Not used any more.
     _search_id(primary_key=True),
-    Column("board", _JSON, nullable=False),
+    Column("board", JSON_VALUE, nullable=False),
 )
 
 CURRENT = 2**62
@@ -242,7 +192,7 @@ board_heads = Table(
     _search_id(primary_key=True),
     Column("version", BigInteger, primary_key=True, autoincrement=False),
     Column("created_at", UtcDateTime, nullable=False),
-    Column("head", _JSON, nullable=False),
+    Column("head", JSON_VALUE, nullable=False),
 )
 
 _SHOWN = ("state", "rung", "is_pareto", "is_confirmed")
@@ -282,18 +232,18 @@ trials = Table(
     _search_id(primary_key=True),
     Column("number", Integer, primary_key=True, autoincrement=False),
     Column("origin", String(64), nullable=False),
-    Column("shape", _JSON, nullable=False),
+    Column("shape", JSON_VALUE, nullable=False),
     Column("shape_key", String(255), nullable=False),
-    Column("choices", _JSON),
+    Column("choices", JSON_VALUE),
     Column("parameters", BigInteger, nullable=False),
     Column("budget", Integer, nullable=False, server_default="0"),
     Column("state", String(16), nullable=False),
     Column("rung", Integer),
-    Column("failure", _JSON),
-    Column("confirmation", _JSON),
+    Column("failure", JSON_VALUE),
+    Column("confirmation", JSON_VALUE),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
-    Column("confirmation_documents", _JSON),
+    Column("confirmation_documents", JSON_VALUE),
     UniqueConstraint("search_id", "shape_key"),
     Index(None, "search_id", "parameters", "number"),
     Index(None, "search_id", "state", "number"),
@@ -329,7 +279,7 @@ bundles = Table(
     Column("requested_at", UtcDateTime, nullable=False),
     Column("finished_at", UtcDateTime),
     Column("num_failures", Integer, nullable=False),
-    Column("error", _JSON),
+    Column("error", JSON_VALUE),
     Column("path", Text),
     Column("sha256", String(64)),
     Column("num_bytes", BigInteger),
@@ -377,9 +327,9 @@ rungs = Table(
     Column("trial", Integer, primary_key=True, autoincrement=False),
     Column("rung", Integer, primary_key=True, autoincrement=False),
     Column("sequence", Integer, nullable=False),
-    Column("summary", _JSON, nullable=False),
+    Column("summary", JSON_VALUE, nullable=False),
     # The per-document values are most of the bytes and only ranking reads them.
-    Column("documents", _JSON, nullable=False),
+    Column("documents", JSON_VALUE, nullable=False),
     Column("finished_at", UtcDateTime, nullable=False),
     ForeignKeyConstraint(["search_id", "trial"], ["trials.search_id", "trials.number"]),
     UniqueConstraint("search_id", "sequence"),
@@ -404,7 +354,7 @@ events = Table(
     _search_id(primary_key=True),
     Column("sequence", BigInteger, primary_key=True, autoincrement=False),
     Column("type", String(64), nullable=False),
-    Column("data", _JSON, nullable=False),
+    Column("data", JSON_VALUE, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
 )
 
@@ -415,7 +365,7 @@ speeds = Table(
     Column("cpus", Float(53), nullable=False),
     Column("gpus", Float(53), nullable=False),
     Column("dtype", String(16), nullable=False),
-    Column("points", _JSON),
+    Column("points", JSON_VALUE),
     Column("host", PlainText),
     Column("error", PlainText),
     Column("measured_at", UtcDateTime),
@@ -428,9 +378,9 @@ nodes = Table(
     Column("host", PlainText, nullable=False),
     Column("address", PlainText, nullable=False),
     Column("state", String(16), nullable=False),
-    Column("problems", _JSON, nullable=False),
-    Column("warnings", _JSON, nullable=False),
-    Column("facts", _JSON, nullable=False),
+    Column("problems", JSON_VALUE, nullable=False),
+    Column("warnings", JSON_VALUE, nullable=False),
+    Column("facts", JSON_VALUE, nullable=False),
     Column("checked_at", UtcDateTime),
     Column("seen_at", UtcDateTime, nullable=False),
 )

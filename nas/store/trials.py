@@ -18,20 +18,9 @@ from nas.shape import Shape
 from nas.store.counts import count_change
 from nas.store.database import Database
 from nas.store.logs import keep_log
+from nas.store.machines import Fence
 from nas.store.quotas import add_device_seconds
-from nas.store.records import (
-    AttemptRecord,
-    AttemptState,
-    Fence,
-    Json,
-    PointRecord,
-    RungRecord,
-    Stage,
-    TrialRecord,
-    TrialState,
-    new_id,
-    utc_now,
-)
+from nas.store.records import AttemptRecord, AttemptState, Json, PointRecord, RungRecord, Stage, TrialRecord, TrialState, new_id, utc_now
 from nas.store.searches import lock_search, write_event
 from nas.store.tables import attempts, points, rungs, trials
 

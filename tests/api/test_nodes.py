@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from api.auth import needed_scope
 from nas.cli import cluster
-from nas.store.records import NodeRecord, utc_now
+from nas.store.machines import NodeRecord
+from nas.store.records import utc_now
 from tests.api.conftest import Service
 
 NODE = NodeRecord(

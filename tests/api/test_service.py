@@ -15,7 +15,8 @@ from sqlalchemy import text
 from nas.errors import StoreUnavailable
 from nas.logs import make_formatter
 from nas.store.database import VERSION_TABLE
-from nas.store.records import AttemptState, ControllerRecord, SearchState, utc_now
+from nas.store.machines import ControllerRecord
+from nas.store.records import AttemptState, SearchState, utc_now
 from tests.api.conftest import Service
 
 

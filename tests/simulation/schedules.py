@@ -19,7 +19,8 @@ from sqlalchemy import Connection
 
 from nas.errors import Conflict, StoreUnavailable
 from nas.search.results import is_searched
-from nas.store.records import AttemptState, Fence, SearchState, TrialState
+from nas.store.machines import Fence
+from nas.store.records import AttemptState, SearchState, TrialState
 from nas.store.store import Store
 from tests.faults.history import History
 from tests.simulation.cluster import FakeCluster, Run, Trouble, pretended_result, trial_of

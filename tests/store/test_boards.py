@@ -17,8 +17,8 @@ from sqlalchemy import event, func, select, text, update
 
 from nas.errors import NotFound, Outdated
 from nas.store import boards
-from nas.store.boards import KEPT_SECONDS
-from nas.store.records import BoardQuery, Json, SearchRecord, TrialState, utc_now
+from nas.store.boards import KEPT_SECONDS, BoardQuery
+from nas.store.records import Json, SearchRecord, TrialState, utc_now
 from nas.store.store import Store
 from nas.store.tables import board_heads, board_rows
 from tests.store.big_search import fill

@@ -12,7 +12,8 @@ from sqlalchemy import update
 from sqlalchemy.exc import DBAPIError
 
 from nas.errors import Fenced, StoreUnavailable
-from nas.store.records import AttemptState, ControllerRecord, Fence, PointRecord, SearchRecord, SearchState, TrialState, utc_now
+from nas.store.machines import ControllerRecord, Fence
+from nas.store.records import AttemptState, PointRecord, SearchRecord, SearchState, TrialState, utc_now
 from nas.store.searches import write_event
 from nas.store.store import Store
 from nas.store.tables import controllers, leadership, leases

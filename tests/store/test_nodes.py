@@ -5,7 +5,8 @@ from datetime import timedelta
 
 import pytest
 
-from nas.store.records import NodeRecord, utc_now
+from nas.store.machines import NodeRecord
+from nas.store.records import utc_now
 from nas.store.store import Store
 
 
