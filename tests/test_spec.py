@@ -106,6 +106,12 @@ def test_four_fields_are_enough():
         ("objectives", ["parameters", "parameters"], "each name once", '["parameters", "parameters"]'),
         ("warm_start_from", ["srch_1", "srch_1"], "each name once", '["srch_1", "srch_1"]'),
         ("unknown", 1, "no such field", "1"),
+        ("budgte", {}, "did you mean budget?", "{}"),
+        ("sampler.max_trails", 8, "did you mean sampler.max_trials?", "8"),
+        ("tasks.0.weigth", 1, "did you mean tasks[].weight?", "1"),
+        ("first_tokens", 8, "did you mean rungs.first_tokens?", "8"),
+        ("max_parameters", 8, "did you mean budget.max_parameters or more_budgets[].max_parameters?", "8"),
+        ("x" * 9000, 1, "no such field", "1"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_was_expected_and_what_came(path, value, expected, got):
