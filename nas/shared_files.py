@@ -21,7 +21,8 @@ from typing import IO, Any
 from nas.errors import CorruptFile, Fenced, FilesUnavailable, NotFound
 from nas.files import check_may_publish, file_digest, publish, whole_file
 
-MANIFEST = "manifest.json"
+MANIFEST, PARTIAL = "manifest.json", "partial.json"
+"""What a tree holds; and what there is already of one that is not whole."""
 TRANSFERS = 4
 """Files of one tree that are on their way at a time."""
 _S3_OPTIONS = {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}, "use_listings_cache": False}
@@ -70,18 +71,19 @@ class SharedFiles:
 
     # -- trees -------------------------------------------------------------------------------------------------------------
 
-    def publish_tree(self, source: Path | Mapping[str, Path], *, key: str) -> Manifest:
+    def publish_tree(self, source: Path | Mapping[str, Path], *, key: str, name: str = MANIFEST) -> Manifest:
         """Upload files; what an earlier try has uploaded stays. Whoever publishes the same key again replaces the manifest alone.
 
         Args:
-            source: a folder, of which all regular files that are not hidden; or files by their path within the tree.
+            source: a folder, of which all `regular_files`; or files by their path within the tree.
+            name: of the manifest; PARTIAL leaves the tree not whole.
         """
-        sources = _regular_files(source) if isinstance(source, Path) else source
+        sources = regular_files(source) if isinstance(source, Path) else source
         with self._reaching(key), ThreadPoolExecutor(TRANSFERS) as pool:
             there = self.sizes(key)
             files = dict(zip(sources, pool.map(partial(self._upload, key=key, there=there), sources.values()), strict=True))
         manifest = Manifest(files=files)
-        self.write_json(manifest.as_dict(), key=f"{key}/{MANIFEST}")
+        self.write_json(manifest.as_dict(), key=f"{key}/{name}")
         return manifest
 
     def replace_tree(self, source: Mapping[str, Path], *, key: str) -> Manifest:
@@ -93,9 +95,9 @@ class SharedFiles:
                 self._fs.rm(self._path(f"{key}/{name}"))
         return manifest
 
-    def find_tree(self, key: str) -> Manifest | None:
-        """The manifest of a tree; None while it is not whole."""
-        found = self.read_json(f"{key}/{MANIFEST}")
+    def find_tree(self, key: str, *, name: str = MANIFEST) -> Manifest | None:
+        """The manifest of a tree; None while it is not whole. PARTIAL: what there is of it already, None where nobody said."""
+        found = self.read_json(f"{key}/{name}")
         return None if found is None else Manifest.from_dict(found)
 
     def fetch_tree(self, key: str, *, folder: Path, manifest: Manifest | None = None) -> Manifest:
@@ -267,10 +269,11 @@ class SharedFiles:
             raise FilesUnavailable(f"{self.url}/{key}: expected an answer, got {type(error).__name__}: {error}"[:1000]) from error
 
 
-def _regular_files(folder: Path) -> dict[str, Path]:
-    """By path within the folder; no link is followed, and what is still being written is left out."""
+def regular_files(folder: Path) -> dict[str, Path]:
+    """By path within the folder; no link is followed, and what is still being written, or worked on, is hidden, and left out."""
     found = {}
-    for parent, _, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in sorted(names):
             path = Path(parent) / name
             if not path.is_symlink() and path.is_file() and not name.startswith("."):

@@ -24,11 +24,11 @@ from nas.errors import CorpusUnavailable, NasError, NotFound, TaskUnavailable, T
 from nas.files import publishing_unless
 from nas.node_cache import NodeCache
 from nas.run_folder import CHECKPOINT, RUN, WORK
-from nas.search.layout import BUNDLE, RECONSTRUCTION, clear_below, rung_folder
+from nas.search.layout import BUNDLE, PREPARED, RECONSTRUCTION, clear_below, rung_folder
 from nas.settings import Settings
 from nas.shared_files import SharedFiles, registry_key
 from nas.spec import parse_spec
-from workers.checkpoints import Checkpoint, Publisher
+from workers.checkpoints import Checkpoint, PartialTree, Publisher, beside
 from workers.courier import carrying, sender
 from workers.folders import MODEL, MODEL_TAR, OWN_BUNDLE
 from workers.liveness import beating, is_superseded
@@ -151,12 +151,17 @@ class _Away:
             ) from absent
 
     def _prepare(self, request: Mapping[str, Any], stack: ExitStack) -> Outcome:
-        """What another search has prepared is read; what this one prepares stays here, to be gone on with, until it is whole."""
+        """What another search has prepared is read; what this one prepares can be gone on with, here and elsewhere, before it is whole."""
         key = self.key(request["prepared"])
         if self.shared.find_tree(key) is not None:
             return self._execute({**request, "prepared": str(self._read(key, stack))})
         folder = stack.enter_context(self._work(key))
-        outcome = self._execute({**request, "prepared": str(folder)})
+        parts = PartialTree(folder=folder, key=key, last=PREPARED, shared=self.shared, cache=self.cache)
+        parts.fetch()
+        with beside(parts.publish, seconds=self.checkpoint_seconds):
+            outcome = self._execute({**request, "prepared": str(folder)})
+        if not outcome.succeeded and outcome.retryable:
+            parts.publish()
         if outcome.succeeded:
             self.shared.publish_tree(folder, key=key)
             self.cache.keep(folder, key=key, source=self.shared)
@@ -177,11 +182,9 @@ class _Away:
 
     def _train(self, request: Mapping[str, Any], *, checkpoint: Checkpoint, parent: str) -> Outcome:
         """Run a step that goes on from its checkpoint, wherever that was made, and publishes it as it goes and when it has to stop."""
-        publisher = Publisher(
-            checkpoint=checkpoint, parent=parent, attempt=self.step.key, shared=self.shared, cache=self.cache, seconds=self.checkpoint_seconds
-        )
+        publisher = Publisher(checkpoint=checkpoint, parent=parent, attempt=self.step.key, shared=self.shared, cache=self.cache)
         publisher.fetch()
-        with publisher.publishing():
+        with beside(publisher.publish, seconds=self.checkpoint_seconds):
             outcome = self._execute(request)
         if not outcome.succeeded and outcome.retryable:
             publisher.publish()

@@ -2,7 +2,8 @@
 
 Each attempt publishes under a key of its own, which nobody else writes to, and the next one takes the furthest that it finds whole: all attempts
 of a step are one computation, so it does not matter whose checkpoint it is. Publishing runs beside the training, in a thread, of second names
-of the files: the training saves as ever, and waits for nothing but the end of an upload that is under way when it ends.
+of the files: the training saves as ever, and waits for nothing but the end of an upload that is under way when it ends. A prepare step's folder is
+uploaded as it is filled, in the same way; nothing of that was in vain, since the whole is these files.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from nas.compress.train_state import STATES, link_states, num_steps, steps_of
 from nas.errors import CorruptFile, Fenced, FilesUnavailable, NotFound
 from nas.files import link_or_copy
 from nas.node_cache import NodeCache
-from nas.shared_files import Manifest, SharedFiles
+from nas.shared_files import PARTIAL, Manifest, SharedFiles, regular_files
 from nas.trial_files import UNFINISHED
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,43 @@ class Checkpoint:
         (source / self.states).rename(target)
 
 
+@contextmanager
+def beside(publish: Callable[[], None], *, seconds: float) -> Iterator[None]:
+    """While the context lasts, publish now and then; its end waits for an upload that is under way.
+
+    Args:
+        seconds: between two uploads, at least.
+    """
+    ended = threading.Event()
+    # In a copy of this context, in which a superseded attempt publishes nothing (`nas.files.publishing_unless`).
+    thread = threading.Thread(target=copy_context().run, args=(_go_on, publish, ended, seconds), daemon=True, name="checkpoints")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _go_on(publish: Callable[[], None], ended: threading.Event, seconds: float) -> None:
+    pause = seconds
+    while not ended.wait(pause):
+        began = time.monotonic()
+        publish()
+        pause = max(seconds, MIN_SHARE * (time.monotonic() - began))
+
+
+@contextmanager
+def _telling(key: str) -> Iterator[None]:
+    """What goes wrong with an upload is said, and tried again next time: the work goes on."""
+    try:
+        yield
+    except Fenced as fenced:
+        logger.info("%s", fenced, extra={"action": "fenced", "key": key})
+    except (FilesUnavailable, NotFound, OSError) as error:
+        logger.warning("checkpoint not published: %s", error, extra={"action": "checkpoint_unpublished", "key": key})
+
+
 @dataclass(slots=True, kw_only=True)
 class Publisher:
     """Publishes what one attempt has trained so far."""
@@ -74,11 +112,8 @@ class Publisher:
     attempt: str
     shared: SharedFiles
     cache: NodeCache
-    seconds: float
-    """Between two uploads at least."""
     _published: int = 0
     """Steps that were there when it was published last, or fetched."""
-    _ended: threading.Event = field(default_factory=threading.Event)
 
     def fetch(self) -> None:
         """Bring the furthest that was published into the step's folder, unless what lies there is as far.
@@ -103,42 +138,19 @@ class Publisher:
             logger.info("going on from step %d", steps, extra={"action": "checkpoint_fetched", "key": key, "bytes": manifest.bytes})
             return
 
-    @contextmanager
-    def publishing(self) -> Iterator[None]:
-        """While the context lasts, publish now and then; its end waits for an upload that is under way."""
-        # In a copy of this context, in which a superseded attempt publishes nothing (`nas.files.publishing_unless`).
-        thread = threading.Thread(target=copy_context().run, args=(self._go_on,), daemon=True, name="checkpoints")
-        thread.start()
-        try:
-            yield
-        finally:
-            self._ended.set()
-            thread.join()
-
-    def _go_on(self) -> None:
-        pause = self.seconds
-        while not self._ended.wait(pause):
-            began = time.monotonic()
-            self.publish()
-            pause = max(self.seconds, MIN_SHARE * (time.monotonic() - began))
-
     def publish(self) -> None:
-        """Publish the checkpoint as it is now, if it is further than the last one. What goes wrong is said, and tried again next time: the training goes on."""
+        """Publish the checkpoint as it is now, if it is further than the last one."""
         steps = self.checkpoint.num_steps()
         if steps <= self._published:
             return
         key, began = f"{self.parent}/{self.attempt}{UNFINISHED}", time.monotonic()
-        try:
+        with _telling(key):
             with self.cache.scratch() as outbox:
                 manifest = self.shared.replace_tree(self.checkpoint.link(outbox), key=key)
             self._published = steps
             extra = {"action": "checkpoint_published", "key": key, "bytes": manifest.bytes, "seconds": round(time.monotonic() - began, 3)}
             logger.info("checkpoint of step %d published", steps, extra=extra)
             self._remove_those_before(key)
-        except Fenced as fenced:
-            logger.info("%s", fenced, extra={"action": "fenced", "key": key})
-        except (FilesUnavailable, OSError) as error:
-            logger.warning("checkpoint not published: %s", error, extra={"action": "checkpoint_unpublished", "key": key})
 
     def _remove_those_before(self, key: str) -> None:
         """Trees of earlier attempts that nobody needs any more."""
@@ -156,3 +168,55 @@ class Publisher:
     def _steps_of(self, key: str, manifest: Manifest) -> int:
         facts = [manifest.files[path] for name in STATES if (path := f"{self.checkpoint.states}/{name}.json") in manifest.files]
         return max((steps_of(found) for file in facts if (found := self.shared.read_json(f"{key}/{file.sha256}")) is not None), default=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartialTree:
+    """A folder that is filled part by part, each found whole or made again: what there is of it is uploaded under the key of the whole."""
+
+    folder: Path
+    key: str
+    last: str
+    """The file that vouches for the whole; no part."""
+    shared: SharedFiles
+    cache: NodeCache
+
+    def fetch(self) -> None:
+        """Bring what was published into the folder, where that is more than is there.
+
+        Raises:
+            FilesUnavailable: the URL cannot be reached. DoesNotFit: the node's cache is too small.
+        """
+        manifest = self.shared.find_tree(self.key, name=PARTIAL)
+        if manifest is None or manifest.bytes <= sum(path.stat().st_size for path in self._parts().values()):
+            return
+        self.cache.make_room(manifest.bytes)
+        with self.cache.scratch() as scratch:
+            try:
+                self.shared.fetch_tree(self.key, folder=scratch, manifest=manifest)
+            except (NotFound, CorruptFile) as torn:  # uploaded while it was written
+                logger.warning("parts not fetched: %s", torn, extra={"action": "parts_gone", "key": self.key})
+                return
+            for part in scratch.iterdir():
+                self._take(part)
+        logger.info("going on with what was prepared", extra={"action": "parts_fetched", "key": self.key, "bytes": manifest.bytes})
+
+    def _take(self, part: Path) -> None:
+        """A part at once; of one that was begun here, too, what vouches for its files last."""
+        target = self.folder / part.name
+        if not target.exists():
+            part.rename(target)
+        elif part.is_dir():
+            for file in sorted(part.iterdir(), key=lambda file: file.suffix == ".json"):
+                if not (target / file.name).exists():
+                    file.rename(target / file.name)
+
+    def publish(self) -> None:
+        """Upload what there is by now."""
+        with _telling(self.key):
+            parts = self._parts()
+            if parts:
+                self.shared.publish_tree(parts, key=self.key, name=PARTIAL)
+
+    def _parts(self) -> dict[str, Path]:
+        return {path: file for path, file in regular_files(self.folder).items() if path != self.last}

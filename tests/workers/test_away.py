@@ -17,9 +17,10 @@ from api.files import find_file
 from nas.compress import distillation
 from nas.compress.train_state import TrainState
 from nas.node_cache import NodeCache
-from nas.search import confirm
+from nas.search import confirm, prepare
+from nas.search.layout import SIGNALS
 from nas.settings import Settings
-from nas.shared_files import SharedFiles
+from nas.shared_files import PARTIAL, SharedFiles
 from nas.spec import dump_spec, parse_spec
 from nas.store.records import AttemptState, BundleRecord, SearchRecord, SearchState
 from nas.store.store import Store
@@ -266,6 +267,48 @@ def test_a_rung_that_is_lost_with_its_node_goes_on_on_another(
     assert search.state is SearchState.SUCCEEDED, search.error
     assert figures(deployment.store, search.id) == undisturbed
     assert list((tmp_path / "shared" / "searches" / search.id).rglob(f"*{UNFINISHED}")) == []
+
+
+def test_a_prepare_step_that_is_lost_with_its_node_goes_on_on_another(
+    undisturbed: list[Any], register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = make_deployment(tmp_path, url=f"file://{tmp_path / 'shared'}", register=register_tiny)
+    nodes, run, sort, measure = deployment.nodes, deployment.nodes.run, prepare._sort, prepare._measure_baselines
+    nodes.checkpoint_seconds = 0.01
+    sorted_on, mailboxes = list[Path](), list[Path]()
+
+    def note(*arguments: Any, **named: Any) -> Any:
+        sorted_on.append(named["folder"])
+        return sort(*arguments, **named)
+
+    def measure_or_hang(*arguments: Any, **named: Any) -> Any:
+        if len(mailboxes) == 1:
+            assert nodes.shared is not None
+            deadline, key = time.monotonic() + 30, f"prepared/{nodes.history[0].request['prepared'].rpartition('/')[2]}"
+            while (parts := nodes.shared.find_tree(key, name=PARTIAL)) is None or f"{SIGNALS}/choice.json" not in parts.files:
+                assert time.monotonic() < deadline, "nothing is published while it prepares"
+                time.sleep(0.01)
+            supersede(mailboxes[0])
+            raise prepare.StoppedEarly
+        return measure(*arguments, **named)
+
+    def run_and_lose(step: Step) -> Outcome:
+        outcome = run(step)
+        if len(nodes.history) == 1:
+            shutil.rmtree(nodes.caches[1].folder)
+            return Outcome(succeeded=False, reason="preempted", message="its node went away")
+        return outcome
+
+    nodes.before = lambda step, mailbox: mailboxes.append(mailbox)
+    nodes.run = run_and_lose  # type: ignore[method-assign]
+    monkeypatch.setattr(prepare, "_sort", note)
+    monkeypatch.setattr(prepare, "_measure_baselines", measure_or_hang)
+
+    search = deployment.run(deployment.submit(tiny_spec(**SMALL)))
+
+    assert search.state is SearchState.SUCCEEDED, search.error
+    assert len(sorted_on) == 1, "sorted again"
+    assert figures(deployment.store, search.id) == undisturbed
 
 
 def test_a_thing_that_was_registered_before_there_was_a_url_is_asked_for(

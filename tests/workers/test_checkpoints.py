@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +14,9 @@ from nas.compress.train_state import TrainState, load_state, load_trunk, save_st
 from nas.errors import FilesUnavailable, NotFound
 from nas.files import publishing_unless
 from nas.node_cache import NodeCache
-from nas.shared_files import MANIFEST, SharedFiles
+from nas.shared_files import MANIFEST, PARTIAL, SharedFiles
 from nas.trial_files import UNFINISHED
-from workers.checkpoints import Checkpoint, Publisher
+from workers.checkpoints import Checkpoint, PartialTree, Publisher, _go_on, beside
 
 PARENT = "searches/srch_1/trials/0"
 
@@ -34,7 +34,7 @@ def attempt(shared: SharedFiles, tmp_path: Path) -> Callable[[str, str], Publish
         cache = NodeCache(folder=tmp_path / node, max_bytes=None)
         (cache.folder / "work").mkdir(parents=True, exist_ok=True)
         checkpoint = Checkpoint(folder=cache.folder / "work", states="rung1", beside="reconstruction.json")
-        return Publisher(checkpoint=checkpoint, parent=PARENT, attempt=name, shared=shared, cache=cache, seconds=0.01)
+        return Publisher(checkpoint=checkpoint, parent=PARENT, attempt=name, shared=shared, cache=cache)
 
     return make
 
@@ -122,7 +122,7 @@ def test_a_superseded_attempt_publishes_nothing_and_removes_nothing(attempt: Cal
     first, second = attempt("att_1", "a"), attempt("att_2", "b")
     train(second, step=1)
     second.publish()
-    with publishing_unless(lambda: True), first.publishing():
+    with publishing_unless(lambda: True), beside(first.publish, seconds=0.01):
         with publishing_unless(lambda: False):  # the training itself, before it was superseded
             train(first, step=9)
         time.sleep(0.1)
@@ -156,7 +156,7 @@ def test_it_is_published_beside_the_training_and_trouble_there_is_no_failure(
 
     monkeypatch.setattr(SharedFiles, "replace_tree", replace_with_trouble)
     key, deadline = f"{PARENT}/att_1{UNFINISHED}", time.monotonic() + 30
-    with publisher.publishing():
+    with beside(publisher.publish, seconds=0.01):
         train(publisher, step=1)
         while shared.find_tree(key) is None:
             assert time.monotonic() < deadline
@@ -168,19 +168,18 @@ def test_it_is_published_beside_the_training_and_trouble_there_is_no_failure(
     ]
 
 
-def test_uploads_take_a_bounded_share_of_the_time(attempt: Callable[[str, str], Publisher], monkeypatch: pytest.MonkeyPatch) -> None:
-    publisher, pauses = dataclasses.replace(attempt("att_1", "a"), seconds=0.2), list[float]()
+def test_uploads_take_a_bounded_share_of_the_time() -> None:
+    pauses = list[float]()
 
-    class Ended:
-        def wait(self, seconds: float) -> bool:
-            pauses.append(seconds)
+    class Ended(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            pauses.append(timeout)
             return len(pauses) == 3
 
-    monkeypatch.setattr(publisher, "_ended", Ended())
     durations = iter((0.0, 0.05))
-    monkeypatch.setattr(Publisher, "publish", lambda self: time.sleep(next(durations)))
 
-    publisher._go_on()
+    _go_on(lambda: time.sleep(next(durations)), Ended(), 0.2)
 
     assert pauses[:2] == [0.2, 0.2]
     assert pauses[2] >= 20 * 0.05
@@ -201,3 +200,78 @@ def _outbox(publisher: Publisher) -> Path:
     outbox = publisher.cache.folder / "outbox"
     outbox.mkdir()
     return outbox
+
+
+@pytest.fixture
+def filled(shared: SharedFiles, tmp_path: Path) -> Callable[[str], PartialTree]:
+    """A prepare step's folder on a node."""
+
+    def make(node: str) -> PartialTree:
+        cache = NodeCache(folder=tmp_path / node, max_bytes=None)
+        (cache.folder / "work").mkdir(parents=True, exist_ok=True)
+        return PartialTree(folder=cache.folder / "work", key="prepared/k", last="prepared.json", shared=shared, cache=cache)
+
+    return make
+
+
+def fill(parts: PartialTree, *paths: str) -> None:
+    for path in paths:
+        (parts.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (parts.folder / path).write_text(f"{path} of {parts.cache.folder.name}")
+
+
+def test_parts_that_are_made_are_gone_on_with_elsewhere_and_never_taken_for_the_whole(filled: Callable[[str], PartialTree], shared: SharedFiles) -> None:
+    first, second = filled("a"), filled("b")
+    fill(
+        first,
+        "sorted/model",
+        "sorted/sorting.json",
+        "signals/0.json",
+        "signals/0",
+        "signals/1.json",
+        "signals/.1.writing",
+        "teacher/.training/trunk",
+        "prepared.json",
+    )
+    first.publish()
+    assert shared.find_tree("prepared/k") is None
+    fill(second, "signals/0.json", "signals/0")
+
+    second.fetch()
+
+    found = {path.relative_to(second.folder).as_posix(): path.read_text()[-1] for path in second.folder.rglob("*") if path.is_file()}
+    assert found == {"sorted/model": "a", "sorted/sorting.json": "a", "signals/0.json": "b", "signals/0": "b", "signals/1.json": "a"}
+    shared.publish_tree(second.folder, key="prepared/k")
+    assert shared.find_tree("prepared/k") is not None
+
+
+def test_parts_are_taken_only_where_they_are_more_and_whole(filled: Callable[[str], PartialTree], shared: SharedFiles) -> None:
+    first, second = filled("a"), filled("b")
+    second.fetch()
+    fill(first, "sorted/model")
+    first.publish()
+    fill(second, "sorted/model", "signals/0")
+    second.fetch()
+    assert (second.folder / "sorted" / "model").read_text() == "sorted/model of b"
+    third = filled("c")
+    for name in shared.children("prepared/k"):
+        if name != PARTIAL:
+            shared.delete(f"prepared/k/{name}")
+
+    third.fetch()
+
+    assert list(third.folder.iterdir()) == []
+
+
+def test_a_part_that_goes_while_it_is_uploaded_is_uploaded_later(filled: Callable[[str], PartialTree], shared: SharedFiles) -> None:
+    parts = filled("a")
+    fill(parts, "signals/0")
+    gone = {"signals/1": parts.folder / "signals" / "1", **parts._parts()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartialTree, "_parts", lambda self: gone)
+        parts.publish()
+
+    assert shared.find_tree("prepared/k", name=PARTIAL) is None
+    parts.publish()
+    assert shared.find_tree("prepared/k", name=PARTIAL) is not None
