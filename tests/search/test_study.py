@@ -135,8 +135,9 @@ def test_a_second_objective_draws_the_proposals_towards_the_cheap(sampler):
     assert layers_of(dear_is_good) < layers_of(inverted)
 
 
-def test_a_shape_that_is_known_is_answered_from_memory_and_told_to_the_model_again(monkeypatch):
-    told, known = [], draws(12)
+@pytest.mark.parametrize(("num_known", "num_asks"), [(12, study.MAX_REPEATS), (study.MAX_BEST_TOLD + study.MAX_LATEST_TOLD + 1, study.MAX_REPEATS_OF_MANY)])
+def test_a_shape_that_is_known_is_answered_from_memory_and_told_to_the_model_again(num_known, num_asks, monkeypatch):
+    told, known = [], list(SPACE.shapes())[:num_known]
 
     class Stubborn(optuna.samplers.TPESampler):
         """Asks for the best there is, for as long as it is not told anything new of it."""
@@ -158,7 +159,7 @@ def test_a_shape_that_is_known_is_answered_from_memory_and_told_to_the_model_aga
     proposal = ask(SPACE, sampler="tpe", evaluated=known)
 
     best = max(map(value_of, known))
-    assert told == [(True, [best])] * study.MAX_REPEATS
+    assert told == [(True, [best])] * num_asks
     assert proposal.shape not in known
     # What the model wanted is near: no farther than a few steps of any axis from the best one known.
     favourite = max(known, key=value_of)
@@ -324,6 +325,7 @@ def test_of_many_observations_the_best_of_the_older_and_the_latest_decide(sample
         return propose(SPACE, sampler=sampler, observations=observations, pending=(), seen=seen, number=40, seed=1, num_startup_trials=4)
 
     expected = asked(told)
+    monkeypatch.setattr(study, "MAX_REPEATS_OF_MANY", study.MAX_REPEATS)
     monkeypatch.setattr(study, "MAX_BEST_TOLD", 4)
     monkeypatch.setattr(study, "MAX_LATEST_TOLD", 8)
     assert asked(observed) == expected
