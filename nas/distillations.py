@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from nas.errors import Conflict, InvalidSpec, NotFound, Problem
 from nas.recipe import Recipe, full_recipe
 from nas.settings import Settings
-from nas.spec import Count, LimitSpec, SearchSpec, Seconds, parse_spec
+from nas.spec import LINE, Count, LimitSpec, SearchSpec, Seconds, parse_spec
 from nas.store.records import DEFAULT_PROJECT, SearchRecord, SearchState, all_winners
 from nas.store.store import Store
 from nas.strict_json import read_object, validate
@@ -122,6 +123,7 @@ class DistillationPlan:
     inputs: dict[str, Any]
     """The teacher and the corpora, as they were registered when the search was submitted."""
     tokens: int
+    """That it trains on: whole steps."""
 
 
 def parse_distillation(text: str | bytes) -> DistillationRequest:
@@ -141,6 +143,8 @@ def check_distillation(asked: DistillationRequest, *, store: Store, settings: Se
         Conflict: the search has not succeeded, the trial was not verified, or its student was not kept.
         FilesUnavailable: the machines share files by URL, which cannot be reached now.
     """
+    if re.fullmatch(LINE, asked.label) is None:
+        raise InvalidSpec(Problem(field="label", expected="a line of text without control characters", got=repr(asked.label)[:80]))
     try:
         search = store.get_search(asked.search_id, project=project)
     except NotFound:
@@ -152,7 +156,8 @@ def check_distillation(asked: DistillationRequest, *, store: Store, settings: Se
     recipe = _complete(asked.recipe, spec=spec, context=search.inputs["teacher"]["config"].get("max_position_embeddings"))
     stored = {**ADAPTER.dump_python(asked, mode="json"), "trial": trial, "recipe": asdict(recipe)}
     inputs = {name: search.inputs[name] for name in ("teacher", "corpora")}
-    return DistillationPlan(trial=trial, spec=stored, inputs=inputs, tokens=recipe.tokens)
+    step = recipe.batch_size * recipe.sequence_length
+    return DistillationPlan(trial=trial, spec=stored, inputs=inputs, tokens=-(-recipe.tokens // step) * step)
 
 
 def winner_of(search: SearchRecord, *, trial: int) -> dict[str, Any] | None:
@@ -181,6 +186,13 @@ def _complete(changes: RecipeChanges, *, spec: SearchSpec, context: object) -> R
         recipe = full_recipe(spec, **overrides)
     except InvalidSpec as wrong:
         raise InvalidSpec(*(Problem(field=f"recipe.{one.field}", expected=one.expected, got=one.got) for one in wrong.problems)) from wrong
+    problems = []
     if isinstance(context, int) and recipe.sequence_length > context:
-        raise InvalidSpec(Problem(field="recipe.sequence_length", expected=f"at most the teacher's context of {context}", got=str(recipe.sequence_length)))
+        problems.append(Problem(field="recipe.sequence_length", expected=f"at most the teacher's context of {context}", got=str(recipe.sequence_length)))
+    if recipe.tokens < (least := 2 * recipe.batch_size * recipe.sequence_length):
+        problems.append(Problem(field="recipe.tokens", expected=f"at least two steps of batch_size x sequence_length = {least // 2}", got=str(recipe.tokens)))
+    if recipe.warmup_tokens > recipe.tokens:
+        problems.append(Problem(field="recipe.warmup_tokens", expected=f"at most the {recipe.tokens} tokens of the whole", got=str(recipe.warmup_tokens)))
+    if problems:
+        raise InvalidSpec(*problems)
     return recipe

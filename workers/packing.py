@@ -26,7 +26,7 @@ from workers.liveness import supersede
 from workers.logs import last_lines, read_tail
 from workers.step import Outcome, Step
 from workers.tries import BEATS_PER_LEASE, begin
-from workers.verdicts import Untrue, check_bundle
+from workers.verdicts import Untrue, check_bundle, check_size
 from workers.watch import Leader, Watch
 
 logger = logging.getLogger(__name__)
@@ -149,6 +149,7 @@ class Packing:
         if outcome.succeeded and outcome.result is not None:
             try:
                 check_bundle(outcome.result, trial=wanted.trial, folder=current.folder)
+                check_size(outcome.result, name="bundle_bytes")
             except Untrue as untrue:
                 outcome = Outcome(succeeded=False, reason="invalid_result", message=str(untrue))
         if outcome.succeeded and outcome.result is not None:

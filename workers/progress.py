@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import Any
 
 from nas.store.records import AttemptRecord, PointRecord
 from workers.step import PROGRESS
+from workers.verdicts import is_number
 
 logger = logging.getLogger(__name__)
 
-_NUMBERS = ("loss", "learning_rate", "tokens_per_second")
+_NUMBERS = ("tokens", "loss", "learning_rate", "tokens_per_second")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,13 +47,21 @@ class ProgressReader:
 
 
 def make_point(line: dict[str, Any], *, attempt: AttemptRecord) -> PointRecord | None:
-    """A line of a rung, or of a full distillation, as a point of its trial's curve; None for any other line, and for one that is not finite."""
+    """A line of a rung, or of a full distillation, as a point of its trial's curve; None for any other line, and for one that no training writes."""
     if "tokens" not in line or attempt.trial is None:
         return None
-    numbers = {name: line[name] for name in _NUMBERS}
-    if not all(math.isfinite(number) for number in numbers.values()):
+    tokens, loss, learning_rate, tokens_per_second = (line.get(name) for name in _NUMBERS)
+    if not (is_number(tokens) and is_number(loss) and is_number(learning_rate) and is_number(tokens_per_second)):
         return None
-    return PointRecord(search_id=attempt.search_id, trial=attempt.trial, rung=attempt.rung or 0, tokens=line["tokens"], **numbers)
+    return PointRecord(
+        search_id=attempt.search_id,
+        trial=attempt.trial,
+        rung=attempt.rung or 0,
+        tokens=int(tokens),
+        loss=loss,
+        learning_rate=learning_rate,
+        tokens_per_second=tokens_per_second,
+    )
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

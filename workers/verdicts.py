@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from nas.architecture import Architecture
 from nas.cost import count_parameters
@@ -133,6 +133,22 @@ def check_bundle(values: Mapping[str, Any], *, trial: int, folder: Path) -> None
         raise Untrue(f"as_teacher: expected a digest and a config, got {teacher!r:.200}")
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number that a float holds: JSON may have integers of any length."""
+    return (isinstance(value, float) and math.isfinite(value)) or (isinstance(value, int) and abs(value) <= 2**53)
+
+
+_HELD_OUT = ("kl", "kl_standard_error", "loss", "loss_standard_error")
+"""What a full distillation measures on held-out text."""
+
+
+def check_size(values: Mapping[str, Any], *, name: str) -> None:
+    """How many bytes a file has, if it can have so many."""
+    size = values.get(name)
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 2**62:
+        raise Untrue(f"{name}: expected a number of bytes, got {size!r:.80}")
+
+
 def check_distilled(values: Mapping[str, Any], *, recipe: Mapping[str, Any], folders: SearchFolder) -> None:
     """What a full distillation made, if it can be true: all the tokens were trained on, and the file lies where it was asked for.
 
@@ -145,9 +161,12 @@ def check_distilled(values: Mapping[str, Any], *, recipe: Mapping[str, Any], fol
         raise Untrue(f"tokens: expected {least}, got {tokens}")
     for name in ("held_out_before", "held_out_after"):
         held_out = values.get(name)
-        numbers = held_out.values() if isinstance(held_out, Mapping) else ()
-        if not numbers or not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-            raise Untrue(f"{name}: expected KL and loss, finite, got {held_out}")
+        numbers = [held_out.get(number) for number in _HELD_OUT] if isinstance(held_out, Mapping) else [None]
+        if not all(map(is_number, numbers)):
+            raise Untrue(f"{name}: expected {', '.join(_HELD_OUT)}, finite, got {held_out}")
+    if not is_number(seconds := values.get("seconds")) or seconds < 0:
+        raise Untrue(f"seconds: expected a duration, got {seconds!r:.80}")
+    check_size(values, name="bytes")
     _expect("file", str(folders.path / MODEL_TAR), values.get("file"))
     if not re.fullmatch(r"[0-9a-f]{64}", str(values.get("sha256"))):
         raise Untrue(f"sha256: expected 64 hexadecimal digits, got {values.get('sha256')!r}")

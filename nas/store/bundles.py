@@ -9,7 +9,7 @@ from sqlalchemy import Connection, RowMapping, Select, Update, insert, select, u
 from nas.errors import Conflict, NotFound
 from nas.store.database import Database
 from nas.store.machines import Fence
-from nas.store.quotas import add_device_seconds
+from nas.store.quotas import add_device_seconds, charge, lock_project
 from nas.store.records import BundleRecord, BundleState, Json, utc_now
 from nas.store.searches import get_search, lock_search
 from nas.store.tables import artifacts, bundles
@@ -25,15 +25,19 @@ class Bundles(Database):
         Raises:
             NotFound: no such search or trial.
             Conflict: the search has not ended: its files may still change.
+            QuotaExceeded: its project has used up its device seconds of the day.
         """
         with self.write(fence=None) as connection:
-            lock_search(connection, search_id)
             search = get_search(connection, search_id)
             get_trial(connection, search_id, trial)
-            if not search.state.is_terminal:
+            if not search.state.is_terminal:  # which is never left: there is nothing to lock yet
                 raise Conflict(f"search {search_id}: expected one that has ended, got state {search.state}; a bundle is packed afterwards")
+            quotas = lock_project(connection, search.project)
+            lock_search(connection, search_id)
             row = {"state": BundleState.WAITING, "requested_at": utc_now(), "finished_at": None, "num_failures": 0, "error": None}
             found = connection.execute(_of(search_id, trial)).mappings().one_or_none()
+            if found is None or found["state"] == BundleState.FAILED:
+                charge(connection, search.project, quotas=quotas, num_searches=0, num_trials=0, tokens=0)
             if found is None:
                 connection.execute(insert(bundles).values(search_id=search_id, trial=trial, **row))
             elif found["state"] == BundleState.FAILED:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime, time, timedelta
 
-from sqlalchemy import Connection, Executable, RowMapping, bindparam, func, select
+from sqlalchemy import Connection, Executable, RowMapping, bindparam, case, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from nas.errors import InvalidSpec, NotFound, Problem, QuotaExceeded
@@ -18,6 +18,8 @@ from nas.store.tables import projects, searches, usage
 # Built once: what a submit asks of the database costs more to put together than to run.
 _LOCK_PROJECT = select(projects).where(projects.c.name == bindparam("project")).with_for_update(key_share=True)
 
+MAX_COUNTED = 2**61
+"""A day's tokens above this are counted as this: a database's integer ends at four times as many, and no quota is as large."""
 ACTIVE = tuple(state for state in SearchState if not state.is_terminal)
 
 
@@ -112,13 +114,14 @@ def _check(quotas: Quotas, project: str, *, used: Usage, num_searches: int, num_
 
 
 def add_usage(connection: Connection, project: str, *, tokens: int = 0, device_seconds: float = 0.0) -> None:
-    """Count what a project uses today."""
-    row = {"project": project, "day": _today(), "tokens": tokens, "device_seconds": device_seconds}
+    """Count what a project uses today; tokens up to MAX_COUNTED."""
+    row = {"project": project, "day": _today(), "tokens": min(tokens, MAX_COUNTED), "device_seconds": device_seconds}
     connection.execute(_ADD_USAGE[connection.dialect.name], row)
 
 
 def _add_usage(row: sqlite.Insert | postgresql.Insert) -> Executable:
-    sums = {"tokens": usage.c.tokens + row.excluded.tokens, "device_seconds": usage.c.device_seconds + row.excluded.device_seconds}
+    counted = usage.c.tokens + row.excluded.tokens
+    sums = {"tokens": case((counted > MAX_COUNTED, MAX_COUNTED), else_=counted), "device_seconds": usage.c.device_seconds + row.excluded.device_seconds}
     return row.on_conflict_do_update(index_elements=[usage.c.project, usage.c.day], set_=sums)
 
 

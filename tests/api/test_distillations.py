@@ -69,6 +69,14 @@ def test_the_same_request_is_answered_when_its_search_is_gone(service: Service, 
         ({"recipe": {"decay_share": 1}}, "recipe.decay_share"),
         ({"recipe": {"sequence_length": 1024}}, "recipe.sequence_length"),
         ({"recipe": {"steps": 1}}, "recipe.steps"),
+        ({"recipe": {"tokens": 10**18}}, "recipe.tokens"),
+        ({"recipe": {"tokens": -1}}, "recipe.tokens"),
+        ({"recipe": {"tokens": 2 * 2 * 128 - 1}}, "recipe.tokens"),
+        ({"recipe": {"batch_size": 1_000_000}}, "recipe.tokens"),
+        ({"recipe": {"warmup_tokens": 40_001}}, "recipe.warmup_tokens"),
+        ({"recipe": {"learning_rate": 1e308}}, "recipe.learning_rate"),
+        ({"label": "a\u001b[31m"}, "label"),
+        ({"label": "two\nlines"}, "label"),
         ({"resources": {"gpus": 8}}, "resources.gpus"),
         ({"limits": {"max_attempts": 0}}, "limits.max_attempts"),
         ({"teacher": "other"}, "teacher"),
@@ -80,6 +88,22 @@ def test_what_is_wrong_is_named_before_anything_is_stored(service: Service, sear
     assert answer.status_code == 422
     assert [error["field"] for error in answer.json()["errors"]] == [field]
     assert service.client.get(URL).json()["data"] == []
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e400", "-1e400"])
+def test_what_is_no_number_is_named_in_json_that_is_none(service: Service, search: SearchRecord, number: str) -> None:
+    for name in ("tokens", "learning_rate"):
+        answer = service.client.post(URL, content=f'{{"search_id": "{search.id}", "recipe": {{"{name}": {number}}}}}', headers=JSON)
+
+        assert (answer.status_code, [error["field"] for error in answer.json()["errors"]]) == (422, [f"recipe.{name}"])
+
+
+def test_whole_steps_are_charged(service: Service, search: SearchRecord) -> None:
+    before = service.store.get_project("default")[1].tokens_today
+
+    post(service, {"search_id": search.id, "recipe": {"tokens": 5000}})  # steps of 2 x 128
+
+    assert service.store.get_project("default")[1].tokens_today - before == 20 * 256
 
 
 def test_a_search_that_has_not_succeeded_has_nothing_to_distil(service: Service) -> None:

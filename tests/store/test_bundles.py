@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from nas.errors import Conflict, Fenced, NotFound
+from nas.errors import Conflict, Fenced, NotFound, QuotaExceeded
+from nas.store.quotas import Quotas
 from nas.store.records import BundleState, SearchRecord, SearchState, TrialRecord
 from nas.store.store import Store
 
@@ -72,6 +73,19 @@ def test_only_of_a_search_that_has_ended_and_a_trial_that_there_is(store: Store,
         store.request_bundle(search.id, 5)
     with pytest.raises(NotFound):
         store.request_bundle("srch_0", 0)
+    assert store.waiting_bundles(limit=9) == []
+
+
+def test_a_project_that_has_used_up_its_device_seconds_asks_for_no_other(store: Store, search: SearchRecord) -> None:
+    waiting = store.request_bundle(search.id, 3)
+    store.set_quotas(search.project, Quotas(max_device_seconds_per_day=0))
+
+    with pytest.raises(QuotaExceeded, match="max_device_seconds_per_day"):
+        store.request_bundle(search.id, 4)
+    assert store.request_bundle(search.id, 3) == waiting
+    store.fail_bundle(search.id, 3, error=ERROR, max_failures=1, device_seconds=0.0, fence=None)
+    with pytest.raises(QuotaExceeded):
+        store.request_bundle(search.id, 3)
     assert store.waiting_bundles(limit=9) == []
 
 

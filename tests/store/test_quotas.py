@@ -31,6 +31,17 @@ def usage(store: Store, project: str) -> Usage:
     return next(used for record, used in store.list_projects() if record.name == project)
 
 
+@pytest.mark.parametrize("tokens", [2**61, 2**62, 2**63, 10**30])
+def test_no_number_of_tokens_is_too_large_to_be_counted(store: Store, project: str, tokens: int) -> None:
+    for _ in range(4):
+        submit(store, project, tokens=tokens)
+
+    assert usage(store, project).tokens_today == quotas.MAX_COUNTED
+    store.set_quotas(project, Quotas(max_tokens_per_day=2**53))
+    with pytest.raises(QuotaExceeded):
+        submit(store, project, tokens=1)
+
+
 @pytest.mark.parametrize(
     ("limits", "passing", "quota", "retries"),
     [

@@ -124,7 +124,7 @@ def test_a_full_disk_is_told_at_once(found: Found) -> None:
     assert (failed.state, failed.num_failures, (failed.error or {})["reason"]) == (BundleState.FAILED, 1, "disk_full")
 
 
-@pytest.mark.parametrize("lie", [{"bundle": "/etc/passwd"}, {"trial": 99}, {"bundle_sha256": "none"}])
+@pytest.mark.parametrize("lie", [{"bundle": "/etc/passwd"}, {"trial": 99}, {"bundle_sha256": "none"}, {"bundle_bytes": None}, {"bundle_bytes": 10**30}])
 def test_a_result_that_cannot_be_is_not_kept(found: Found, lie: dict[str, object]) -> None:
     service, search = found
     number = other_finalist(service, search)

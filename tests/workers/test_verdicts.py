@@ -23,10 +23,10 @@ from nas.spec import parse_spec
 from nas.store.records import AttemptRecord, AttemptState
 from tests.simulation.cluster import count, measure, save_pretended_student
 from tests.simulation.simulator import CONFIG, INPUTS, make_spec
-from workers.folders import SearchFolder
+from workers.folders import MODEL_TAR, SearchFolder
 from workers.recount import Recount
 from workers.step import RESULT, Outcome, _as_json, read_outcome
-from workers.verdicts import Undecided, Untrue, check_bundle, check_confirmation, check_prepared, check_rung, count_file_parameters
+from workers.verdicts import Undecided, Untrue, check_bundle, check_confirmation, check_distilled, check_prepared, check_rung, count_file_parameters
 
 SPEC = parse_spec(json.dumps(make_spec(num_trials=4, num_workers=1)))
 ARCHITECTURE = read_architecture(CONFIG)
@@ -122,6 +122,37 @@ def test_other_steps_are_not_believed_blindly_either(tmp_path: Path) -> None:
     for lie in ({"trial": 4}, {"bundle": "/etc/passwd"}, {"bundle": str(tmp_path / ".." / "x")}, {"bundle_sha256": "none"}):
         with pytest.raises(Untrue):
             check_bundle({**sound, **lie}, trial=3, folder=tmp_path)
+
+
+def a_distilled(folder: Path) -> dict[str, Any]:
+    held_out = {"kl": 0.5, "kl_standard_error": 0.01, "loss": 1.5, "loss_standard_error": 0.02}
+    file = {"file": str(folder / MODEL_TAR), "sha256": "a" * 64, "bytes": 10}
+    return {"tokens": 128, "seconds": 1.0, "held_out_before": held_out, "held_out_after": held_out, **file}
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"tokens": 127},
+        {"tokens": 10**30},
+        {"seconds": None},
+        {"seconds": -1.0},
+        {"seconds": 10**400},
+        {"bytes": None},
+        {"bytes": -1},
+        {"bytes": 2**63},
+        {"held_out_after": {"kl": 0.5}},
+        {"held_out_after": {"kl": 10**400, "kl_standard_error": 0.0, "loss": 1.0, "loss_standard_error": 0.0}},
+        {"file": "/etc/passwd"},
+        {"sha256": "none"},
+    ],
+)
+def test_what_no_full_distillation_comes_to_is_found_out(tmp_path: Path, lie: dict[str, Any]) -> None:
+    recipe, sound = {"tokens": 128, "batch_size": 1, "sequence_length": 64}, a_distilled(tmp_path)
+    check_distilled(sound, recipe=recipe, folders=SearchFolder(path=tmp_path))
+
+    with pytest.raises(Untrue):
+        check_distilled({**sound, **lie}, recipe=recipe, folders=SearchFolder(path=tmp_path))
 
 
 def test_a_result_that_is_no_json_is_an_invalid_one(tmp_path: Path) -> None:
