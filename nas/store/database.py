@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ VERSION_TABLE = "nas_alembic_version"
 """Own name: Optuna keeps its `alembic_version` in whatever database it is given."""
 
 _BUSY_SECONDS = 60.0
+_LOOK_SECONDS = 0.001
+"""Between two looks whether another process still writes to the SQLite file."""
 _IDLE_SECONDS = 5.0
 """PostgreSQL ends a transaction in which nothing was asked for so long: its process hangs, or went with its machine, and others wait for its locks."""
 _CONNECT_SECONDS = 5
@@ -293,7 +296,34 @@ def _set_up_sqlite(dbapi_connection: Any, _: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    connection.exec_driver_sql(connection.get_execution_options().get("nas_begin", "BEGIN"))
+    begin = connection.get_execution_options().get("nas_begin", "BEGIN")
+    if begin == "BEGIN":
+        connection.exec_driver_sql(begin)
+        return
+    driver: Any = connection.connection.driver_connection
+    driver.execute("PRAGMA busy_timeout=0")
+    try:
+        if not _take_lock(driver, begin):
+            connection.exec_driver_sql(begin)  # raises why not
+    finally:
+        driver.execute(f"PRAGMA busy_timeout={round(1000 * _BUSY_SECONDS)}")
+
+
+def _take_lock(driver: Any, begin: str) -> bool:
+    """Begin to write as soon as no other process does.
+
+    Between two looks SQLite itself sleeps ever longer, up to a tenth of a second: beside a process that writes one transaction after the other it finds
+    no gap for seconds. Of this process one thread looks, the others wait for their turn, and so it may look often.
+    """
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            driver.execute(begin)
+            return True
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                return False
+        time.sleep(_LOOK_SECONDS)
 
 
 def dump_json(value: Any) -> str:

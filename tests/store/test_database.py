@@ -3,6 +3,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +21,19 @@ search = store.create_search(spec={}, inputs={}, plan={}, label="")
 print(search.id, flush=True)
 while True:
     print(store.add_event(search.id, "test.event", {}).sequence, flush=True)
+"""
+
+
+BUSY = """
+import sys, time
+from nas.store.store import Store
+store = Store.open(sys.argv[1])
+for number in range(10**6):
+    with store.write(fence=None) as connection:
+        connection.exec_driver_sql("UPDATE projects SET max_active_trials = coalesce(max_active_trials, 0) + 1 WHERE name = 'default'")
+        time.sleep(0.008)
+    if number == 0:
+        print("busy", flush=True)
 """
 
 
@@ -87,6 +101,28 @@ def test_a_writer_that_keeps_its_turn_too_long_is_told_as_a_store_that_does_not_
         assert other.submit(store.list_projects).result()[0][0].name == "default"  # readers never wait
     store.create_project("next")
     store.close()
+
+
+def test_a_writer_finds_the_gaps_of_a_process_that_writes_without_a_pause(sqlite_url: str) -> None:
+    """Counted in that process's transactions. SQLite's own wait, whose sleeps grow to a tenth of a second, let a hundred or two pass for each of these."""
+    store = Store.open(sqlite_url, migrate=True)
+    with subprocess.Popen([sys.executable, "-c", BUSY, sqlite_url], stdout=subprocess.PIPE) as busy:
+        assert busy.stdout is not None
+        busy.stdout.readline()
+        passed = 0
+        for number in range(10):
+            time.sleep(0.05)
+            before = num_written(store)
+            store.create_project(f"project-{number}")
+            passed += num_written(store) - before
+        busy.kill()
+    store.close()
+    assert passed < 10 * 40
+
+
+def num_written(store: Store) -> int:
+    with store.read() as connection:
+        return connection.execute(text("SELECT max_active_trials FROM projects WHERE name = 'default'")).scalar_one()
 
 
 def test_sqlite_is_set_up_for_durable_concurrent_use(sqlite_url: str) -> None:
