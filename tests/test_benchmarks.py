@@ -7,13 +7,14 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from nas.compress.objective import TeacherLogits
 from nas.compress.teacher_outputs import outputs_of
 from nas.compress.train_plan import TrainPlan
-from tests.benchmarks import campaign, curves, headline, reproduce
+from tests.benchmarks import campaign, curves, headline, reproduce, spread
 from tests.benchmarks.__main__ import SECTIONS
 from tests.benchmarks.learning import Curve, Run, read_curves, tokens_to_reach, trace
 from tests.benchmarks.recipes import METHODS, SHAPES, compute
@@ -124,3 +125,19 @@ def test_every_method_trains_a_student_of_the_reference_teacher(method: str, tmp
     run = Run(teacher="stories260K", shape="mixed30", method=method, learning_rate=1e-3, batch_size=4, train_tokens=10_240)
     found = compute(run, tokens=[1_024, 10_240], folder=tmp_path, cache=cache)
     assert found.loss[1] < found.loss[0]
+
+
+def test_the_spread_of_a_seed_is_told_apart_from_what_it_does_to_all_shapes() -> None:
+    """Planted: shapes far apart, .05 of each seed in common, .01 of each run's own, and blocks that agree."""
+    generator = np.random.default_rng(0)
+    level, common = 2.0 * generator.standard_normal(20), 0.05 * generator.standard_normal(12)
+    blocks = generator.uniform(0.5, 1.5, 32)
+    logs = {f"shape {shape}": {seed: level[shape] + common[seed] + 0.01 * generator.standard_normal() for seed in range(12)} for shape in range(20)}
+    runs = {shape: {seed: np.stack([blocks * np.exp(log)]) for seed, log in seeds.items()} for shape, seeds in logs.items()}
+
+    found = spread.parts(runs, point=0)
+
+    assert found["own"] == pytest.approx(0.01, rel=0.15)
+    assert found["common"] == pytest.approx(float(np.std(common, ddof=1)), rel=0.1)
+    assert found["within"] == pytest.approx(math.hypot(found["own"], found["common"]), rel=0.1)
+    assert found["blocks"] == pytest.approx(0.0, abs=1e-9)

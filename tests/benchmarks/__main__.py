@@ -6,6 +6,7 @@
     proxies     what parameters, loss, KL and task scores after few tokens say of the final result, on the ground truth
     replay      whole searches replayed on the ground truth: regret and tokens of ours, random, the largest, zero-shot and Minitron's
     samplers    GP, TPE, NSGA-II and random proposals in searches of a large space, replayed on a model of the ground truth (with NAS_REFERENCE)
+    spread      how much training seeds differ on the ground truth, and what repeats of one shape tell of it
     training    tokens per second of our training loop against the loop that one writes with the transformers Trainer
     losses      peak memory of the loss and its way back at a large vocabulary
     signals     distillation from stored teacher signals against the teacher in the loop, beside the ceiling
@@ -36,6 +37,7 @@ SECTIONS = {
     "proxies": "proxies",
     "replay": "replay",
     "samplers": "samplers",
+    "spread": "spread",
     "training": "training_speed",
     "losses": "losses",
     "signals": "signals",

@@ -75,7 +75,8 @@ def test_runs_that_differ_no_more_than_their_blocks_leave_the_prior() -> None:
     found = [pooled_spread(0.01, runs=runs_of([0.0, 0.0, 0.0], noise=0.4, seed=seed)) for seed in range(20)]
 
     assert fmean(one.measured or 0.0 for one in found) > 0.03
-    assert all(one.value == pytest.approx(0.01, rel=0.1) for one in found)
+    assert all(one.value == pytest.approx(0.01, rel=0.25) for one in found)
+    assert fmean(one.value for one in found) == pytest.approx(0.01, rel=0.1)
 
 
 @pytest.mark.parametrize("prior", [0.005, 0.05])
