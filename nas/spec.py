@@ -212,8 +212,8 @@ class ControlSpec:
     """Legal shapes drawn at random after the search, taken to the last rung: the honest baseline."""
     num_repeats: Annotated[int, Field(ge=0, le=16)] = 0
     """Times that the first forced anchor of a budget is trained again, each time in another data order and to the last rung, to measure the spread
-    between training seeds that `rungs.seed_spread` else assumes. Each takes the tokens of a whole trial; they are not ranked. 0: where the default
-    spread is right, they change nothing (LOG.md)."""
+    between training seeds that `rungs.seed_spread` else assumes. Each takes the tokens of a whole trial; they are not ranked. 0: on the ground
+    truth they changed no regret (LOG.md). Worth it where the default spread may be far off: models, data or tokens unlike those it is from."""
 
     @model_validator(mode="after")
     def _repeated(self) -> ControlSpec:
