@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.logs import MASK, about, find_secrets, make_formatter, redact, set_up_logging
+from tests.waiting import BUSY_SECONDS
 
 PASSWORD = "hunter2hunter2"
 ENVIRONMENT = {
@@ -217,7 +218,7 @@ def test_a_server_without_its_database_says_so_in_lines_that_parse_and_without_i
 
 
 def _wait_for(url: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
             urllib.request.urlopen(url, timeout=5).close()

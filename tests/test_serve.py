@@ -7,8 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,19 +17,13 @@ from nas.client import Client
 from nas.errors import InvalidSpec
 from nas.serve import check_port
 from nas.settings import Settings
+from tests.waiting import wait_until
 
 
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], bool], *, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -40,7 +33,7 @@ def service(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Client]]:
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-m", "nas.cli", "serve"], env=environment, stdout=log, stderr=log)
     with Client(f"http://127.0.0.1:{port}") as client:
-        wait_for(lambda: client.is_ready() and len(children(process)) == 2)
+        wait_until(lambda: client.is_ready() and len(children(process)) == 2, what="API and controller")
         yield process, client
     if process.poll() is None:
         process.kill()
@@ -65,7 +58,7 @@ def test_a_killed_service_leaves_nothing_running(service: tuple[subprocess.Popen
     tree = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    wait_for(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in tree))
+    wait_until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in tree), what="the end of all")
 
 
 def test_a_child_that_dies_is_started_again(service: tuple[subprocess.Popen[bytes], Client]) -> None:
@@ -73,7 +66,7 @@ def test_a_child_that_dies_is_started_again(service: tuple[subprocess.Popen[byte
     before = {child.pid for child in children(process)}
     for child in children(process):
         child.kill()
-    wait_for(lambda: len({child.pid for child in children(process)} - before) == 2 and client.is_ready())
+    wait_until(lambda: len({child.pid for child in children(process)} - before) == 2 and client.is_ready(), what="both once more")
     process.terminate()
     assert process.wait(timeout=30) == 0
 

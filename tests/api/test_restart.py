@@ -16,6 +16,7 @@ import httpx2
 import pytest
 
 from nas.store.records import SearchState
+from tests.waiting import BUSY_SECONDS
 
 if TYPE_CHECKING:
     from tests.api.conftest import Service
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def serving(service: Service, port: int) -> Iterator[subprocess.Popen[bytes]]:
     environment = {**os.environ, "NAS_DATA": str(service.settings.data_folder), "NAS_PORT": str(port)}
     process = subprocess.Popen([sys.executable, "-m", "api"], env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
             if httpx2.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:

@@ -10,10 +10,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
 
 from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
@@ -23,18 +21,10 @@ from tests.faults.history import History
 from tests.faults.summary import RecordProperty, record
 from tests.simulation.several import View
 from tests.simulation.simulator import INPUTS, make_spec
+from tests.waiting import wait_until
 
 LEASE_SECONDS = 1.0
-SECONDS = 120.0
 PRETENDING, TRAINING = "tests.faults.pretending_controller", "workers"
-
-
-def wait_until(condition: Callable[[], Any], *, what: str, seconds: float = SECONDS) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
-        time.sleep(0.02)
-    return value
 
 
 @dataclass(kw_only=True)

@@ -15,8 +15,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.faults.fleet import Fleet, wait_until
+from tests.faults.fleet import Fleet
 from tests.faults.summary import COUNTS, KILLS, RecordProperty
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.faults
 

@@ -21,7 +21,8 @@ import pytest
 from nas.settings import Settings
 from nas.store.records import AttemptState, SearchState
 from nas.store.store import Store
-from tests.faults.test_kills import serving, submit, wait_until
+from tests.faults.test_kills import serving, submit
+from tests.waiting import wait_until
 from tests.workers.ray_cluster import add_node, ray_cluster
 from workers.step import Outcome, Step
 

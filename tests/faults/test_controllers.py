@@ -17,9 +17,10 @@ import pytest
 from nas.spec import dump_spec, parse_spec
 from nas.store.records import SearchState
 from nas.submission import check_submission
-from tests.faults.fleet import SECONDS, TRAINING, Fleet, submit_pretended, wait_until
+from tests.faults.fleet import TRAINING, Fleet, submit_pretended
 from tests.faults.summary import RecordProperty
 from tests.simulation.several import View
+from tests.waiting import BUSY_SECONDS, wait_until
 
 pytestmark = pytest.mark.faults
 
@@ -65,7 +66,7 @@ def test_one_controller_is_stopped_and_wakes_and_the_other_is_killed(fleet: Flee
     fleet.check(record_property)
 
     first.terminate()
-    assert first.wait(timeout=SECONDS) == 0
+    assert first.wait(timeout=BUSY_SECONDS) == 0
     assert fleet.store.list_controllers() == []
     assert fleet.store.list_leases() == []
 

@@ -32,17 +32,14 @@ from nas.spec import dump_spec, parse_spec
 from nas.store.records import AttemptState, TrialState
 from nas.store.store import Store
 from nas.submission import check_submission
-from tests.faults.fleet import wait_until
 from tests.faults.history import History
 from tests.faults.summary import RecordProperty, record
+from tests.waiting import BUSY_SECONDS, wait_until
 from workers.controller import Controller
 from workers.folders import SearchFolder
 from workers.step import PROGRESS, RESULT, Outcome, Step, execute
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
-
-SECONDS = 120.0
-"""How long anything may take on a busy machine."""
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -100,7 +97,7 @@ class Service:
         self.tree()
         assert self.process is not None
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(timeout=SECONDS)
+        return self.process.wait(timeout=BUSY_SECONDS)
 
     def left(self) -> list[str]:
         """What still runs of all that there was."""

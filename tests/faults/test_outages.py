@@ -24,8 +24,9 @@ import pytest
 
 from nas.errors import StoreUnavailable
 from nas.store.store import Store
-from tests.faults.fleet import Fleet, submit_pretended, wait_until
+from tests.faults.fleet import Fleet, submit_pretended
 from tests.faults.summary import RecordProperty
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from workers.step import Outcome, Step
-
-SECONDS = 90.0
-"""How long anything may take on a busy machine."""
 
 
 @contextmanager
@@ -35,14 +32,6 @@ def add_node(cluster: Any, folder: Path, *, num_cpus: int = 1, **environment: st
         (folder / name).mkdir(parents=True)
     own = {"TMPDIR": str(folder / "tmp"), "HOME": str(folder / "home"), "NAS_CACHE": str(folder / "cache")}
     return cluster.add_node(num_cpus=num_cpus, num_gpus=0, object_store_memory=80 * 2**20, env_vars={**own, **environment})
-
-
-def wait_until(condition: Callable[[], Any], *, what: str, seconds: float = SECONDS) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
-        time.sleep(0.05)
-    return value
 
 
 def nap(step: Step) -> Outcome:

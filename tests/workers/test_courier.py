@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
 from workers.courier import MAX_PARCEL_BYTES, Collector, Deliverer, Parcel, PostOffice, carrying, raised_flags
 from workers.liveness import BEAT, STOP, SUPERSEDED, ask_to_stop, supersede
 from workers.logs import LOG
@@ -29,13 +28,6 @@ def here(tmp_path: Path) -> Path:
 def append(path: Path, text: str) -> None:
     with path.open("a") as file:
         file.write(text)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_what_a_step_writes_appears_on_the_other_side(node: Path, here: Path) -> None:
@@ -82,7 +74,7 @@ def test_flags_reach_the_step_and_its_last_words_the_controller(node: Path, here
     with carrying(node, send=lambda parcel: office.send("att", parcel), beat_seconds=0.02):
         ask_to_stop(here)
         office.exchange({"att": raised_flags(here), "other": [SUPERSEDED]})
-        wait_until((node / STOP).exists)
+        wait_until((node / STOP).exists, what="the request to stop")
         assert not (node / SUPERSEDED).exists()
         append(node / PROGRESS, "last\n")
     for parcel in office.exchange({}).get("att", []):
@@ -110,7 +102,7 @@ def test_a_step_that_reaches_nobody_keeps_its_words_and_stops_when_it_must_have_
 
     append(node / PROGRESS, "said meanwhile\n")
     with carrying(node, send=send, beat_seconds=0.02):
-        wait_until((node / SUPERSEDED).exists)
+        wait_until((node / SUPERSEDED).exists, what="its end as the one that counts")
         assert (node / STOP).exists()
         away[0] = False
 

@@ -19,14 +19,11 @@ from nas.settings import Settings
 from nas.spec import dump_spec, parse_spec
 from nas.store.store import Store
 from nas.submission import check_submission
+from tests.waiting import BUSY_SECONDS, wait_until
 from workers.executor import Executor, LocalExecutor
 from workers.liveness import read_beat, supersede
 from workers.logs import LOG
 from workers.step import PROGRESS, RESULT, Outcome, Step, execute, read_outcome
-
-SECONDS = 90.0
-"""A busy machine takes long to import torch."""
-
 
 DATABASE_URL = "postgresql://nas:correct-horse@db.example.org/nas"
 
@@ -100,9 +97,9 @@ def endless(make_step: Callable[..., Step], request_of: dict[str, Any]) -> Step:
 
 def wait_for(executor: Executor, *, num_outcomes: int = 1) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + BUSY_SECONDS
     while len(outcomes) < num_outcomes:
-        assert time.monotonic() < deadline, f"{len(outcomes)} of {num_outcomes} outcomes after {SECONDS} s"
+        assert time.monotonic() < deadline, f"{len(outcomes)} of {num_outcomes} outcomes after {BUSY_SECONDS} s"
         for key, outcome in executor.wait(timeout_seconds=0.5):
             assert key not in outcomes, "a second outcome of one step"
             outcomes[key] = outcome
@@ -114,13 +111,6 @@ def wait_for_start(step: Step) -> int:
     path = Path(step.folder) / PROGRESS
     wait_until(lambda: path.exists() and path.read_text().endswith("\n"), what="the start of a step")
     return int(json.loads(path.read_text().splitlines()[0])["pid"])
-
-
-def wait_until(condition: Callable[[], bool], *, what: str) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not after {SECONDS} s"
-        time.sleep(0.05)
 
 
 def test_every_step_ends_once_in_its_result_or_its_failure(executor: Executor, make_step: Callable[..., Step]) -> None:

@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from tests.waiting import wait_until
 from workers.liveness import BEAT, STOP, beating, is_superseded, read_beat, supersede
 from workers.step import RESULT, Step, execute
 
@@ -31,18 +31,11 @@ def beats(folder: Path) -> int:
     return int(beat)
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_step_beats_from_before_it_begins_to_its_end(tmp_path: Path) -> None:
     assert read_beat(tmp_path) is None
     with beating(tmp_path, seconds=0.01):
         assert beats(tmp_path) == 0
-        wait_until(lambda: beats(tmp_path) >= 3)
+        wait_until(lambda: beats(tmp_path) >= 3, what="three beats")
         size = (tmp_path / BEAT).stat().st_size
     last = beats(tmp_path)
     time.sleep(0.05)
@@ -76,14 +69,14 @@ def test_neither_one_long_native_call_nor_busy_python_silences_it(tmp_path: Path
 def test_a_stopped_process_falls_silent_and_goes_on_when_it_wakes(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", BEATS, str(tmp_path)])
     try:
-        wait_until(lambda: read_beat(tmp_path) is not None and beats(tmp_path) > 2)
+        wait_until(lambda: read_beat(tmp_path) is not None and beats(tmp_path) > 2, what="three beats")
         os.kill(process.pid, signal.SIGSTOP)
         time.sleep(0.1)
         before = beats(tmp_path)
         time.sleep(0.3)
         assert beats(tmp_path) == before
         os.kill(process.pid, signal.SIGCONT)
-        wait_until(lambda: beats(tmp_path) > before)
+        wait_until(lambda: beats(tmp_path) > before, what="another beat")
     finally:
         process.kill()
         process.wait()

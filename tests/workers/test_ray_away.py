@@ -22,7 +22,8 @@ from nas.spec import dump_spec, parse_spec
 from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchState
 from nas.store.store import Store
 from nas.submission import check_submission
-from tests.workers.ray_cluster import add_node, ray_cluster, wait_until
+from tests.waiting import wait_until
+from tests.workers.ray_cluster import add_node, ray_cluster
 from workers.controller import Controller
 from workers.folders import SearchFolder
 from workers.step import PROGRESS

@@ -12,7 +12,8 @@ import pytest
 from nas.errors import InvalidSpec
 from nas.settings import Settings
 from nas.store.machines import NodeRecord
-from tests.workers.ray_cluster import NAP, add_node, ray_cluster, wait_until
+from tests.waiting import wait_until
+from tests.workers.ray_cluster import NAP, add_node, ray_cluster
 from workers import on_node
 from workers.step import Outcome, Step
 
