@@ -34,7 +34,7 @@ def beats(folder: Path) -> int:
 def test_a_step_beats_from_before_it_begins_to_its_end(tmp_path: Path) -> None:
     assert read_beat(tmp_path) is None
     with beating(tmp_path, seconds=0.01):
-        assert beats(tmp_path) == 0
+        assert read_beat(tmp_path) is not None
         wait_until(lambda: beats(tmp_path) >= 3, what="three beats")
         size = (tmp_path / BEAT).stat().st_size
     last = beats(tmp_path)
