@@ -45,7 +45,7 @@ def serve(
     settings = Settings.from_environment(os.environ)
     set_up_logging(environment=os.environ, format=settings.log_format, level=settings.log_level)
     check_port(settings)
-    say(f"serving http://{settings.host}:{settings.port}, data in {settings.data_folder}")
+    say(f"starting http://{settings.host}:{settings.port}, data in {settings.data_folder}")
     sys.exit(run())
 
 

@@ -129,7 +129,7 @@ class Service:
     def submit(self, **changes: Any) -> SearchRecord:
         spec = parse_spec(json.dumps(self.spec(**changes)))
         submission = check_submission(spec, store=self.store)
-        return self.store.create_search(spec=dump_spec(spec), inputs=submission.inputs, plan=submission.plan, label=spec.label)
+        return self.store.create_search(spec=dump_spec(spec), inputs=submission.inputs, plan=submission.plan, label=spec.label, labels=spec.labels)
 
     def move(self, search: SearchRecord, to: SearchState, **values: Any) -> None:
         self.store.change_search(search.id, to=to, expected=[state for state in SearchState if not state.is_terminal], fence=None, **values)

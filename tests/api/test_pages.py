@@ -138,6 +138,13 @@ def test_the_list_shows_state_progress_and_best_score(service: Service) -> None:
         assert part in row
 
 
+def test_labels_stand_on_the_list_and_on_the_search_as_text(service: Service) -> None:
+    search = service.submit(labels={"team": "<b>edge</b>", "year": "2026"})
+
+    for text in (page(service, "/"), page(service, f"/searches/{search.id}")):
+        assert "team=&lt;b&gt;edge&lt;/b&gt; · year=2026" in text
+
+
 def test_the_board_marks_ranks_ties_origins_and_what_is_not_ranked(service: Service) -> None:
     text = page(service, f"/searches/{service.ranked_search().id}")
     found = rows(text)
