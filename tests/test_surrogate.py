@@ -70,7 +70,7 @@ def test_shapes_beside_the_grid_are_judged_by_a_surrogate_that_never_saw_them() 
     measured = make_measured(on_grid=40)
     off = ~measured.is_on_grid
     wrong = replace(measured, log_kl=np.where(off[:, None], measured.log_kl + 1.0, measured.log_kl))
-    (_, _), (_, beside) = check(wrong)
+    *_, (_, beside) = check(wrong)
     assert beside.num_shapes == off.sum()
     assert beside.rmse[-1] == pytest.approx(1.0, abs=0.1)
     assert beside.tau[-1] > 0.9
