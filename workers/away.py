@@ -214,8 +214,9 @@ class _Away:
             return outcome
         parent = self.key(self.step.request["bundle_folder"])
         key = f"{parent}/{TAR}"
-        # The model by itself, for searches whose teacher it will be.
-        self.shared.publish_tree({name: folder / BUNDLE / name for name in outcome.result["as_teacher"]["files"]}, key=f"{parent}/{BUNDLE}")
+        if request.get("is_teacher", True):
+            # The model by itself, for searches whose teacher it will be.
+            self.shared.publish_tree({name: folder / BUNDLE / name for name in outcome.result["as_teacher"]["files"]}, key=f"{parent}/{BUNDLE}")
         self.shared.publish_file(folder / TAR, key=key)
         return replace(outcome, result={**outcome.result, "bundle": str(self.data_folder / key)})
 

@@ -109,7 +109,7 @@ class Packing:
             key=key,
             stage="bundle",
             folder=str(own.attempt(key)),
-            request={**asked, **source, "observations": []},
+            request={**asked, **source, "observations": [], "is_teacher": False},
             cpus=spec.resources.cpus,
             gpus=0.0,
             beat_seconds=settings.attempt_lease_seconds / BEATS_PER_LEASE,

@@ -117,7 +117,7 @@ def run(schema: BaseSchema) -> tuple[list[str], set[str], int]:
     return failures, tried, num_cases
 
 
-@pytest.mark.parametrize("is_short", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("is_short", [True, pytest.param(False, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_the_service_keeps_what_its_document_promises(configured: Any, service: Service, is_short: bool) -> None:
     failures, tried, num_cases = run(configured(is_short))
 

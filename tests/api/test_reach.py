@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nas import cli
+from nas import client as client_module
 from nas.client import Client
+from nas.connection import ApiError
 from nas.store.records import SearchState
 from tests.served import served
 
@@ -136,6 +139,38 @@ def test_the_client_reaches_every_operation(live: Live, service: Service, tmp_pa
         assert [event["sequence"] for event in client.follow(live.done)] == [event["sequence"] for event in client.events(live.done)]
 
     assert live.recorder.reached == live.operations
+
+
+def pack_what_is_asked_for(service: Service, *, search_id: str, until: threading.Event) -> None:
+    """In the place of a controller: of what is asked for the first fails, the others are packed."""
+    num_seen = 0
+    while not until.wait(0.05):
+        for wanted in service.store.waiting_bundles(limit=9):
+            num_seen += 1
+            if num_seen == 1:
+                error = {"reason": "disk_full", "message": "no room", "log": ""}
+                service.store.fail_bundle(search_id, wanted.trial, error=error, max_failures=1, device_seconds=0.0, fence=None)
+            else:
+                service.pack(service.store.get_search(search_id), wanted.trial, content=b"a front member")
+
+
+def test_a_bundle_that_is_asked_for_is_waited_for_and_one_that_cannot_be_packed_is_told(
+    live: Live, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "BUNDLE_SECONDS", 0.05)
+    service.verify_trial(service.store.get_search(live.done), 0)
+    done = threading.Event()
+    packing = threading.Thread(target=pack_what_is_asked_for, args=(service,), kwargs={"search_id": live.done, "until": done})
+    packing.start()
+    try:
+        with Client(live.url) as client:
+            with pytest.raises(ApiError, match=r"could not be packed \(disk_full: no room\)"):
+                client.download_trial_bundle(live.done, 0, target=tmp_path / "a.tar")
+            assert client.download_trial_bundle(live.done, 0, target=tmp_path / "a.tar").read_bytes() == b"a front member"
+    finally:
+        done.set()
+        packing.join()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("a.tar")] == ["a.tar"]
 
 
 NO_COMMAND = {"get_health", "get_readiness"}

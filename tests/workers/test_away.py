@@ -159,6 +159,7 @@ def test_a_search_over_s3_is_the_search_in_a_folder(
     again = deployment.pack(search, search.winner["trial"])
     assert (again.sha256, again.error) == (search.winner["bundle_sha256"], None)
     assert find_file(str(again.path), sha256=str(again.sha256), settings=deployment.settings).stat().st_size == again.num_bytes
+    assert shared.children(Path(str(again.path)).parent.as_posix()) == ["bundle.tar"], "what nobody's teacher is lies there twice"
 
 
 class Killed(BaseException):
