@@ -271,9 +271,9 @@ def test_the_board_has_the_costs_that_are_objectives_and_their_front() -> None:
     assert second[head.index("decode_ms") : head.index("KL")].split() == ["9"]
 
 
-def test_an_export_has_the_trials_of_every_budget(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_has_the_trials_of_every_budget_and_no_repeats(nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Service:
-        """A search with two budgets, a ranked trial in each."""
+        """A search with two budgets, a ranked trial in each, and a repeat of one."""
 
         def __enter__(self) -> Service:
             return self
@@ -284,7 +284,7 @@ def test_an_export_has_the_trials_of_every_budget(nas: Nas, tmp_path: Path, monk
             return {"spec": {"objectives": [], "more_budgets": [{}]}}
 
         def trials(self, _: str) -> list[dict[str, Any]]:
-            return [{"number": 0}, {"number": 1}]
+            return [{"number": 0, "origin": "anchor:uniform"}, {"number": 1, "origin": "sampler"}, {"number": 2, "origin": "repeat:1"}]
 
         def trial(self, _: str, number: int) -> dict[str, Any]:
             kl = {"tokens": 10, "kl": {"value": 1.0}}

@@ -12,6 +12,7 @@ from nas.cli.following import print_events
 from nas.cli.options import Json, SearchId, Url
 from nas.cli.searches import make_client
 from nas.errors import InvalidSpec, Problem
+from nas.search.results import is_repeat
 from nas.shape import Shape
 from nas.terminal import board_facts, comparison_tables, leaderboard_table, out, plus_minus, print_facts, print_json, print_rows, say, write
 
@@ -257,9 +258,9 @@ def export_optuna(
         boards = [client.leaderboard(search_id, budget=budget) for budget in range(1 + len(search["spec"]["more_budgets"]))]
         rows = {row["number"]: row for board in boards for row in board["rows"]}
         objectives = ("score", *search["spec"]["objectives"])
-        trials = [
-            _exported(client.trial(search_id, trial["number"]), row=rows.get(trial["number"]), objectives=objectives) for trial in client.trials(search_id)
-        ]
+        # A repeat is no proposal: it has its anchor's choices, and no rank.
+        numbers = [trial["number"] for trial in client.trials(search_id) if not is_repeat(trial["origin"])]
+        trials = [_exported(client.trial(search_id, number), row=rows.get(number), objectives=objectives) for number in numbers]
     export_study(trials, path=file, name=search_id, objectives=objectives)
     print_facts({"file": str(file), "study": search_id, "trials": len(trials)}, as_json=as_json)
 
