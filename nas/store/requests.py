@@ -154,7 +154,7 @@ class Requests(Database):
 def _get_open(connection: Connection, search_id: str) -> SearchRecord:
     search = get_search(connection, search_id, lock=True)
     if search.state.is_terminal:
-        raise Conflict(f"search {search_id}: expected one that has not finished, got state {search.state}")
+        raise Conflict(f"{search.kind} {search_id}: expected one that has not finished, got state {search.state}")
     return search
 
 

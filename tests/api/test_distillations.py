@@ -151,7 +151,8 @@ def test_cancelled_twice_is_no_error_and_finished_is(service: Service, search: S
     act = service.client.post
 
     assert [act(f"{URL}/{running.id}/cancel").json()["state"] for _ in range(2)] == ["cancelling", "cancelling"]
-    assert act(f"{URL}/{done.id}/cancel").status_code == 409
+    cancelled = act(f"{URL}/{done.id}/cancel")
+    assert (cancelled.status_code, cancelled.json()["detail"]) == (409, f"distillation {done.id}: expected one that has not finished, got state succeeded")
     assert service.client.get(f"{URL}/{running.id}/file").status_code == 409
     assert service.client.delete(f"{URL}/{running.id}").status_code == 409
     assert service.client.delete(f"/v1/searches/{search.id}").status_code == 409
