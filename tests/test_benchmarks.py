@@ -14,7 +14,7 @@ import torch
 from nas.compress.objective import TeacherLogits
 from nas.compress.teacher_outputs import outputs_of
 from nas.compress.train_plan import TrainPlan
-from tests.benchmarks import campaign, curves, headline, reproduce, spread
+from tests.benchmarks import campaign, curves, headline, reproduce, search_cost, spread
 from tests.benchmarks.__main__ import SECTIONS
 from tests.benchmarks.learning import Curve, Run, read_curves, tokens_to_reach, trace
 from tests.benchmarks.recipes import METHODS, SHAPES, compute
@@ -71,6 +71,18 @@ def test_scratch_that_never_gets_there_is_a_bound() -> None:
 def test_the_spread_between_seeds_is_pooled_over_shapes_of_one_method() -> None:
     found = [curve(1.0, seed=0), curve(3.0, seed=1), curve(7.0, seed=0, shape="mlp50"), curve(9.0, seed=1, shape="mlp50"), curve(50.0, method="minitron")]
     assert reproduce.seed_spread(found, like=found[0], tokens=100) == pytest.approx(math.sqrt(2))
+
+
+def test_a_step_that_only_some_rungs_have_is_shown_of_those(capsys: pytest.CaptureFixture[str]) -> None:
+    def rung(number: int, **seconds: float) -> dict[str, object]:
+        return {"rung": number, "tokens": number, "seconds": seconds}
+
+    details = [{"rungs": [rung(0, evaluate=2.0, latency=0.25), rung(1, distil=5.0, evaluate=1.0)]}]
+    times = {"search.preparing": 0.0, "search.searching": 5.0, "search.confirming": 9.0, "search.succeeded": 20.0}
+    search_cost._print_search({"cost": {"tokens": 1}}, details=details, times=times, cores=4)
+    told = capsys.readouterr().out
+    assert "0.25" in told
+    assert "neither distillation nor evaluation: 50.0%" in told
 
 
 def test_the_best_recipe_counts_only_where_every_shape_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

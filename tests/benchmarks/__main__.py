@@ -18,6 +18,9 @@
     load        the API and the store under load: leaderboards of 10,000 trials, 100 submits, 200 streams, 64 workers; memory
     search      seconds per trial by step, in a search through the running service
 
+Seconds of one core where they are known: curves and headline 8, proxies 30, losses 50, simulation 55, dispatch 75, signals and slicing 95,
+memory 140, search 250, samplers 300; reproduce takes ten minutes more the first time, while it prepares its teachers under build/benchmarks.
+
 Every number is a ratio against a baseline in the same run, or a held-out loss; the goal stands beside it. Speed is printed and never fails
 (machines are noisy); the command fails where a committed number cannot be reproduced. campaign.py computes what is committed.
 """
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from importlib import import_module
 
 from rich.console import Console
@@ -61,8 +65,10 @@ def main() -> int:
     failed = []
     for name in chosen:
         Console().rule(name, align="left")
+        started = time.perf_counter()
         if not import_module(f"tests.benchmarks.{SECTIONS[name]}").bench():
             failed.append(name)
+        Console().print(f"{name}: {time.perf_counter() - started:.0f} s")
     if failed:
         Console(stderr=True).print(f"claims that do not hold: {', '.join(failed)}", style="red")
     return bool(failed)

@@ -70,14 +70,20 @@ def _print_search(board: dict[str, Any], *, details: list[dict[str, Any]], times
         of_rung = [rung for rung in rungs if rung["rung"] == number]
         table.add_row(
             f"rung {number}, {of_rung[0]['tokens']:,} tokens",
-            *(f"{median(rung['seconds'][step] for rung in of_rung):.2f}" for step in steps),
+            *(_median_of(of_rung, step=step) for step in steps),
             str(len(of_rung)),
         )
     console.print(table)
-    busy = sum(rung["seconds"][step] for rung in rungs for step in ("distil", "evaluate"))
+    busy = sum(rung["seconds"].get(step, 0.0) for rung in rungs for step in ("distil", "evaluate"))
     wall = (times["search.confirming"] - times["search.searching"]) * cores
     console.print(
         f"prepare {times['search.searching'] - times['search.preparing']:.1f} s · search {wall / cores:.1f} s on {cores} cores · "
         f"confirm and bundle {times['search.succeeded'] - times['search.confirming']:.1f} s · {board['cost']['tokens']:,} tokens"
     )
     console.print(f"share of the search's worker time that is neither distillation nor evaluation: {1 - busy / wall:.1%}")
+
+
+def _median_of(rungs: list[dict[str, Any]], *, step: str) -> str:
+    """Seconds of a step, among the rungs that had it: a latency is measured once, and nothing is distilled before training."""
+    found = [rung["seconds"][step] for rung in rungs if step in rung["seconds"]]
+    return f"{median(found):.2f}" if found else ""
