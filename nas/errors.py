@@ -4,6 +4,7 @@ NasError
 ├─ InvalidSpec(ValueError)        the request cannot be run                          422
 │  └─ BudgetInfeasible            nothing in the space fits the budget               422
 ├─ NotFound(LookupError)          unknown search, trial, teacher, corpus, task       404
+│  └─ NotPrepared                 a prepared folder was there, and is gone           prepared again
 ├─ Conflict                       not allowed in this state                          409
 ├─ IdempotencyKeyReused           the key of a request came with another one before  422
 ├─ PreconditionFailed             changed since the caller read it                   412
@@ -56,6 +57,10 @@ class BudgetInfeasible(InvalidSpec):
 
 class NotFound(NasError, LookupError):
     """There is no such search, trial, teacher, corpus or task."""
+
+
+class NotPrepared(NotFound):
+    """A search's prepared folder is not there, or not whole: deleted, or not part of what a backup brought back."""
 
 
 class Conflict(NasError):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.bundle import TAR, read_tar
-from nas.errors import CorpusUnavailable, NasError, NotFound, TaskUnavailable, TeacherUnavailable
+from nas.errors import CorpusUnavailable, NasError, NotFound, NotPrepared, TaskUnavailable, TeacherUnavailable
 from nas.files import publishing_unless
 from nas.node_cache import NodeCache
 from nas.run_folder import CHECKPOINT, RUN, WORK
@@ -98,9 +98,9 @@ class _Away:
             case "distil":
                 return self._distil(request, stack)
             case "rung":
-                return self._rung({**request, "prepared": str(self._read(self.key(request["prepared"]), stack))}, stack)
+                return self._rung({**request, "prepared": str(self._read_prepared(stack))}, stack)
             case _:
-                local = {"prepared": str(self._read(self.key(request["prepared"]), stack)), "trial_folder": str(self._read(self._trial(), stack))}
+                local = {"prepared": str(self._read_prepared(stack)), "trial_folder": str(self._read(self._trial(), stack))}
                 return self._bundle({**request, **local}, stack) if self.step.stage == "bundle" else self._execute({**request, **local})
 
     def _execute(self, request: Mapping[str, Any]) -> Outcome:
@@ -108,6 +108,13 @@ class _Away:
 
     def _read(self, key: str, stack: ExitStack) -> Path:
         return stack.enter_context(self.cache.reading(key, source=self.shared))
+
+    def _read_prepared(self, stack: ExitStack) -> Path:
+        key = self.key(self.step.request["prepared"])
+        try:
+            return self._read(key, stack)
+        except NotFound as absent:
+            raise NotPrepared(f"{self.shared.url}/{key}: expected what the prepare step made, got nothing") from absent
 
     def _work(self, key: str) -> AbstractContextManager[Path]:
         return self.cache.writing(f"work on {self.shared.url}/{key}")

@@ -136,8 +136,9 @@ class Books:
                 self.save_confirmation(attempt.id, number, confirmation=result, log=log, device_seconds=device_seconds)
                 return
             case "prepare":
-                self._store.save_prepared(search_id, result, fence=self._fence)
-                self.prepared = self._store.get_prepared(search_id)
+                if self.prepared is None:  # else it was made again: trials were measured against the first
+                    self._store.save_prepared(search_id, result, fence=self._fence)
+                    self.prepared = self._store.get_prepared(search_id)
             case "bundle":
                 assert number is not None
                 self._save_winner(number, result)

@@ -24,7 +24,7 @@ from workers.actions import Advance, LimitReason, NewTrial
 from workers.books import Books
 from workers.family import Family
 from workers.recount import Recount
-from workers.step import Outcome
+from workers.step import NOT_PREPARED, Outcome
 from workers.steps import Steps
 from workers.tries import num_memory_failures
 from workers.verdicts import check_result
@@ -46,6 +46,8 @@ class Conductor:
         self.steps = Steps(record, leader=leader, folder=self.folder, resources=self._run.spec.resources, pauses_on_full_disk=True)
         self._recount = Recount(self.folder)
         self.prepared_key = prepared_key(self._run.spec, inputs=self._run.inputs)
+        self._must_prepare = False
+        """A step found no prepared folder, though there was one."""
 
     @property
     def record(self) -> SearchRecord:
@@ -87,11 +89,15 @@ class Conductor:
                 self._leave_queue()
             case SearchState.PREPARING:
                 self._prepare(may_prepare)
+            case SearchState.SEARCHING if self._must_prepare and not self._run.stopped:
+                self._prepare_again(may_prepare)
             case SearchState.SEARCHING:
                 self._search()
             case SearchState.CONFIRMING if self.record.winner is not None and not self._run.spec.more_budgets:
                 self._books.save_board()
                 self._end(SearchState.SUCCEEDED)
+            case SearchState.CONFIRMING if self._must_prepare:
+                self._prepare_again(may_prepare)
             case SearchState.CONFIRMING:
                 self._confirm()
             case SearchState.PAUSING if not self.steps.running:
@@ -173,12 +179,16 @@ class Conductor:
         """Store a result, and its attempt's success."""
         self._books.record_result(attempt, result, log=log, device_seconds=device_seconds)
         self._books.limits.count(device_seconds)
+        if attempt.stage == "prepare":
+            self._must_prepare = False
 
     def note_failure(self, attempt: AttemptRecord, outcome: Outcome, *, device_seconds: float) -> None:
         """An attempt, of which the store knows the end, came to nothing."""
         self._books.limits.count(device_seconds)
         if attempt.trial is not None:
             self._books.refresh_trial(attempt.trial)
+        if outcome.reason == NOT_PREPARED:
+            self._must_prepare = True
         if outcome.reason == "disk_full":
             self._pause("disk_full", message=outcome.message)
         elif attempt.stage in ("rung", "confirm"):  # the others end the search when they are spent: that waits until all is settled
@@ -228,6 +238,12 @@ class Conductor:
         elif self._run.stopped:
             self.fail(reason=self._run.stopped, message=f"{self._books.limits.message(self._run.stopped)}; no trial was begun")
         elif may_prepare():
+            self._start("prepare", request={})
+
+    def _prepare_again(self, may_prepare: Callable[[], bool]) -> None:
+        """Fill the folder that is gone: deleted, or not in the backup. Until it is there nothing else begins; what it measured the first time stays."""
+        if not self.is_preparing and may_prepare():
+            logger.warning("prepared folder gone", extra={"action": "prepared_gone", "search_id": self.record.id, "prepared": self.prepared_key})
             self._start("prepare", request={})
 
     def _name_weak_tasks(self, prepared: dict[str, Any]) -> None:

@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nas.errors import InvalidSpec
+from nas.errors import InvalidSpec, NotPrepared
 from nas.files import is_disk_full, publishing_unless, whole_file
 from nas.logs import find_secrets, redact
+from nas.search.layout import PREPARED
 from nas.spec import SearchSpec, dump_spec, parse_spec
 from nas.tracing import note_end, set_up_tracing, step_span
 from workers.liveness import STOP, beating, is_superseded
@@ -32,6 +33,8 @@ from workers.logs import captured
 PROGRESS, RESULT, REQUEST = "progress.jsonl", "result.json", "request.json"
 BEAT_SECONDS = 5.0
 
+NOT_PREPARED = "not_prepared"
+"""How a step ends that finds no prepared folder: its search prepares again."""
 DISK_FULL = 28
 """Exit code of a step that may not have had the room to say so."""
 
@@ -68,7 +71,7 @@ class Outcome:
     result: dict[str, Any] | None = None
     reason: str | None = None
     """out_of_memory, does_not_fit, disk_full, diverged, stopped, superseded, preempted, node_unfit, worker_died, timeout, no_resources, unavailable,
-    files_unavailable, corrupt_file, invalid_result, error."""
+    files_unavailable, not_prepared, corrupt_file, invalid_result, error."""
     message: str = ""
     retryable: bool = True
 
@@ -198,6 +201,8 @@ def _run(step: Step, *, folder: Path) -> dict[str, Any]:
             return distil_student(request, device=device, report=report_progress, should_stop=should_stop)
         spec, inputs, prepared = parse_spec(json.dumps(request["spec"])), request["inputs"], Path(request["prepared"])
         spec = _with_smaller_passes(spec, num_halvings=request.get("num_halvings", 0))
+        if step.stage != "prepare" and not (prepared / PREPARED).exists():
+            raise NotPrepared(f"{prepared / PREPARED}: expected what the prepare step made, got nothing")
         match step.stage:
             case "prepare":
                 return prepare(spec, inputs=inputs, folder=prepared, device=device, report=report, should_stop=should_stop)
@@ -257,6 +262,8 @@ def failure(error: BaseException) -> Outcome:
         return Outcome(succeeded=False, reason="does_not_fit", message=message, retryable=False)
     if isinstance(error, CorruptFile):
         return Outcome(succeeded=False, reason="corrupt_file", message=message)
+    if isinstance(error, NotPrepared):
+        return Outcome(succeeded=False, reason=NOT_PREPARED, message=message)
     if isinstance(error, FilesUnavailable):
         return Outcome(succeeded=False, reason="files_unavailable", message=message)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):

@@ -13,7 +13,7 @@ from nas.spec import LimitSpec
 from nas.store.records import AttemptRecord, AttemptState
 from workers.executor import Executor
 from workers.liveness import supersede
-from workers.step import RESULT, Outcome, Step, read_outcome
+from workers.step import NOT_PREPARED, RESULT, Outcome, Step, read_outcome
 from workers.watch import PREEMPTED, Running
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,10 @@ BEATS_PER_LEASE = 12
 """How often a step beats in the time after which a silent one is lost."""
 _WAS_STOPPED = ("stopped", "worker_died", PREEMPTED)
 """How a step ends that was asked to stop, or killed because it did not."""
-_NOT_ITS_FAULT = ("stopped", "superseded", "node_unfit", PREEMPTED, "disk_full")
+_NOT_ITS_FAULT = ("stopped", "superseded", "node_unfit", PREEMPTED, NOT_PREPARED, "disk_full")
 """Ends that say nothing against a step: it is run again, and does not count as failed."""
+_BOUNDED = {PREEMPTED: "lost with its worker", NOT_PREPARED: "without its prepared folder"}
+"""Those of them that may go on for ever by themselves, and what they say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +101,11 @@ def find_spent(attempts: Sequence[AttemptRecord], *, limits: LimitSpec, mailbox:
     Args:
         attempts: of the step, those that count. mailbox: the folder of an attempt.
     """
-    preempted = [attempt for attempt in attempts if attempt.state is AttemptState.LOST and (attempt.reason or "").startswith(PREEMPTED)]
-    if len(preempted) >= limits.max_preemptions:
-        message = f"lost with its worker {len(preempted)} times; the last: {preempted[-1].reason}"
-        return Spent(reason=PREEMPTED, message=message, num_tries=len(attempts), last=preempted[-1])
+    for reason, what in _BOUNDED.items():
+        lost = [attempt for attempt in attempts if attempt.state is AttemptState.LOST and (attempt.reason or "").startswith(reason)]
+        if len(lost) >= limits.max_preemptions:
+            message = f"{what} {len(lost)} times; the last: {lost[-1].reason}"
+            return Spent(reason=reason, message=message, num_tries=len(attempts), last=lost[-1])
     failed = [attempt for attempt in attempts if attempt.state is AttemptState.FAILED]
     if not failed:
         return None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from typing import Any
 
 import pytest
 
 from nas.compress.teacher import check_teacher
 from nas.spec import parse_spec
-from nas.store.records import SearchRecord, SearchState, TrialState, all_winners
+from nas.store.records import AttemptState, SearchRecord, SearchState, TrialState, all_winners
 from tests.workers.inline_service import RUNGS, Service
 from workers.controller import Controller
-from workers.step import Outcome
+from workers.step import Outcome, Step
 
 
 def test_an_ended_search_leaves_its_bundle_and_the_students_that_were_verified(service: Service) -> None:
@@ -253,3 +254,47 @@ def test_what_the_winner_cannot_be_pruned_to_fails_the_search_that_waited(servic
     assert search.error is not None
     assert search.error["reason"] == "spec_refused"
     assert "budget.max_parameters" in search.error["message"]
+
+
+@pytest.mark.parametrize("gone_at", ["rung", "confirm", "bundle"])
+def test_a_prepared_folder_that_is_gone_is_made_again_and_costs_no_trial(service: Service, gone_at: str) -> None:
+    changes: dict[str, Any] = {"sampler": {"name": "random", "max_trials": 2}}
+    undisturbed = service.run(service.submit(**changes))
+    shared = service.settings.prepared_folder.resolve()
+    service.settings.prepared_folder.unlink()
+    service.settings.prepared_folder.mkdir()
+    shutil.copytree(shared, service.settings.prepared_folder, dirs_exist_ok=True)
+    lost: list[str] = []
+
+    def lose(step: Step) -> None:
+        if step.stage == gone_at and not lost:
+            lost.append(step.key)
+            shutil.rmtree(step.request["prepared"])
+
+    service.executor.before = lose
+    search_id = service.submit(**changes)
+
+    search = service.run(search_id)
+
+    assert search.state is SearchState.SUCCEEDED
+    assert search.winner is not None
+    assert undisturbed.winner is not None
+    assert search.winner["trial"] == undisturbed.winner["trial"]
+    assert [row.result["kl"] for row in service.store.list_rungs(search_id)] == [row.result["kl"] for row in service.store.list_rungs(undisturbed.id)]
+    assert [trial.failure for trial in service.store.list_trials(search_id) if trial.failure] == []
+    hit = next(attempt for attempt in service.store.list_attempts(search_id) if attempt.id == lost[0])
+    assert hit.state is AttemptState.LOST
+    assert (hit.reason or "").startswith("not_prepared")
+    assert [event.type for event in service.store.list_events(search_id)].count("search.prepared") == 1
+
+
+def test_a_prepared_folder_that_no_step_finds_fails_the_trial_in_the_end(service: Service) -> None:
+    search_id = service.submit(limits={"max_preemptions": 2, "max_failed_trials": 1})
+    gone = Outcome(succeeded=False, reason="not_prepared", message="NotPrepared: gone")
+    service.executor.before = lambda step: gone if step.stage == "rung" else None
+
+    search = service.run(search_id)
+
+    assert search.state is SearchState.FAILED
+    assert search.error is not None
+    assert "without its prepared folder 2 times" in str([trial.failure for trial in service.store.list_trials(search_id)])
