@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 from nas.errors import StoreUnavailable
+from nas.store.records import SearchState
 from nas.store.store import Store
 from tests.faults.fleet import Fleet, submit_pretended
 from tests.faults.summary import RecordProperty
@@ -163,8 +164,8 @@ def small_disk(folder: Path, *, num_bytes: int) -> Iterator[bool]:
 def test_the_disk_is_full_and_gets_room_again(tmp_path: Path, record_property: RecordProperty) -> None:
     """Database, mailboxes and checkpoints are all on it. Without the right to mount, files are limited to what the database has by then."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("NAS_", "RAY_"))}
-    with small_disk(tmp_path / "data", num_bytes=6 * 2**20) as is_small:
-        fleet = Fleet(environment=inherited | {"NAS_DATA": str(tmp_path / "data"), "NAS_LEASE_SECONDS": "1"})
+    environment = inherited | {"NAS_DATA": str(tmp_path / "data"), "NAS_LEASE_SECONDS": "1"}
+    with small_disk(tmp_path / "data", num_bytes=6 * 2**20) as is_small, closing(Fleet(environment=environment)) as fleet:
         submit_pretended(fleet, num=6)
         controllers = [fleet.start(), fleet.start()]
         fleet.wait_for_progress()
@@ -174,9 +175,8 @@ def test_the_disk_is_full_and_gets_room_again(tmp_path: Path, record_property: R
             time.sleep(AWAY_SECONDS)
             assert not fleet.have_ended(), "it had all the room it needed"
 
-        resume_paused(fleet)
+        wait_until(lambda: resume_paused(fleet), what="every search ends once there is room")
         fleet.check(record_property)
-        fleet.close()
 
 
 @contextmanager
@@ -196,12 +196,11 @@ def full(fleet: Fleet, controllers: list[subprocess.Popen[bytes]], *, is_small: 
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def resume_paused(fleet: Fleet) -> None:
-    """A search whose own files found no room has paused, and said why: that is for its user to resume."""
-    for _ in range(3):
-        for search_id in fleet.search_ids:
-            search = fleet.store.get_search(search_id)
-            if search.state in ("pausing", "paused"):
-                assert (search.error or {}).get("reason") == "disk_full", search.error
-                fleet.store.request_resume(search_id)
-        time.sleep(1.0)
+def resume_paused(fleet: Fleet) -> bool:
+    """A search whose own files found no room pauses, sooner or later, and says why: that is for its user to resume. Whether all have ended."""
+    searches = [fleet.store.get_search(search_id) for search_id in fleet.search_ids]
+    for search in searches:
+        if search.state in (SearchState.PAUSING, SearchState.PAUSED):
+            assert (search.error or {}).get("reason") == "disk_full", search.error
+            fleet.store.request_resume(search.id)
+    return all(search.state.is_terminal for search in searches)
