@@ -18,8 +18,9 @@
     load        the API and the store under load: leaderboards of 10,000 trials, 100 submits, 200 streams, 64 workers; memory
     search      seconds per trial by step, in a search through the running service
 
-Seconds of one core where they are known: curves and headline 8, proxies and replay 30, losses 50, simulation 55, dispatch 75, signals and slicing 95,
-memory 140, search 250, samplers 260; reproduce takes ten minutes more the first time, while it prepares its teachers under build/benchmarks.
+Seconds of one core where they are known: curves, headline and spread 8, proxies and replay 30, losses 50, simulation 55, dispatch 75, signals and
+slicing 95, memory 140, load 200, search 250, samplers 260, training 430, scoring 500; reproduce takes ten minutes more the first time, while it prepares its
+teachers under build/benchmarks.
 
 Every number is a ratio against a baseline in the same run, or a held-out loss; the goal stands beside it. Speed is printed and never fails
 (machines are noisy); the command fails where a committed number cannot be reproduced. campaign.py computes what is committed.
