@@ -32,7 +32,8 @@ from workers.checkpoints import Checkpoint, PartialTree, Publisher, beside
 from workers.courier import carrying, sender
 from workers.folders import MODEL, MODEL_TAR, OWN_BUNDLE
 from workers.liveness import beating, is_superseded
-from workers.step import RESULT, Outcome, Step, execute, failure
+from workers.outcome import RESULT, Outcome
+from workers.step import Step, execute, failure
 
 logger = logging.getLogger(__name__)
 

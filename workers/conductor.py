@@ -23,8 +23,8 @@ from nas.trial_files import find_tree
 from workers.actions import Advance, LimitReason, NewTrial
 from workers.books import Books
 from workers.family import Family
+from workers.outcome import NOT_PREPARED, Outcome
 from workers.recount import Recount
-from workers.step import NOT_PREPARED, Outcome
 from workers.steps import Steps
 from workers.tries import num_memory_failures
 from workers.verdicts import check_result

@@ -29,9 +29,9 @@ from workers.folders import SearchFolder
 from workers.liveness import supersede
 from workers.logs import read_tail
 from workers.membership import Membership
+from workers.outcome import Outcome
 from workers.packing import Packing
 from workers.probes import PROBES, Probes
-from workers.step import Outcome
 from workers.watch import Leader
 
 logger = logging.getLogger(__name__)

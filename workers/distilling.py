@@ -19,7 +19,7 @@ from nas.spec import parse_spec
 from nas.store.records import WORKING, ActiveSearch, AttemptRecord, AttemptState, SearchRecord, SearchState
 from nas.trial_files import bundle_request, find_tree
 from workers.folders import OWN_BUNDLE, SearchFolder
-from workers.step import Outcome
+from workers.outcome import Outcome
 from workers.steps import Steps
 from workers.verdicts import check_distilled
 from workers.watch import Leader

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from workers.logs import LOG
-from workers.step import DISK_FULL, REQUEST, Outcome, Step, read_outcome
+from workers.outcome import Outcome, read_outcome
+from workers.step import DISK_FULL, REQUEST, Step
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from nas.shared_files import SharedFiles
 from nas.store.records import AttemptRecord
 from nas.store.store import Store
 from nas.trial_files import REUSED, UNFINISHED
-from workers.step import RESULT, Outcome, read_outcome
+from workers.outcome import RESULT, Outcome, read_outcome
 
 logger = logging.getLogger(__name__)
 

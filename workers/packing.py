@@ -24,7 +24,8 @@ from workers.executor import Executor
 from workers.folders import SearchFolder
 from workers.liveness import supersede
 from workers.logs import last_lines, read_tail
-from workers.step import Outcome, Step
+from workers.outcome import Outcome
+from workers.step import Step
 from workers.tries import BEATS_PER_LEASE, begin
 from workers.verdicts import Untrue, check_bundle, check_size
 from workers.watch import Leader, Watch

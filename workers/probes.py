@@ -12,7 +12,8 @@ from nas.store.machines import Fence
 from nas.store.records import new_id
 from nas.store.store import Store
 from workers.executor import Executor
-from workers.step import Outcome, Step
+from workers.outcome import Outcome
+from workers.step import Step
 
 logger = logging.getLogger(__name__)
 

@@ -32,8 +32,9 @@ from nas.store.machines import NodeRecord
 from workers import on_node
 from workers.courier import Deliverer, PostOffice, raised_flags
 from workers.executor import NOT_FOR_STEPS
+from workers.outcome import RESULT, Outcome, read_outcome
 from workers.ray_nodes import RayNodes
-from workers.step import RESULT, Outcome, Step, read_outcome
+from workers.step import Step
 
 logger = logging.getLogger(__name__)
 

@@ -29,12 +29,11 @@ from nas.spec import SearchSpec, dump_spec, parse_spec
 from nas.tracing import note_end, set_up_tracing, step_span
 from workers.liveness import STOP, beating, is_superseded
 from workers.logs import captured
+from workers.outcome import NOT_PREPARED, RESULT, Outcome
 
-PROGRESS, RESULT, REQUEST = "progress.jsonl", "result.json", "request.json"
+PROGRESS, REQUEST = "progress.jsonl", "request.json"
 BEAT_SECONDS = 5.0
 
-NOT_PREPARED = "not_prepared"
-"""How a step ends that finds no prepared folder: its search prepares again."""
 DISK_FULL = 28
 """Exit code of a step that may not have had the room to say so."""
 
@@ -61,26 +60,6 @@ class Step:
     """The trace to which it belongs."""
     beat_seconds: float = BEAT_SECONDS
     """Between two signs of life."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How a step ended. Expected failures are values."""
-
-    succeeded: bool
-    result: dict[str, Any] | None = None
-    reason: str | None = None
-    """out_of_memory, does_not_fit, disk_full, diverged, stopped, superseded, preempted, node_unfit, worker_died, timeout, no_resources, unavailable,
-    files_unavailable, not_prepared, corrupt_file, invalid_result, error."""
-    message: str = ""
-    retryable: bool = True
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
-        return cls(**values)
 
 
 def execute(step: Step) -> Outcome:
@@ -144,17 +123,6 @@ def _attempt(step: Step, *, folder: Path) -> Outcome:
     ended = outcome.reason or "succeeded"
     logger.info("%s ended: %s", step.stage, ended, extra={"action": "step_end", "seconds": round(time.monotonic() - began, 3)})
     return outcome
-
-
-def read_outcome(folder: Path) -> Outcome | None:
-    """The outcome that a step left, None while there is none. A file that holds none is a result that nobody can believe."""
-    path = folder / RESULT
-    if not path.exists():
-        return None
-    try:
-        return Outcome.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        return Outcome(succeeded=False, reason="invalid_result", message=f"{RESULT}: expected an outcome, got {type(error).__name__}: {error}")
 
 
 def _run(step: Step, *, folder: Path) -> dict[str, Any]:

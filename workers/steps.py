@@ -13,7 +13,8 @@ from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchS
 from workers import metrics
 from workers.folders import SearchFolder
 from workers.logs import LogKeeper, last_lines, read_tail
-from workers.step import Outcome, Step
+from workers.outcome import Outcome
+from workers.step import Step
 from workers.tries import BEATS_PER_LEASE, Spent, begin, find_spent, judge
 from workers.verdicts import Undecided, Untrue
 from workers.watch import Leader, Running, Watch

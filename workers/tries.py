@@ -13,7 +13,8 @@ from nas.spec import LimitSpec
 from nas.store.records import AttemptRecord, AttemptState
 from workers.executor import Executor
 from workers.liveness import supersede
-from workers.step import NOT_PREPARED, RESULT, Outcome, Step, read_outcome
+from workers.outcome import NOT_PREPARED, RESULT, Outcome, read_outcome
+from workers.step import Step
 from workers.watch import PREEMPTED, Running
 
 logger = logging.getLogger(__name__)

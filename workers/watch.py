@@ -22,8 +22,8 @@ from workers.actions import LimitReason
 from workers.executor import Executor
 from workers.folders import SearchFolder
 from workers.liveness import ask_to_stop, read_beat, supersede
+from workers.outcome import Outcome
 from workers.progress import ProgressReader, make_point
-from workers.step import Outcome
 
 logger = logging.getLogger(__name__)
 

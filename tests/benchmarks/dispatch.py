@@ -27,7 +27,8 @@ from nas.store.store import Store
 from tests.simulation.cluster import pretended_result
 from tests.simulation.simulator import INPUTS, make_spec
 from workers.controller import Controller
-from workers.step import PROGRESS, RESULT, Outcome, Step
+from workers.outcome import RESULT, Outcome
+from workers.step import PROGRESS, Step
 
 GOAL, GOAL_SECONDS = 0.95, 5.0
 NUM_NODES, CPUS_PER_NODE = 2, 4

@@ -19,7 +19,8 @@ from nas.settings import Settings
 from nas.store.store import Store
 from tests.simulation.cluster import pretended_result
 from workers.controller import Controller
-from workers.step import PROGRESS, RESULT, STOP, Outcome, Step
+from workers.outcome import RESULT, Outcome
+from workers.step import PROGRESS, STOP, Step
 
 POINTS_PER_STEP = 50
 

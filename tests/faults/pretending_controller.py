@@ -17,7 +17,8 @@ from nas.store.store import Store
 from tests.simulation.cluster import pretended_result
 from workers.controller import Controller
 from workers.liveness import STOP, beating, is_superseded
-from workers.step import RESULT, Outcome, Step, failure
+from workers.outcome import RESULT, Outcome
+from workers.step import Step, failure
 
 
 class PretendingExecutor:

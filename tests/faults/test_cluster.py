@@ -24,7 +24,8 @@ from nas.store.store import Store
 from tests.faults.test_kills import serving, submit
 from tests.waiting import wait_until
 from tests.workers.ray_cluster import add_node, ray_cluster
-from workers.step import Outcome, Step
+from workers.outcome import Outcome
+from workers.step import Step
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -37,7 +37,8 @@ from tests.faults.summary import RecordProperty, record
 from tests.waiting import BUSY_SECONDS, wait_until
 from workers.controller import Controller
 from workers.folders import SearchFolder
-from workers.step import PROGRESS, RESULT, Outcome, Step, execute
+from workers.outcome import RESULT, Outcome
+from workers.step import PROGRESS, Step, execute
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 

@@ -24,7 +24,8 @@ from nas.search.results import Metric, RungResult
 from nas.shape import Shape
 from nas.spec import parse_spec
 from workers.liveness import STOP, is_superseded
-from workers.step import PROGRESS, RESULT, Outcome, Step
+from workers.outcome import RESULT, Outcome
+from workers.step import PROGRESS, Step
 
 POLL_SECONDS = 0.05
 """What ends within so short a time is collected together, as a controller on a real machine would."""

@@ -28,7 +28,8 @@ from tests.simulation.several import LEASE_SECONDS, Fleet, Member, TimedStore, V
 from tests.simulation.simulator import check_promotions, check_winner, make_spec
 from workers.controller import STORE_PATIENCE_SECONDS, Controller
 from workers.liveness import BEAT, is_superseded
-from workers.step import Outcome, Step
+from workers.outcome import Outcome
+from workers.step import Step
 from workers.watch import PREEMPTED
 
 MAX_SECONDS = 3000.0

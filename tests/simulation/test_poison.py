@@ -12,7 +12,7 @@ from nas.store.records import AttemptState, SearchRecord, SearchState, TrialStat
 from tests.simulation.cluster import Run, Trouble
 from tests.simulation.simulator import Simulation, check, make_simulation
 from workers import limits
-from workers.step import Outcome
+from workers.outcome import Outcome
 
 Make = Callable[..., Simulation]
 CALM = Trouble(straggler=0, preempted=0, failed=0, diverged=0, refused=0, unverified=0)

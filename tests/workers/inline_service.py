@@ -16,7 +16,8 @@ from nas.store.store import Store
 from nas.submission import check_submission
 from workers.controller import Controller
 from workers.liveness import BEAT
-from workers.step import Outcome, Step, execute
+from workers.outcome import Outcome
+from workers.step import Step, execute
 
 RUNGS = {"first_tokens": 2048, "factor": 2, "num_trained": 2, "keep": 0.5}
 ONE_RUNG = {"first_tokens": 2048, "factor": 2, "num_trained": 1, "keep": 1.0, "keep_untrained": 1.0}

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from workers.step import Outcome, Step
+from workers.outcome import Outcome
+from workers.step import Step
 
 
 @contextmanager

@@ -31,7 +31,8 @@ from workers.away import run_here
 from workers.controller import Controller
 from workers.folders import MODEL
 from workers.liveness import supersede
-from workers.step import Outcome, Step, execute
+from workers.outcome import Outcome
+from workers.step import Step, execute
 
 SMALL = {"sampler": {"name": "tpe", "max_trials": 3, "num_startup_trials": 2}, "controls": {"anchors": False, "num_random": 0}}
 

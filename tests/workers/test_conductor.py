@@ -14,7 +14,8 @@ from nas.spec import parse_spec
 from nas.store.records import AttemptState, SearchRecord, SearchState, TrialState, all_winners
 from tests.workers.inline_service import RUNGS, Service
 from workers.controller import Controller
-from workers.step import Outcome, Step
+from workers.outcome import Outcome
+from workers.step import Step
 
 
 def test_an_ended_search_leaves_its_bundle_and_the_students_that_were_verified(service: Service) -> None:

@@ -24,7 +24,8 @@ from tests.workers.inline_service import Service, is_state
 from workers.controller import Controller
 from workers.executor import LocalExecutor
 from workers.folders import MODEL, MODEL_TAR
-from workers.step import PROGRESS, Outcome, Step
+from workers.outcome import Outcome
+from workers.step import PROGRESS, Step
 
 TOKENS = 4096
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

@@ -23,7 +23,8 @@ from tests.waiting import BUSY_SECONDS, wait_until
 from workers.executor import Executor, LocalExecutor
 from workers.liveness import read_beat, supersede
 from workers.logs import LOG
-from workers.step import PROGRESS, RESULT, Outcome, Step, execute, read_outcome
+from workers.outcome import RESULT, Outcome, read_outcome
+from workers.step import PROGRESS, Step, execute
 
 DATABASE_URL = "postgresql://nas:correct-horse@db.example.org/nas"
 

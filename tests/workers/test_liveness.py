@@ -14,7 +14,8 @@ import torch
 
 from tests.waiting import wait_until
 from workers.liveness import BEAT, STOP, beating, is_superseded, read_beat, supersede
-from workers.step import RESULT, Step, execute
+from workers.outcome import RESULT
+from workers.step import Step, execute
 
 BEATS = """
 import sys, time

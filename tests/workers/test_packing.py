@@ -21,7 +21,8 @@ from tests.workers.inline_service import Service, hang
 from workers import packing
 from workers.controller import Controller
 from workers.liveness import BEAT, is_superseded
-from workers.step import Outcome, Step
+from workers.outcome import Outcome
+from workers.step import Step
 
 Found = tuple[Service, SearchRecord]
 

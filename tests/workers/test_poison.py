@@ -12,7 +12,8 @@ import pytest
 
 from workers import executor as module
 from workers.executor import LocalExecutor
-from workers.step import RESULT, Outcome, Step
+from workers.outcome import RESULT, Outcome
+from workers.step import Step
 
 POISONED = """
 import os, resource, signal, sys

@@ -11,7 +11,8 @@ from nas.compress import speed
 from nas.settings import Settings
 from nas.store.store import Store
 from workers.controller import Controller
-from workers.step import Outcome, Step, execute
+from workers.outcome import Outcome
+from workers.step import Step, execute
 
 
 class OneStep:

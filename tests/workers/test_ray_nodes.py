@@ -15,7 +15,8 @@ from nas.store.machines import NodeRecord
 from tests.waiting import wait_until
 from tests.workers.ray_cluster import NAP, add_node, ray_cluster
 from workers import on_node
-from workers.step import Outcome, Step
+from workers.outcome import Outcome
+from workers.step import Step
 
 pytestmark = pytest.mark.ray
 

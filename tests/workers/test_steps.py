@@ -19,7 +19,8 @@ from workers.controller import Controller
 from workers.liveness import STOP
 from workers.logs import LOG
 from workers.metrics import REGISTRY
-from workers.step import PROGRESS, RESULT, Outcome, Step, execute
+from workers.outcome import RESULT, Outcome
+from workers.step import PROGRESS, Step, execute
 
 
 def test_a_failing_trial_is_tried_so_often_and_recorded_with_its_reason(service: Service) -> None:

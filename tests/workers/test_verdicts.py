@@ -24,8 +24,9 @@ from nas.store.records import AttemptRecord, AttemptState
 from tests.simulation.cluster import count, measure, save_pretended_student
 from tests.simulation.simulator import CONFIG, INPUTS, make_spec
 from workers.folders import MODEL_TAR, SearchFolder
+from workers.outcome import RESULT, Outcome, read_outcome
 from workers.recount import Recount
-from workers.step import RESULT, Outcome, _as_json, read_outcome
+from workers.step import _as_json
 from workers.verdicts import Undecided, Untrue, check_bundle, check_confirmation, check_distilled, check_prepared, check_rung, count_file_parameters
 
 SPEC = parse_spec(json.dumps(make_spec(num_trials=4, num_workers=1)))
