@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
-from anyio.to_thread import current_default_thread_limiter
 from fastapi import FastAPI
 from opentelemetry.trace import TracerProvider
 
@@ -16,20 +12,12 @@ from api.guard import Guard, allowed_hosts, any_host_paths, is_single_user
 from api.observer import Observer, is_probe
 from api.problems import install_problem_handlers
 from api.requests import RequestId
+from api.threads import with_few_threads
 from nas.settings import Settings
 from nas.store.store import Store
 
 API_VERSION = "1.0"
 """Of the REST interface under /v1: it grows, and keeps what it has."""
-
-NUM_THREADS = 16
-"""That serve requests. They wait for the database, which a few cover, and compute one at a time: more of them only take turns, and each keeps memory."""
-
-
-@asynccontextmanager
-async def _with_few_threads(_: FastAPI) -> AsyncIterator[None]:
-    current_default_thread_limiter().total_tokens = NUM_THREADS
-    yield
 
 
 def create_app(*, store: Store, settings: Settings, tracer_provider: TracerProvider | None = None) -> FastAPI:
@@ -39,7 +27,7 @@ def create_app(*, store: Store, settings: Settings, tracer_provider: TracerProvi
         tracer_provider: where its spans go; None: to the process's own (`nas/tracing.py`), if it has one.
     """
     app = FastAPI(
-        lifespan=_with_few_threads,
+        lifespan=with_few_threads,
         title="nas",
         summary="Neural architecture search for compressed language models",
         description=openapi.DESCRIPTION,

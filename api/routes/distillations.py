@@ -18,7 +18,7 @@ from api.cursors import AfterCursor, decode_cursor, encode_cursor, page_of
 from api.distillations import describe_distillation, detail_distillation, summarise_distillation
 from api.feed import Feed, Stream
 from api.files import find_file, send_file
-from api.once import OnceDep
+from api.once import Once, OnceDep
 from api.openapi import DISTIL_BODY, accepted_answer, event_stream_answer, file_answers, made_answer, problems, versioned_answer
 from api.principal import PrincipalDep
 from api.routes.dependencies import MAX_INTEGER, SEARCH_ID, SettingsDep, StoreDep
@@ -26,8 +26,10 @@ from api.routes.events import LastEventId, page_of_events, stream_of
 from api.schemas.common import Page
 from api.schemas.distillations import DistillationAnswer, DistillationDetail, DistillationState, DistillationSummary
 from api.schemas.events import EventAnswer
+from api.threads import submitting
 from nas.distillations import check_distillation, parse_distillation
 from nas.errors import Conflict, NotFound
+from nas.settings import Settings
 from nas.store.records import SearchRecord, SearchState
 from nas.store.store import Store
 from nas.tracing import current_traceparent
@@ -65,14 +67,21 @@ async def open_stream(distillation: DistillationDep, request: Request) -> AsyncI
     openapi_extra=DISTIL_BODY,
     responses={**made_answer(), **problems(409, 413, 415, 422)},
 )
-def submit_distillation(
+async def submit_distillation(
     store: StoreDep, settings: SettingsDep, principal: PrincipalDep, body: JsonBodyDep, once: OnceDep, response: Response
 ) -> DistillationAnswer:
     """Distil a search's student in full, by its bundle's recipe: the winner, or a trial that was verified. It is queued; 409 until the search has succeeded."""
+    made = await submitting(partial(_submit, body, store=store, settings=settings, project=principal.project, once=once))
+    response.headers["Location"] = f"/v1/distillations/{made.id}"
+    response.headers["ETag"] = etag_of(made.version)
+    return describe_distillation(made)
+
+
+def _submit(body: bytes, *, store: Store, settings: Settings, project: str, once: Once) -> SearchRecord:
     asked = parse_distillation(body)
 
     def plan() -> Callable[[], SearchRecord]:
-        planned = check_distillation(asked, store=store, settings=settings, project=principal.project)
+        planned = check_distillation(asked, store=store, settings=settings, project=project)
         return partial(
             store.create_distillation,
             search_id=asked.search_id,
@@ -81,14 +90,11 @@ def submit_distillation(
             inputs=planned.inputs,
             tokens=planned.tokens,
             label=asked.label,
-            project=principal.project,
+            project=project,
             traceparent=current_traceparent(),
         )
 
-    made = once.new_search(plan)
-    response.headers["Location"] = f"/v1/distillations/{made.id}"
-    response.headers["ETag"] = etag_of(made.version)
-    return describe_distillation(made)
+    return once.new_search(plan)
 
 
 @router.get("/distillations", operation_id="list_distillations", summary="List full distillations", responses=problems(422))

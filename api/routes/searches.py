@@ -15,13 +15,14 @@ from starlette.responses import Response
 from api.bodies import JsonBodyDep, read_no_body
 from api.conditional import check_match, etag_of, is_unchanged, not_modified
 from api.cursors import AfterCursor, decode_cursor, encode_cursor, page_of
-from api.once import OnceDep
+from api.once import Once, OnceDep
 from api.openapi import SUBMIT_BODY, UPDATE_BODY, accepted_answer, made_answer, problems, versioned_answer
 from api.principal import PrincipalDep
 from api.routes.dependencies import SearchDep, StoreDep
 from api.schemas.common import Page
 from api.schemas.searches import UPDATE_ADAPTER, PreviewAnswer, SearchAnswer, SearchSummary
 from api.summary import describe_inputs, describe_search, summarise_search
+from api.threads import submitting
 from nas.shape import Shape
 from nas.spec import LINE, dump_spec, parse_spec
 from nas.store.records import SearchRecord, SearchState, TrialCounts
@@ -56,12 +57,16 @@ _Route = TypeVar("_Route", bound=Callable[..., Any])
     openapi_extra=SUBMIT_BODY,
     responses={**made_answer(), **problems(409, 413, 415, 422)},
 )
-def submit_search(store: StoreDep, principal: PrincipalDep, body: JsonBodyDep, once: OnceDep, response: Response) -> SearchAnswer:
+async def submit_search(store: StoreDep, principal: PrincipalDep, body: JsonBodyDep, once: OnceDep, response: Response) -> SearchAnswer:
     """Check and price a spec, and queue it. Nothing is computed on the teacher yet."""
+    return await submitting(partial(_submit, body, store=store, project=principal.project, once=once, response=response))
+
+
+def _submit(body: bytes, *, store: Store, project: str, once: Once, response: Response) -> SearchAnswer:
     spec = parse_spec(body)
 
     def plan() -> Callable[[], SearchRecord]:
-        submission = check_submission(spec, store=store, project=principal.project)
+        submission = check_submission(spec, store=store, project=project)
         return partial(
             store.create_search,
             spec=dump_spec(submission.spec),
@@ -69,7 +74,7 @@ def submit_search(store: StoreDep, principal: PrincipalDep, body: JsonBodyDep, o
             plan=submission.plan,
             label=spec.label,
             labels=spec.labels,
-            project=principal.project,
+            project=project,
             traceparent=current_traceparent(),
         )
 
@@ -85,16 +90,20 @@ def submit_search(store: StoreDep, principal: PrincipalDep, body: JsonBodyDep, o
     openapi_extra=SUBMIT_BODY,
     responses=problems(413, 415, 422),
 )
-def preview_search(
+async def preview_search(
     store: StoreDep,
     principal: PrincipalDep,
     body: JsonBodyDep,
     shape: Annotated[list[str], Query(max_length=100, description="Shapes to ask about, as the leaderboard writes them: `L4-D56-F144-H4-K4-E8`.")] = [],  # noqa: B006  (FastAPI copies it)
 ) -> PreviewAnswer:
     """The same checks as a submit, the plan that it would store, and how long it would take; no search is stored."""
+    return await submitting(partial(_preview, body, shapes=shape, store=store, project=principal.project))
+
+
+def _preview(body: bytes, *, shapes: Sequence[str], store: Store, project: str) -> PreviewAnswer:
     spec = parse_spec(body)
-    asked = [Shape.from_key(key) for key in shape]
-    submission = check_submission(spec, store=store, project=principal.project)
+    asked = [Shape.from_key(key) for key in shapes]
+    submission = check_submission(spec, store=store, project=project)
     speed = store.wish_speed(cpus=spec.resources.cpus, gpus=spec.resources.gpus, dtype=spec.distillation.dtype)
     return PreviewAnswer(
         spec=dump_spec(spec),
