@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 NUM_THREADS = 16
 """That serve requests. They wait for the database, which a few cover, and compute one at a time: more of them only take turns, and each keeps memory."""
-NUM_SUBMITTING = 4
+NUM_SUBMITTING = 2
 """That price and store what is submitted; the others wait here, and not in a thread that a read could have."""
 
 _submitting: RunVar[CapacityLimiter] = RunVar("nas.submitting")  # a limiter belongs to one event loop
