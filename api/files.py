@@ -46,12 +46,15 @@ def find_file(place: str, *, sha256: str, settings: Settings) -> Path:
     return path
 
 
-def send_file(path: Path, *, sha256: str, name: str, request: Request, cache: str | None = None) -> Response:
-    """The file, or the range that is asked for. A Range header of another form is passed over, as RFC 9110 (14.2) has it.
+def send_file(place: str, *, sha256: str, name: str, request: Request, settings: Settings, cache: str | None = None) -> Response:
+    """The file at a place (`find_file`), or the range that is asked for, in a thread for files (`threads.fetching`).
+
+    A Range header of another form is passed over, as RFC 9110 (14.2) has it.
 
     Raises:
-        HTTPException: 416, the range begins behind the file's end.
+        NotFound, FilesUnavailable: see `find_file`. HTTPException: 416, the range begins behind the file's end.
     """
+    path = find_file(place, sha256=sha256, settings=settings)
     etag = etag_of(sha256)
     headers = {"ETag": etag, **({"Cache-Control": cache} if cache else {})}
     if is_unchanged(request, etag):

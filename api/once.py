@@ -49,9 +49,12 @@ class Once:
         self._tell(is_new)
         return trial
 
-    def bundle(self, effect: Callable[[], BundleRecord], *, again: Callable[[], BundleRecord]) -> BundleRecord:
-        """The bundle that the effect asks for; `again` reads it as it is now."""
-        bundle, is_new = self.store.once(self.request, effect, search_of=lambda bundle: bundle.search_id, again=lambda _: again())
+    def bundle(self, plan: Callable[[], Callable[[], BundleRecord]], *, again: Callable[[], BundleRecord]) -> BundleRecord:
+        """The bundle that is asked for: `plan` looks at files, outside of any transaction, and returns what asks; `again` reads it as it is now."""
+        if self.store.find_done(self.request) is not None:
+            self._tell(False)
+            return again()
+        bundle, is_new = self.store.once(self.request, plan(), search_of=lambda bundle: bundle.search_id, again=lambda _: again())
         self._tell(is_new)
         return bundle
 

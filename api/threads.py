@@ -1,4 +1,4 @@
-"""The threads that serve requests: a few for all, and fewer for submits, so that a hundred of these at once hold up no read."""
+"""The threads that serve requests: a few for all, and fewer for submits and for files, so that a hundred of these at once hold up no read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from anyio.lowlevel import RunVar
 from fastapi import FastAPI
 
 NUM_THREADS = 16
-"""That serve requests. They wait for the database, which a few cover, and compute one at a time: more of them only take turns, and each keeps memory."""
+"""That serve the others. They wait for the database, which a few cover, and compute one at a time: more of them only take turns, and each keeps memory."""
 NUM_SUBMITTING = 2
 """That price and store what is submitted; the others wait here, and not in a thread that a read could have."""
 
-_submitting: RunVar[CapacityLimiter] = RunVar("nas.submitting")  # a limiter belongs to one event loop
+NUM_FETCHING = 4
+"""That look for files, which may lie behind a URL that does not answer, or fetch them from there."""
+
+# A limiter belongs to one event loop.
+_submitting: RunVar[CapacityLimiter] = RunVar("nas.submitting")
+_fetching: RunVar[CapacityLimiter] = RunVar("nas.fetching")
 _T = TypeVar("_T")
 
 
@@ -28,9 +33,18 @@ async def with_few_threads(_: FastAPI) -> AsyncIterator[None]:
 
 async def submitting(work: Callable[[], _T]) -> _T:
     """Do the work of a submit in one of its threads, in the order of arrival."""
+    return await _run(work, limiter=_submitting, num_threads=NUM_SUBMITTING)
+
+
+async def fetching(work: Callable[[], _T]) -> _T:
+    """Do in one of its threads what reads files that other machines share."""
+    return await _run(work, limiter=_fetching, num_threads=NUM_FETCHING)
+
+
+async def _run(work: Callable[[], _T], *, limiter: RunVar[CapacityLimiter], num_threads: int) -> _T:
     try:
-        limiter = _submitting.get()
+        few = limiter.get()
     except LookupError:
-        limiter = CapacityLimiter(NUM_SUBMITTING)
-        _submitting.set(limiter)
-    return await to_thread.run_sync(work, limiter=limiter)
+        few = CapacityLimiter(num_threads)
+        limiter.set(few)
+    return await to_thread.run_sync(work, limiter=few)

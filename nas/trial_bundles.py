@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from nas.distillations import winner_of
 from nas.settings import Settings
 from nas.store.records import BundleRecord, BundleState, SearchRecord
@@ -33,8 +36,8 @@ def find_bundle(search: SearchRecord, number: int, *, store: Store) -> BundleRec
     )
 
 
-def request_bundle(search: SearchRecord, number: int, *, store: Store, settings: Settings) -> BundleRecord:
-    """Have a trial's bundle packed. One that is packed, or waits, is left alone; one that failed is tried again.
+def plan_bundle(search: SearchRecord, number: int, *, store: Store, settings: Settings) -> Callable[[], BundleRecord]:
+    """What has a trial's bundle packed. One that is packed, or waits, is left alone; one that failed is tried again.
 
     Raises:
         NotFound: no such trial.
@@ -42,7 +45,7 @@ def request_bundle(search: SearchRecord, number: int, *, store: Store, settings:
     """
     found = find_bundle(search, number, store=store)
     if found is not None and found.state is not BundleState.FAILED:
-        return found
+        return lambda: found
     if search.state.is_terminal:
         check_student(search, store.get_trial(search.id, number), store=store, settings=settings)
-    return store.request_bundle(search.id, number)
+    return partial(store.request_bundle, search.id, number)

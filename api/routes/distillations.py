@@ -17,7 +17,7 @@ from api.conditional import etag_of, is_unchanged, not_modified
 from api.cursors import AfterCursor, decode_cursor, encode_cursor, page_of
 from api.distillations import describe_distillation, detail_distillation, summarise_distillation
 from api.feed import Feed, Stream
-from api.files import find_file, send_file
+from api.files import send_file
 from api.once import Once, OnceDep
 from api.openapi import DISTIL_BODY, accepted_answer, event_stream_answer, file_answers, made_answer, problems, versioned_answer
 from api.principal import PrincipalDep
@@ -26,7 +26,7 @@ from api.routes.events import LastEventId, page_of_events, stream_of
 from api.schemas.common import Page
 from api.schemas.distillations import DistillationAnswer, DistillationDetail, DistillationState, DistillationSummary
 from api.schemas.events import EventAnswer
-from api.threads import submitting
+from api.threads import fetching
 from nas.distillations import check_distillation, parse_distillation
 from nas.errors import Conflict, NotFound
 from nas.settings import Settings
@@ -71,7 +71,7 @@ async def submit_distillation(
     store: StoreDep, settings: SettingsDep, principal: PrincipalDep, body: JsonBodyDep, once: OnceDep, response: Response
 ) -> DistillationAnswer:
     """Distil a search's student in full, by its bundle's recipe: the winner, or a trial that was verified. It is queued; 409 until the search has succeeded."""
-    made = await submitting(partial(_submit, body, store=store, settings=settings, project=principal.project, once=once))
+    made = await fetching(partial(_submit, body, store=store, settings=settings, project=principal.project, once=once))
     response.headers["Location"] = f"/v1/distillations/{made.id}"
     response.headers["ETag"] = etag_of(made.version)
     return describe_distillation(made)
@@ -225,10 +225,9 @@ def read_log(
     response_class=FileResponse,
     responses={**file_answers(), **problems(404, 409)},
 )
-def download_distillation(distillation: DistillationDep, request: Request, settings: SettingsDep) -> Response:
+async def download_distillation(distillation: DistillationDep, request: Request, settings: SettingsDep) -> Response:
     """The distilled model as one tar file: a folder that plain transformers loads, and what was measured. 409 until it has succeeded."""
     result = distillation.winner
     if distillation.state is not SearchState.SUCCEEDED or result is None:
         raise Conflict(f"distillation {distillation.id}: expected the state succeeded, got {distillation.state}; there is no file yet")
-    path = find_file(result["file"], sha256=result["sha256"], settings=settings)
-    return send_file(path, sha256=result["sha256"], name=f"{distillation.id}.tar", request=request)
+    return await fetching(partial(send_file, result["file"], sha256=result["sha256"], name=f"{distillation.id}.tar", request=request, settings=settings))

@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.responses import Response
 
 from api.bodies import read_no_body
-from api.files import IMMUTABLE, find_file, send_file
+from api.files import IMMUTABLE, send_file
 from api.leaderboards import of_budget
 from api.once import OnceDep
 from api.openapi import accepted_answer, file_answers, problems, winner_answers
@@ -19,13 +19,15 @@ from api.principal import PrincipalDep
 from api.routes.dependencies import BudgetIndex, OtherDep, SearchDep, SettingsDep, StoreDep, TrialNumber
 from api.schemas.results import BundleAnswer, ComparisonAnswer, ImportancesAnswer, WinnerAnswer
 from api.summary import describe_bundle, describe_cost
+from api.threads import fetching
 from nas.errors import Conflict, NotFound
 from nas.search.comparison import Side, compare, comparison_as_dict
 from nas.search.confirmed import Confirmation
 from nas.search.results import RungResult
+from nas.settings import Settings
 from nas.store.records import BundleRecord, BundleState, SearchRecord, all_winners
 from nas.store.store import Store
-from nas.trial_bundles import find_bundle, request_bundle
+from nas.trial_bundles import find_bundle, plan_bundle
 
 router = APIRouter(tags=["results"])
 
@@ -96,11 +98,10 @@ def read_winner(
     response_class=FileResponse,
     responses={**file_answers(), **problems(404, 409, 422)},
 )
-def download_bundle(search: SearchDep, request: Request, settings: SettingsDep, budget: BudgetIndex = 0) -> Response:
+async def download_bundle(search: SearchDep, request: Request, settings: SettingsDep, budget: BudgetIndex = 0) -> Response:
     """The winner as one tar file: weights, tokenizer, shape, kept indices, recipe, model card."""
     winner = _winner(search, budget=budget)
-    path = find_file(winner["bundle"], sha256=winner["bundle_sha256"], settings=settings)
-    return send_file(path, sha256=winner["bundle_sha256"], name=f"{search.id}.tar", request=request)
+    return await fetching(partial(send_file, winner["bundle"], sha256=winner["bundle_sha256"], name=f"{search.id}.tar", request=request, settings=settings))
 
 
 @router.post(
@@ -111,13 +112,13 @@ def download_bundle(search: SearchDep, request: Request, settings: SettingsDep, 
     responses={**accepted_answer(), **problems(404, 409, 413, 422)},
     dependencies=[Depends(read_no_body)],
 )
-def request_trial_bundle(search: SearchDep, number: TrialNumber, store: StoreDep, settings: SettingsDep, once: OnceDep) -> BundleAnswer:
+async def request_trial_bundle(search: SearchDep, number: TrialNumber, store: StoreDep, settings: SettingsDep, once: OnceDep) -> BundleAnswer:
     """Have the bundle of a verified trial packed, of a member of the Pareto front for instance; a controller does it, and the trial tells when it is there.
 
     Again is no error, and one that failed is tried again. 409 while the search goes on, and where the trial was not verified or its student not kept.
     """
-    wanted = partial(request_bundle, search, number, store=store, settings=settings)
-    return describe_bundle(once.bundle(wanted, again=lambda: find_bundle(search, number, store=store) or wanted()))
+    plan = partial(plan_bundle, search, number, store=store, settings=settings)
+    return describe_bundle(await fetching(partial(once.bundle, plan, again=lambda: find_bundle(search, number, store=store) or plan()())))
 
 
 @router.get(
@@ -127,13 +128,16 @@ def request_trial_bundle(search: SearchDep, number: TrialNumber, store: StoreDep
     response_class=FileResponse,
     responses={**file_answers(), **problems(404, 409, 422)},
 )
-def download_trial_bundle(search: SearchDep, number: TrialNumber, request: Request, store: StoreDep, settings: SettingsDep) -> Response:
+async def download_trial_bundle(search: SearchDep, number: TrialNumber, request: Request, store: StoreDep, settings: SettingsDep) -> Response:
     """The trial as one tar file, like the winner's. 409 until it is packed, which the winner's is by itself and any other once it is asked for (POST)."""
+    return await fetching(partial(_send_trial_bundle, search, number, request=request, store=store, settings=settings))
+
+
+def _send_trial_bundle(search: SearchRecord, number: int, *, request: Request, store: Store, settings: Settings) -> Response:
     bundle = find_bundle(search, number, store=store)
     if bundle is None or bundle.path is None or bundle.sha256 is None:
         raise Conflict(f"trial {number} of search {search.id}: expected a bundle that is packed, got {_state_of(bundle)}")
-    path = find_file(bundle.path, sha256=bundle.sha256, settings=settings)
-    return send_file(path, sha256=bundle.sha256, name=f"{search.id}-trial-{number}.tar", request=request)
+    return send_file(bundle.path, sha256=bundle.sha256, name=f"{search.id}-trial-{number}.tar", request=request, settings=settings)
 
 
 def _state_of(bundle: BundleRecord | None) -> str:
@@ -153,7 +157,7 @@ def _state_of(bundle: BundleRecord | None) -> str:
     response_class=FileResponse,
     responses={**file_answers(), **problems(404, 422)},
 )
-def download_artifact(
+async def download_artifact(
     sha256: Annotated[str, Path(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the file, such as `bundle_sha256` of a winner.")],
     store: StoreDep,
     settings: SettingsDep,
@@ -161,11 +165,14 @@ def download_artifact(
     principal: PrincipalDep,
 ) -> Response:
     """A file that a search made, by its content: a whole one or a range of it. What a digest names never changes."""
-    artifact = store.find_artifact(sha256, project=principal.project)
+    return await fetching(partial(_send_artifact, sha256, project=principal.project, request=request, store=store, settings=settings))
+
+
+def _send_artifact(sha256: str, *, project: str, request: Request, store: Store, settings: Settings) -> Response:
+    artifact = store.find_artifact(sha256, project=project)
     if artifact is None:
         raise NotFound(f"artifact: expected the SHA-256 of a file of a search, got {sha256}")
-    path = find_file(artifact.path, sha256=sha256, settings=settings)
-    return send_file(path, sha256=sha256, name=f"{artifact.search_id}.tar", request=request, cache=IMMUTABLE)
+    return send_file(artifact.path, sha256=sha256, name=f"{artifact.search_id}.tar", request=request, settings=settings, cache=IMMUTABLE)
 
 
 def _winner(search: SearchRecord, *, budget: int) -> dict[str, Any]:

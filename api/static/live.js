@@ -80,9 +80,11 @@
     document.addEventListener("visibilitychange", () => { if (!document.hidden && source.readyState !== EventSource.CLOSED) ask(); });
   }
 
+  let polling = false;
   function poll() {
     const part = document.querySelector("[data-refresh-seconds]");
-    if (!part) { tell(null, false); return; }
+    polling = part !== null;
+    if (!polling) { tell(null, false); return; }
     tell("live", false);
     setTimeout(async () => { if (!document.hidden) await ask(); poll(); }, 1000 * Number(part.dataset.refreshSeconds));
   }
@@ -99,6 +101,7 @@
     button.disabled = true;
     const response = await fetch(button.dataset.post, { method: "POST" });
     if (!response.ok) alert((await response.json()).detail);
-    ask();
+    await ask();
+    if (!stream && !polling) poll(); // what was asked for may take a while
   });
 })();

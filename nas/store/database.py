@@ -273,7 +273,7 @@ _KEEPALIVES = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_coun
 
 
 def _make_engine(url: URL) -> Engine:
-    # One for every thread of the API's pool (api/app.py) and some for its feed; those beyond the size are closed after use, and opening one takes longer
+    # One for every thread of the API's pool (api/threads.py) and some for its feed; those beyond the size are closed after use, and opening one takes longer
     # than what is asked of it.
     make = partial(create_engine, url, pool_size=16, max_overflow=24, json_serializer=dump_json)
     if url.get_backend_name() != "sqlite":

@@ -22,7 +22,7 @@ from nas.recipe import Recipe
 from nas.search.layout import BUNDLE
 from nas.shared_files import SharedFiles
 from nas.store.records import BundleState, SearchRecord, SearchState
-from nas.trial_bundles import request_bundle
+from nas.trial_bundles import plan_bundle
 from tests.workers.inline_service import ONE_RUNG
 from tests.workers.test_away import Deployment, LostNode, Nodes, make_deployment
 from tests.workers.test_away import verified_here as verified_here
@@ -124,7 +124,7 @@ def test_a_bundle_that_is_asked_for_is_packed_there_and_nothing_else_stays(found
     verified = [trial.number for trial in store.list_trials(search.id) if (trial.confirmation or {}).get("verified")]
     [other] = [number for number in verified if number != (search.winner or {})["trial"]]
     shared.write_json({}, key=f"searches/{search.id}/bundles/{other}/att_0/of a try whose controller died")
-    request_bundle(search, other, store=store, settings=deployment.settings)
+    plan_bundle(search, other, store=store, settings=deployment.settings)()
 
     deployment.tick_until(lambda: (bundle := store.find_bundle(search.id, other)) is not None and bundle.state is not BundleState.WAITING)
 

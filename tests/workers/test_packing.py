@@ -16,7 +16,7 @@ import pytest
 from nas.errors import Conflict
 from nas.search.layout import STUDENT, trial_folder
 from nas.store.records import BundleRecord, BundleState, SearchRecord
-from nas.trial_bundles import find_bundle, request_bundle
+from nas.trial_bundles import find_bundle, plan_bundle
 from tests.workers.inline_service import Service, hang
 from workers import packing
 from workers.controller import Controller
@@ -66,7 +66,7 @@ def test_a_finalist_that_did_not_win_is_packed_like_the_winner(found: Found) -> 
     service, search = found
     number, store = other_finalist(service, search), service.store
     assert find_bundle(search, number, store=store) is None
-    assert request_bundle(search, number, store=store, settings=service.settings).state is BundleState.WAITING
+    assert plan_bundle(search, number, store=store, settings=service.settings)().state is BundleState.WAITING
 
     packed = run(service, search, number)
 
@@ -79,7 +79,7 @@ def test_a_finalist_that_did_not_win_is_packed_like_the_winner(found: Found) -> 
     assert (shape, provenance["trial"]) == ({**store.get_trial(search.id, number).shape, **shape}, number)
     assert [path.name for path in (service.folder(search.id) / packing.BUNDLES).rglob("*") if path.is_file()] == ["bundle.tar"]
     num_steps = len(service.executor.history)
-    assert request_bundle(search, number, store=store, settings=service.settings) == packed
+    assert plan_bundle(search, number, store=store, settings=service.settings)() == packed
     run(service, search, number)
     assert len(service.executor.history) == num_steps, "packed twice"
     assert store.get_search(search.id) == search, "the search that has ended has changed"
@@ -89,7 +89,7 @@ def test_the_winner_packed_again_is_the_same_file(found: Found) -> None:
     service, search = found
     assert search.winner is not None
     number = search.winner["trial"]
-    winner = request_bundle(search, number, store=service.store, settings=service.settings)
+    winner = plan_bundle(search, number, store=service.store, settings=service.settings)()
     assert (winner.state, winner.sha256, winner.path) == (BundleState.PACKED, search.winner["bundle_sha256"], search.winner["bundle"])
     assert service.store.find_bundle(search.id, number) is None, "nobody has to ask for it"
     service.store.request_bundle(search.id, number)
@@ -102,7 +102,7 @@ def test_what_cannot_be_packed_is_tried_as_often_as_a_step_may_be_and_again_when
     service, search = found
     number = other_finalist(service, search)
     service.executor.before = lambda step: Outcome(succeeded=False, reason="error", message="so it is", retryable=retryable)
-    request_bundle(search, number, store=service.store, settings=service.settings)
+    plan_bundle(search, number, store=service.store, settings=service.settings)()
 
     failed = run(service, search, number)
 
@@ -110,7 +110,7 @@ def test_what_cannot_be_packed_is_tried_as_often_as_a_step_may_be_and_again_when
     assert failed.error == {"reason": "error", "message": "so it is", "log": ""}
     assert not any(path.is_file() for path in (service.folder(search.id) / packing.BUNDLES).rglob("*"))
     service.executor.before = lambda step: None
-    request_bundle(search, number, store=service.store, settings=service.settings)
+    plan_bundle(search, number, store=service.store, settings=service.settings)()
     assert run(service, search, number).state is BundleState.PACKED
 
 
@@ -118,7 +118,7 @@ def test_a_full_disk_is_told_at_once(found: Found) -> None:
     service, search = found
     number = other_finalist(service, search)
     service.executor.before = lambda step: Outcome(succeeded=False, reason="disk_full", message="no room")
-    request_bundle(search, number, store=service.store, settings=service.settings)
+    plan_bundle(search, number, store=service.store, settings=service.settings)()
 
     failed = run(service, search, number)
 
@@ -135,7 +135,7 @@ def test_a_result_that_cannot_be_is_not_kept(found: Found, lie: dict[str, object
         return Outcome(succeeded=True, result={**sound, **lie})
 
     service.executor.before = answer
-    request_bundle(search, number, store=service.store, settings=service.settings)
+    plan_bundle(search, number, store=service.store, settings=service.settings)()
 
     failed = run(service, search, number)
 
@@ -145,7 +145,7 @@ def test_a_result_that_cannot_be_is_not_kept(found: Found, lie: dict[str, object
 def test_another_controller_packs_what_the_first_one_left_and_its_step_leaves_nothing(found: Found) -> None:
     service, search = found
     number = other_finalist(service, search)
-    request_bundle(search, number, store=service.store, settings=service.settings)
+    plan_bundle(search, number, store=service.store, settings=service.settings)()
     run(service, search, number, until=lambda: bool(service.executor.steps))
     [orphan] = service.executor.history
 
@@ -161,7 +161,7 @@ def test_a_step_that_falls_silent_is_given_up_and_run_again(found: Found) -> Non
     service.settings = dataclasses.replace(service.settings, attempt_lease_seconds=0.3)
     number = other_finalist(service, search)
     hung = hang(service, hangs=lambda step: not hung)
-    request_bundle(search, number, store=service.store, settings=service.settings)
+    plan_bundle(search, number, store=service.store, settings=service.settings)()
 
     packed = run(service, search, number)
 
@@ -172,7 +172,7 @@ def test_a_step_that_falls_silent_is_given_up_and_run_again(found: Found) -> Non
 def test_one_whose_search_is_deleted_while_it_is_packed_troubles_nobody(found: Found) -> None:
     service, search = found
     number = other_finalist(service, search)
-    request_bundle(search, number, store=service.store, settings=service.settings)
+    plan_bundle(search, number, store=service.store, settings=service.settings)()
     controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
     while not service.executor.steps:
         controller.tick(timeout_seconds=0.0)
@@ -193,12 +193,12 @@ def test_only_a_verified_trial_whose_student_was_kept_can_be_had(found: Found) -
     others = [trial.number for trial in store.list_trials(search.id) if not (trial.confirmation or {}).get("verified")]
     for other in others:
         with pytest.raises(Conflict, match=f"trial {other} of search {search.id}: expected one that the confirm step verified, got"):
-            request_bundle(search, other, store=store, settings=settings)
+            plan_bundle(search, other, store=store, settings=settings)()
     student = trial_folder(service.folder(search.id), number=number) / STUDENT
     hidden = student.rename(student.with_name("hidden"))
     try:
         with pytest.raises(Conflict, match=r"expected its student on the disk, got one that was not kept \(`retention.students`\)"):
-            request_bundle(search, number, store=store, settings=settings)
+            plan_bundle(search, number, store=store, settings=settings)()
         store.request_bundle(search.id, number)  # it went between the request and the step
         failed = run(service, search, number)
         assert failed.state is BundleState.FAILED
