@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.bundle import TAR, read_tar
-from nas.errors import CorpusUnavailable, NasError, NotFound, NotPrepared, TaskUnavailable, TeacherUnavailable
+from nas.errors import CorpusUnavailable, CorruptFile, NasError, NotFound, NotPrepared, TaskUnavailable, TeacherUnavailable
 from nas.files import publishing_unless
 from nas.node_cache import NodeCache
 from nas.run_folder import CHECKPOINT, RUN, WORK
@@ -161,8 +161,8 @@ class _Away:
     def _prepare(self, request: Mapping[str, Any], stack: ExitStack) -> Outcome:
         """What another search has prepared is read; what this one prepares can be gone on with, here and elsewhere, before it is whole."""
         key = self.key(request["prepared"])
-        if self.shared.find_tree(key) is not None:
-            return self._execute({**request, "prepared": str(self._read(key, stack))})
+        if (whole := self._find_prepared(key, stack)) is not None:
+            return self._execute({**request, "prepared": str(whole)})
         folder = stack.enter_context(self._work(key))
         parts = PartialTree(folder=folder, key=key, last=PREPARED, shared=self.shared, cache=self.cache)
         parts.fetch()
@@ -174,6 +174,17 @@ class _Away:
             self.shared.publish_tree(folder, key=key)
             self.cache.keep(folder, key=key, source=self.shared)
         return outcome
+
+    def _find_prepared(self, key: str, stack: ExitStack) -> Path | None:
+        """None where there is none; one of which a part is gone is none, and is out of the way of the next."""
+        if self.shared.find_tree(key) is None:
+            return None
+        try:
+            return self._read(key, stack)
+        except (NotFound, CorruptFile) as broken:
+            logger.warning("prepared files are not whole: %s", broken, extra={"action": "prepared_broken", "key": key})
+            self.shared.delete(key)
+            return None
 
     def _rung(self, request: Mapping[str, Any], stack: ExitStack) -> Outcome:
         key = self.key(request["trial_folder"])

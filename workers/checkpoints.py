@@ -197,19 +197,12 @@ class PartialTree:
             except (NotFound, CorruptFile) as torn:  # uploaded while it was written
                 logger.warning("parts not fetched: %s", torn, extra={"action": "parts_gone", "key": self.key})
                 return
+            # Nothing of what was here stays: parts build on each other, and those of two machines need not agree in every bit.
+            for name in {Path(path).parts[0] for path in self._parts()}:
+                _remove(self.folder / name)
             for part in scratch.iterdir():
-                self._take(part)
+                part.rename(self.folder / part.name)
         logger.info("going on with what was prepared", extra={"action": "parts_fetched", "key": self.key, "bytes": manifest.bytes})
-
-    def _take(self, part: Path) -> None:
-        """A part at once; of one that was begun here, too, what vouches for its files last."""
-        target = self.folder / part.name
-        if not target.exists():
-            part.rename(target)
-        elif part.is_dir():
-            for file in sorted(part.iterdir(), key=lambda file: file.suffix == ".json"):
-                if not (target / file.name).exists():
-                    file.rename(target / file.name)
 
     def publish(self) -> None:
         """Upload what there is by now."""
@@ -220,3 +213,10 @@ class PartialTree:
 
     def _parts(self) -> dict[str, Path]:
         return {path: file for path, file in regular_files(self.folder).items() if path != self.last}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

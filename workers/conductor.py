@@ -15,7 +15,7 @@ from typing import Any
 from nas.chain import awaited_source
 from nas.errors import TeacherUnavailable
 from nas.search.layout import prepared_key
-from nas.search.results import CONTROL
+from nas.search.results import CONTROL, is_repeat
 from nas.spec import dump_spec
 from nas.store.records import OVER_BUDGET, ActiveSearch, AttemptRecord, SearchRecord, SearchState, Stage, TrialState, all_winners
 from nas.submission import take_teacher
@@ -281,7 +281,7 @@ class Conductor:
     def _choose_finalists(self, *, limit: LimitReason | None) -> None:
         run = self._run
         self._books.save_board()
-        if not any(trial.state is TrialState.COMPLETED for trial in run.trials.values()):
+        if not any(trial.state is TrialState.COMPLETED and not is_repeat(trial.origin) for trial in run.trials.values()):
             reached = f"{self._books.limits.message(limit)}; " if limit is not None else ""
             self.fail(reason=limit or "no_trial_completed", message=reached + self._why_none_completed())
             return

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nas.errors import Fenced, FilesUnavailable, StoreUnavailable
 from nas.search.layout import BUNDLE, prepared_key, trial_folder
 from nas.settings import Settings
 from nas.spec import LimitSpec, parse_spec
@@ -89,6 +90,8 @@ class Packing:
     def _begin(self, wanted: BundleRecord, *, fence: Fence) -> None:
         try:
             self._try = self._make_try(wanted, fence=fence)
+        except (StoreUnavailable, FilesUnavailable, Fenced):
+            raise
         # Broad: a search of another version, files that are gone, whatever an executor says; who asked reads why.
         except Exception as error:
             logger.exception("bundle not begun", extra={"action": "bundle_failed", "search_id": wanted.search_id, "trial": wanted.trial})

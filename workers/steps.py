@@ -109,7 +109,11 @@ class Steps:
             try:
                 self._settle(self.running[key], outcome, owner=owner)
             except Undecided:
-                continue
+                if (killed := self.running[key].killed) is None:
+                    continue
+                # It was to stop, or to end, long ago: nothing waits for ever for files that cannot be reached.
+                self._settle(self.running[key], killed, owner=owner)
+                del self.running[key], self.ended[key]
             except Conflict as conflict:
                 # An earlier try, or another controller, got as far as the store.
                 logger.warning("outcome not recorded: %s", conflict, extra={"action": "outcome_ignored", "search_id": self._record.id, "attempt_id": key})

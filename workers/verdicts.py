@@ -212,7 +212,10 @@ def _count(files: Mapping[str, tuple[int, Callable[[int, int], bytes]]], *, plac
     if not files:
         raise Untrue(f"student: expected its weights in {place}, got none")
     headers = [_header(name, size=size, read=read) for name, (size, read) in files.items()]
-    return sum(math.prod(tensor["shape"]) for header in headers for name, tensor in header.items() if name != "__metadata__")
+    try:
+        return sum(math.prod(tensor["shape"]) for header in headers for name, tensor in header.items() if name != "__metadata__")
+    except (KeyError, TypeError) as error:
+        raise Untrue(f"student: expected the shape of every tensor in {place}, got {type(error).__name__}: {error}") from error
 
 
 def _header(name: str, *, size: int, read: Callable[[int, int], bytes]) -> dict[str, Any]:

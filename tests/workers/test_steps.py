@@ -15,12 +15,14 @@ import pytest
 from nas.store.records import AttemptRecord, AttemptState, SearchRecord, SearchState, TrialState
 from tests.workers.inline_service import Service, hang, is_rung
 from workers import watch as watch_module
+from workers.conductor import Conductor
 from workers.controller import Controller
 from workers.liveness import STOP
 from workers.logs import LOG
 from workers.metrics import REGISTRY
 from workers.outcome import RESULT, Outcome
 from workers.step import PROGRESS, Step, execute
+from workers.verdicts import Undecided
 
 
 def test_a_failing_trial_is_tried_so_often_and_recorded_with_its_reason(service: Service) -> None:
@@ -313,3 +315,30 @@ def test_a_failed_trial_says_its_last_lines_when_its_files_are_gone(service: Ser
     logs = {attempt.id: service.store.read_log(attempt.id) for attempt in service.store.list_attempts(search_id)}
     assert all(log is not None for log in logs.values()), "an attempt without a log"
     assert all("begins" in log.text and f"attempt_id={key}" in log.text for key, log in logs.items() if log and "line 99" not in log.text)
+
+
+def test_a_result_that_cannot_be_checked_keeps_no_cancel_waiting(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student behind a URL that does not answer is not counted; the search ends all the same."""
+    monkeypatch.setattr(watch_module, "CANCEL_GRACE_SECONDS", 0.2)
+    asked: list[str] = []
+
+    def away(conductor: Conductor, attempt: AttemptRecord, result: dict[str, Any]) -> None:
+        if attempt.stage == "rung":
+            asked.append(attempt.id)
+            raise Undecided
+
+    monkeypatch.setattr(Conductor, "check_result", away)
+    search_id = service.submit()
+    controller = Controller(store=service.store, executor=service.executor, settings=service.settings)
+    deadline = time.monotonic() + 60
+    while not asked:
+        assert time.monotonic() < deadline, "no result of a rung"
+        controller.tick(timeout_seconds=0.0)
+
+    service.store.request_cancel(search_id)
+    while not service.store.get_search(search_id).state.is_terminal:
+        assert time.monotonic() < deadline, "the cancel waits for ever"
+        controller.tick(timeout_seconds=0.05)
+
+    assert service.store.get_search(search_id).state is SearchState.CANCELLED
+    assert service.store.list_rungs(search_id) == []

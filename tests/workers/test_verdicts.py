@@ -109,6 +109,10 @@ def test_a_student_whose_file_is_not_its_shape_is_found_out(tmp_path: Path) -> N
     (tmp_path / STUDENT / "model.safetensors").write_bytes(b"\xff" * 8)
     with pytest.raises(Untrue, match="expected a safetensors header"):
         check(a_result(), tmp_path)
+    for header in (b'{"a": 1}', b'{"a": {}}', b'{"a": {"shape": ["x"]}}', b'{"a": {"shape": 3}}'):
+        (tmp_path / STUDENT / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(Untrue, match="student: expected the shape of every tensor"):
+            check(a_result(), tmp_path)
 
 
 def test_other_steps_are_not_believed_blindly_either(tmp_path: Path) -> None:
