@@ -313,6 +313,31 @@ def test_a_prepare_step_that_is_lost_with_its_node_goes_on_on_another(
     assert figures(deployment.store, search.id) == undisturbed
 
 
+@pytest.mark.parametrize("what", ["all of it", "one file"])
+def test_a_prepared_folder_of_which_a_part_is_gone_is_made_again(
+    what: str, undisturbed: list[Any], register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    deployment = make_deployment(tmp_path, url=f"file://{tmp_path / 'shared'}", register=register_tiny)
+    nodes, shared = deployment.nodes, SharedFiles(f"file://{tmp_path / 'shared'}")
+
+    def lose(step: Step, mailbox: Path) -> None:
+        if step.stage == "rung" and not any(earlier.stage == "rung" for earlier in nodes.history[:-1]):
+            key = Path(step.request["prepared"]).relative_to(nodes.data_folder).as_posix()
+            shared.delete(key if what == "all of it" else f"{key}/{next(name for name in shared.children(key) if not name.endswith('.json'))}")
+            for cache in nodes.caches:
+                for entry in cache.folder.iterdir():
+                    if (entry / "prepared.json").exists():
+                        shutil.rmtree(entry)
+
+    nodes.before = lose
+
+    search = deployment.run(deployment.submit(tiny_spec(**SMALL)))
+
+    assert search.state is SearchState.SUCCEEDED, search.error
+    assert [step.stage for step in nodes.history].count("prepare") == 2
+    assert figures(deployment.store, search.id) == undisturbed
+
+
 def test_a_thing_that_was_registered_before_there_was_a_url_is_asked_for(
     register_tiny: Callable[..., None], tiny_spec: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
