@@ -15,6 +15,7 @@ from selenium.webdriver.chrome.service import Service as DriverService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from starlette.testclient import TestClient
 
 from api.app import create_app
 from nas.settings import Settings
@@ -22,6 +23,7 @@ from nas.spec import dump_spec, parse_spec
 from nas.store.records import CorpusRecord, PointRecord, SearchRecord, SearchState, TaskRecord, TeacherRecord, TrialState, utc_now
 from nas.store.store import Store
 from nas.submission import check_submission
+from tests.api.conftest import Service, register_inputs
 from tests.served import served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -196,3 +198,24 @@ def test_a_search_is_cancelled_with_its_button(site: Site, browser: webdriver.Ch
 
     wait_for(browser, "#head .state", "cancelling")
     assert site.store.get_search(site.search.id).state is SearchState.CANCELLING
+
+
+def test_a_bundle_that_was_asked_for_appears_on_the_page_when_it_is_packed(tmp_path: Path, browser: webdriver.Chrome) -> None:
+    settings = Settings.from_environment({"NAS_DATA": str(tmp_path / "data")})
+    settings.data_folder.mkdir()
+    store = Store.open(settings.database_url, migrate=True)
+    register_inputs(store)
+    app = create_app(store=store, settings=settings)
+    service = Service(store=store, client=TestClient(app), settings=settings)
+    search = service.succeed(service.confirmed_search())
+    service.verify_trial(search, 0)
+    with served(app) as address:
+        browser.get(f"{address}/searches/{search.id}/trials/0")
+        browser.find_element(By.CSS_SELECTOR, "[data-post$='bundle']").click()
+        wait_for(browser, "#head .actions", "Packing the bundle")
+
+        service.pack(search, 0)
+
+        wait_for(browser, "#head .actions", "Download the bundle")
+        wait_for(browser, "#live[hidden]")
+    store.close()
