@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from api.schemas.searches import Cost
 from nas.compress.objective import TeacherLogits
 from nas.compress.teacher_outputs import outputs_of
 from nas.compress.train_plan import TrainPlan
@@ -79,7 +80,9 @@ def test_a_step_that_only_some_rungs_have_is_shown_of_those(capsys: pytest.Captu
 
     details = [{"rungs": [rung(0, evaluate=2.0, latency=0.25), rung(1, distil=5.0, evaluate=1.0)]}]
     times = {"search.preparing": 0.0, "search.searching": 5.0, "search.confirming": 9.0, "search.succeeded": 20.0}
-    search_cost._print_search({"cost": {"tokens": 1}}, details=details, times=times, cores=4)
+    search_cost._print_search(
+        {"cost": Cost(distillation_tokens=1, step_seconds={}, device_seconds=0.0, decisions=[]).model_dump()}, details=details, times=times, cores=4
+    )
     told = capsys.readouterr().out
     assert "0.25" in told
     assert "neither distillation nor evaluation: 50.0%" in told

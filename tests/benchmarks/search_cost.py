@@ -78,7 +78,7 @@ def _print_search(board: dict[str, Any], *, details: list[dict[str, Any]], times
     wall = (times["search.confirming"] - times["search.searching"]) * cores
     console.print(
         f"prepare {times['search.searching'] - times['search.preparing']:.1f} s · search {wall / cores:.1f} s on {cores} cores · "
-        f"confirm and bundle {times['search.succeeded'] - times['search.confirming']:.1f} s · {board['cost']['tokens']:,} tokens"
+        f"confirm and bundle {times['search.succeeded'] - times['search.confirming']:.1f} s · {board['cost']['distillation_tokens']:,} tokens"
     )
     console.print(f"share of the search's worker time that is neither distillation nor evaluation: {1 - busy / wall:.1%}")
 
