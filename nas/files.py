@@ -113,6 +113,12 @@ def link_or_copy(source: str, target: str) -> str:
     return target
 
 
+def empty_folder(folder: Path) -> None:
+    """Remove all that is in a folder."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def withdraw(target: Path) -> None:
     """Remove a published file before what it vouches for is made anew.
 

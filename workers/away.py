@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from typing import Any
 
 from nas.bundle import TAR, read_tar
 from nas.errors import CorpusUnavailable, CorruptFile, NasError, NotFound, NotPrepared, TaskUnavailable, TeacherUnavailable
-from nas.files import publishing_unless
+from nas.files import empty_folder, publishing_unless
 from nas.node_cache import NodeCache
 from nas.run_folder import CHECKPOINT, RUN, WORK
 from nas.search.layout import BUNDLE, PREPARED, RECONSTRUCTION, clear_below, rung_folder
@@ -165,11 +164,7 @@ class _Away:
             return self._execute({**request, "prepared": str(whole)})
         folder = stack.enter_context(self._work(key))
         parts = PartialTree(folder=folder, key=key, last=PREPARED, shared=self.shared, cache=self.cache)
-        parts.fetch()
-        with beside(parts.publish, seconds=self.checkpoint_seconds):
-            outcome = self._execute({**request, "prepared": str(folder)})
-        if not outcome.succeeded and outcome.retryable:
-            parts.publish()
+        outcome = self._go_on({**request, "prepared": str(folder)}, uploads=parts)
         if outcome.succeeded:
             self.shared.publish_tree(folder, key=key)
             self.cache.keep(folder, key=key, source=self.shared)
@@ -200,13 +195,16 @@ class _Away:
         return outcome
 
     def _train(self, request: Mapping[str, Any], *, checkpoint: Checkpoint, parent: str) -> Outcome:
-        """Run a step that goes on from its checkpoint, wherever that was made, and publishes it as it goes and when it has to stop."""
-        publisher = Publisher(checkpoint=checkpoint, parent=parent, attempt=self.step.key, shared=self.shared, cache=self.cache)
-        publisher.fetch()
-        with beside(publisher.publish, seconds=self.checkpoint_seconds):
+        """Run a step that goes on from its checkpoint."""
+        return self._go_on(request, uploads=Publisher(checkpoint=checkpoint, parent=parent, attempt=self.step.key, shared=self.shared, cache=self.cache))
+
+    def _go_on(self, request: Mapping[str, Any], *, uploads: Publisher | PartialTree) -> Outcome:
+        """Run a step that goes on with what was uploaded of it, wherever that was made, and uploads its own as it goes and when it has to stop."""
+        uploads.fetch()
+        with beside(uploads.publish, seconds=self.checkpoint_seconds):
             outcome = self._execute(request)
         if not outcome.succeeded and outcome.retryable:
-            publisher.publish()
+            uploads.publish()
         return outcome
 
     def _begin_from(self, source: str | None, *, key: str, folder: Path) -> None:
@@ -214,7 +212,7 @@ class _Away:
         marker, wanted = folder / SOURCE, source or "nothing"
         if marker.exists() and marker.read_text(encoding="utf-8") == wanted:
             return
-        _empty(folder)
+        empty_folder(folder)
         if source is not None:
             manifest = self.shared.find_tree(f"{key}/{source}")
             if manifest is None:
@@ -249,7 +247,7 @@ class _Away:
             return outcome
         tar = f"{key}/{MODEL_TAR}"
         self.shared.publish_file(folder / MODEL_TAR, key=tar)
-        _empty(folder)
+        empty_folder(folder)
         return replace(outcome, result={**outcome.result, "file": str(self.data_folder / tar)})
 
     def _student(self, request: Mapping[str, Any], *, folder: Path, stack: ExitStack) -> dict[str, Any]:
@@ -271,11 +269,6 @@ class _Away:
             self.shared.fetch_file(key, target=scratch / TAR, sha256=sha256)
             read_tar(scratch / TAR, folder=scratch / OWN_BUNDLE)
             (scratch / OWN_BUNDLE).rename(folder)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _in_order(folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from nas.compress.train_state import STATES, link_states, num_steps, steps_of
 from nas.errors import CorruptFile, Fenced, FilesUnavailable, NotFound
-from nas.files import link_or_copy
+from nas.files import empty_folder, link_or_copy
 from nas.node_cache import NodeCache
 from nas.shared_files import PARTIAL, Manifest, SharedFiles, regular_files
 from nas.trial_files import UNFINISHED
@@ -198,8 +198,7 @@ class PartialTree:
                 logger.warning("parts not fetched: %s", torn, extra={"action": "parts_gone", "key": self.key})
                 return
             # Nothing of what was here stays: parts build on each other, and those of two machines need not agree in every bit.
-            for name in {Path(path).parts[0] for path in self._parts()}:
-                _remove(self.folder / name)
+            empty_folder(self.folder)
             for part in scratch.iterdir():
                 part.rename(self.folder / part.name)
         logger.info("going on with what was prepared", extra={"action": "parts_fetched", "key": self.key, "bytes": manifest.bytes})
@@ -213,10 +212,3 @@ class PartialTree:
 
     def _parts(self) -> dict[str, Path]:
         return {path: file for path, file in regular_files(self.folder).items() if path != self.last}
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

@@ -109,11 +109,7 @@ class Steps:
             try:
                 self._settle(self.running[key], outcome, owner=owner)
             except Undecided:
-                if (killed := self.running[key].killed) is None:
-                    continue
-                # It was to stop, or to end, long ago: nothing waits for ever for files that cannot be reached.
-                self._settle(self.running[key], killed, owner=owner)
-                del self.running[key], self.ended[key]
+                continue
             except Conflict as conflict:
                 # An earlier try, or another controller, got as far as the store.
                 logger.warning("outcome not recorded: %s", conflict, extra={"action": "outcome_ignored", "search_id": self._record.id, "attempt_id": key})
@@ -130,6 +126,11 @@ class Steps:
                 owner.check_result(attempt, result)
             except Untrue as untrue:
                 outcome = Outcome(succeeded=False, reason="invalid_result", message=str(untrue))
+            except Undecided:
+                # One that was to stop, or to end, long ago waits no longer for files that cannot be reached.
+                if running.killed is None:
+                    raise
+                outcome = running.killed
             else:
                 owner.keep_result(attempt, result, log=log, device_seconds=seconds)
                 _count_end(attempt, AttemptState.SUCCEEDED, reason="", device_seconds=seconds)

@@ -118,3 +118,10 @@ def hang(service: Service, *, hangs: Callable[[Step], bool]) -> list[Step]:
 
     executor.wait = wait  # type: ignore[method-assign]
     return hung
+
+
+def verified_loser(store: Store, search: SearchRecord) -> int:
+    """The one trial that was verified and did not win."""
+    verified = [trial.number for trial in store.list_trials(search.id) if (trial.confirmation or {}).get("verified")]
+    [other] = [number for number in verified if number != (search.winner or {})["trial"]]
+    return other

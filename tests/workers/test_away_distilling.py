@@ -23,7 +23,7 @@ from nas.search.layout import BUNDLE
 from nas.shared_files import SharedFiles
 from nas.store.records import BundleState, SearchRecord, SearchState
 from nas.trial_bundles import plan_bundle
-from tests.workers.inline_service import ONE_RUNG
+from tests.workers.inline_service import ONE_RUNG, verified_loser
 from tests.workers.test_away import Deployment, LostNode, Nodes, make_deployment
 from tests.workers.test_away import verified_here as verified_here
 from workers.folders import MODEL, MODEL_TAR
@@ -108,8 +108,7 @@ def test_one_that_is_lost_with_its_node_goes_on_on_another(found: tuple[Deployme
 
 def test_a_trial_that_is_no_winner_is_bundled_first(found: tuple[Deployment, SearchRecord]) -> None:
     deployment, search = found
-    verified = [trial.number for trial in deployment.store.list_trials(search.id) if (trial.confirmation or {}).get("verified")]
-    [other] = [number for number in verified if number != (search.winner or {})["trial"]]
+    other = verified_loser(deployment.store, search)
 
     done = deployment.run(submit(deployment, search, trial=other))
 
@@ -121,8 +120,7 @@ def test_a_bundle_that_is_asked_for_is_packed_there_and_nothing_else_stays(found
     deployment, search = found
     store, shared = deployment.store, deployment.nodes.shared
     assert shared is not None
-    verified = [trial.number for trial in store.list_trials(search.id) if (trial.confirmation or {}).get("verified")]
-    [other] = [number for number in verified if number != (search.winner or {})["trial"]]
+    other = verified_loser(store, search)
     shared.write_json({}, key=f"searches/{search.id}/bundles/{other}/att_0/of a try whose controller died")
     plan_bundle(search, other, store=store, settings=deployment.settings)()
 
@@ -139,8 +137,7 @@ def test_a_bundle_that_is_asked_for_is_packed_there_and_nothing_else_stays(found
 def test_a_student_that_was_not_kept_is_refused_at_once(found: tuple[Deployment, SearchRecord], monkeypatch: pytest.MonkeyPatch) -> None:
     deployment, search = found
     monkeypatch.setattr(SharedFiles, "find_tree", lambda self, key: None)
-    verified = [trial.number for trial in deployment.store.list_trials(search.id) if (trial.confirmation or {}).get("verified")]
-    [other] = [number for number in verified if number != (search.winner or {})["trial"]]
+    other = verified_loser(deployment.store, search)
 
     with pytest.raises(Conflict, match="expected its student on the disk, got one that was not kept"):
         submit(deployment, search, trial=other)

@@ -237,7 +237,7 @@ def test_parts_that_are_made_are_gone_on_with_elsewhere_all_of_one_machine_and_n
     )
     first.publish()
     assert shared.find_tree("prepared/k") is None
-    fill(second, "signals/0.json", "signals/0")
+    fill(second, "signals/0.json", "signals/0", "prepared.json")
 
     second.fetch()
 

@@ -20,7 +20,7 @@ from nas.recipe import Recipe
 from nas.search.layout import BUNDLE
 from nas.store.records import AttemptState, SearchRecord, SearchState
 from nas.store.store import Store
-from tests.workers.inline_service import Service, is_state
+from tests.workers.inline_service import Service, is_state, verified_loser
 from workers.controller import Controller
 from workers.executor import LocalExecutor
 from workers.folders import MODEL, MODEL_TAR
@@ -153,8 +153,7 @@ def test_a_killed_controller_s_successor_goes_on(found: tuple[Service, SearchRec
 
 def test_a_trial_that_is_no_winner_is_bundled_first(found: tuple[Service, SearchRecord]) -> None:
     service, search = found
-    verified = [trial.number for trial in service.store.list_trials(search.id) if (trial.confirmation or {}).get("verified")]
-    [other] = [number for number in verified if number != (search.winner or {})["trial"]]
+    other = verified_loser(service.store, search)
 
     done = service.run(submit(service, search, trial=other))
 
